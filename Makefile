@@ -1,0 +1,34 @@
+# make demo   train both LoRAs on the demo model and draw the comparison: output/demo/comparison.png
+# make test   lint and the whole test suite
+# Both create .venv and install into it first; nothing else is needed but Python 3.10 or newer.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test clean
+
+.venv/runtime: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/development: requirements-dev.txt .venv/runtime
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+demo: .venv/runtime
+	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		train_glance_lora.py --config configs/demo.yaml
+	$(BIN)/python infer_glance.py --pretrained_model_name_or_path demo/model --lora output/demo \
+		--prompts_file demo/prompts.txt --compare --output output/demo/comparison.png
+
+test: .venv/development
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests
+
+clean:
+	rm -rf .venv output

@@ -1,0 +1,385 @@
+"""Glance's parts, to import or to copy: the schedule, the flow-matching loss, the ten-step sampler, LoRA files.
+
+Notation (Glance, arXiv 2512.02899, and rectified flow as in diffusers' FlowMatchEulerDiscreteScheduler):
+
+    sigma      noise level in [0, 1];  timestep = 1000 * sigma
+    latents    the clean image in the layout in which the pipeline denoises (packed tokens for FLUX)
+    noisy      (1 - sigma) * latents + sigma * noise
+    velocity   what the model predicts; its target is noise - latents
+    Euler      x_next = x + (sigma_next - sigma) * velocity
+
+What only the pipeline knows (its schedule, its latents' layout, its velocity) is asked of it in ask_pipeline.py.
+"""
+
+import argparse
+import contextlib
+import difflib
+import json
+import logging
+import math
+import os
+import re
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn.functional as F
+import transformers
+import yaml
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+__version__ = "0.1.0"
+WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+PHASES = ("slow", "fast")
+# The published grid, as 1-based positions in the model's own 50 steps.
+PUBLISHED_POSITIONS = {"slow": (1, 3, 5, 7, 9), "fast": (11, 21, 31, 41, 50)}
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message is one line and says how to mend it."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The schedule: lists of timesteps (0..1000, descending)
+
+
+def timesteps_to_sigmas(timesteps: list[float]) -> list[float]:
+    return [timestep / 1000 for timestep in timesteps]
+
+
+def sigmas_to_timesteps(sigmas: list[float]) -> list[float]:
+    return [sigma * 1000 for sigma in sigmas]
+
+
+def check_timesteps(timesteps: list[float], name: str = "timesteps") -> list[float]:
+    """Return `timesteps` (0 < t <= 1000, strictly descending) or raise InputError naming the value that is wrong."""
+    if not timesteps:
+        raise InputError(f"{name}: the list is empty; give descending timesteps such as 1000,979.2,957.5")
+    for value in timesteps:
+        if not math.isfinite(value) or not 0 < value <= 1000:
+            raise InputError(f"{name}: {value:g} is out of range; timesteps are above 0 and at most 1000")
+    for high, low in zip(timesteps, timesteps[1:]):
+        if low >= high:
+            raise InputError(f"{name}: {low:g} follows {high:g}; list the timesteps in descending order")
+    return timesteps
+
+
+def parse_timesteps(text: str, name: str = "--flow_custom_timesteps") -> list[list[float]]:
+    """Read "1000,979.2,957.5" or "SLOW LIST;FAST LIST" as one or two lists of timesteps (0..1000).
+
+    Values that are all <= 1 are sigmas and are converted. Raises InputError for a list that is empty, mixed, not
+    finite, out of range or not descending, also across the two lists.
+    """
+    try:
+        lists = [[float(value) for value in part.replace(",", " ").split()] for part in str(text).split(";")]
+    except ValueError as error:
+        raise InputError(f"{name}: {error}; give numbers separated by commas") from None
+    if len(lists) > 2:
+        raise InputError(f"{name}: {len(lists)} lists found; give one, or two as 'SLOW LIST;FAST LIST'")
+    values = sum(lists, [])
+    if values and all(value <= 1 for value in values):
+        lists = [sigmas_to_timesteps(part) for part in lists]
+    elif any(0 <= value <= 1 for value in values):
+        raise InputError(f"{name}: sigmas (0..1) and timesteps (0..1000) are mixed; use one of the two")
+    for part in lists:
+        check_timesteps(part, name)
+    check_timesteps(sum(lists, []), name)
+    return lists
+
+
+def derive_timesteps(base_timesteps: list[float]) -> dict[str, list[float]]:
+    """Pick Glance's positions from the model's own schedule (50 steps, or as many as it is given, scaled)."""
+    last = len(base_timesteps) - 1
+    phases = {
+        phase: [base_timesteps[round((position - 1) * last / 49)] for position in positions]
+        for phase, positions in PUBLISHED_POSITIONS.items()
+    }
+    try:
+        check_timesteps(phases["slow"] + phases["fast"])
+    except InputError:
+        raise InputError(
+            f"num_base_steps: {last + 1} steps are too few for ten distinct ones; use 25 or more"
+        ) from None
+    return phases
+
+
+def timestep_order(num_timesteps: int, count: int, mode: str, generator: torch.Generator) -> torch.Tensor:
+    """Which timestep each of `count` training steps uses, int64 (count,).
+
+    "stratified": every round of `num_timesteps` steps visits each once, shuffled. "random": uniform with replacement;
+    in half of all 60-step runs it draws one of five timesteps at least twice as often as another.
+    """
+    if mode == "random":
+        return torch.randint(num_timesteps, (count,), generator=generator)
+    rounds = [torch.randperm(num_timesteps, generator=generator) for _ in range(-(-count // num_timesteps))]
+    return torch.cat(rounds)[:count]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The flow-matching loss
+
+
+def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Point at noise level sigma on the straight path from latents (B, ...) to noise (B, ...), in float32."""
+    return (1 - sigma) * latents.float() + sigma * noise.float()
+
+
+def flow_matching_loss(velocity: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """mean((velocity - (noise - latents))**2) in float32, the same weight for every sigma."""
+    return F.mse_loss(velocity.float(), noise.float() - latents.float())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The sampler: exactly the sigmas it is given, whatever the pipeline asks for
+
+
+class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
+    """Euler over a fixed list of sigmas, then 0. Whatever steps, sigmas or mu a pipeline requests are ignored.
+
+    With it requested and used sigmas are equal: a pipeline's own scheduler would shift `sigmas=` once more. Plain
+    diffusers does the same with shift=1.0, use_dynamic_shifting=False, shift_terminal=None and `sigmas=`, in
+    pipelines that take `sigmas`.
+    """
+
+    def __init__(self, sigmas: list[float]):
+        super().__init__()
+        self.fixed_sigmas = list(sigmas)
+        self.init_noise_sigma = 1.0
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
+        super().set_timesteps(sigmas=self.fixed_sigmas, device=device)
+
+    def scale_model_input(self, sample, timestep=None):
+        return sample
+
+
+@contextlib.contextmanager
+def glance_inference(pipe: DiffusionPipeline, phases: dict[str, list[float]]):
+    """Run `pipe(...)` inside: one loop over all timesteps, one adapter a phase, exact hand-off between them.
+
+        with glance_inference(pipe, {"slow": [...], "fast": [...]}) as kwargs:
+            image = pipe(prompt, **kwargs).images[0]
+
+    The adapters are already loaded under the names of `phases`. Afterwards the scheduler is the pipeline's own again
+    and no adapter is active.
+    """
+    scheduler = pipe.scheduler
+    timesteps = sum(phases.values(), [])
+    first_steps, step = {}, 0
+    for name, part in phases.items():
+        first_steps[step] = name
+        step += len(part)
+
+    def switch(pipe, step, timestep, callback_kwargs):
+        if step + 1 in first_steps:
+            pipe.transformer.set_adapters(first_steps[step + 1])
+        return callback_kwargs
+
+    pipe.transformer.enable_lora()
+    pipe.transformer.set_adapters(first_steps[0])
+    pipe.scheduler = FixedSigmaScheduler(timesteps_to_sigmas(timesteps))
+    try:
+        yield {"num_inference_steps": len(timesteps), "callback_on_step_end": switch}
+    finally:
+        pipe.scheduler = scheduler
+        pipe.transformer.disable_lora()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# LoRA files: diffusers' format, alpha folded in, the recipe in the header
+
+
+# Attention projections, and what the official Qwen-Image recipe adds: MLP outputs and modulation.
+DEFAULT_LAYERS = re.compile(
+    r"(to_[qkv]|to_out\.0|to_add_out|add_[qkv]_proj|(ff|ff_context|img_mlp|txt_mlp)\.net\.2|proj_out"
+    r"|(img|txt)_mod\.1|norm(1|1_context)?\.linear)"
+)
+
+
+def lora_layers(transformer, names: str | None = None) -> list[str]:
+    """Full names of the linear layers in the transformer's blocks to adapt: by default DEFAULT_LAYERS, or those that
+    end in one of the comma-separated `names`. InputError lists candidates where nothing matches."""
+    linear = [
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, torch.nn.Linear) and re.search(r"\.\d+\.", name)
+    ]
+    if names is None:
+        chosen = [name for name in linear if re.fullmatch(rf".+\.\d+\.(.+\.)?{DEFAULT_LAYERS.pattern}", name)]
+    else:
+        endings = tuple("." + name.strip() for name in names.split(",") if name.strip())
+        chosen = [name for name in linear if f".{name}".endswith(endings)]
+    if not chosen:
+        kinds = sorted({re.sub(r"^.*\.\d+\.(?=[^\d])", "", name) for name in linear})
+        raise InputError(f"--lora_layers {names or 'by default'}: nothing matches; candidates are {', '.join(kinds)}")
+    return chosen
+
+
+def replace_file(path: Path, write) -> None:
+    """Call write(temporary path), then rename it to `path`: a file is either the old one or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.umask(umask := os.umask(0))
+        temporary.chmod(0o666 & ~umask)  # safetensors makes its files readable by their owner alone
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_lora(transformer, adapter: str, directory: str | Path, recipe: dict) -> Path:
+    """Write one adapter as `directory`/pytorch_lora_weights.safetensors and return the path.
+
+    alpha / rank is folded into lora_B, so the file has alpha = rank: every loader, whether it reads alpha or not,
+    applies the strength that was trained. The recipe goes into the header under "glance".
+    """
+    config = transformer.peft_config[adapter]
+    state = {}
+    for name, value in get_peft_model_state_dict(transformer, adapter_name=adapter).items():
+        scale = config.lora_alpha / config.r if "lora_B" in name else 1.0
+        state[f"transformer.{name}"] = (value.detach().float() * scale).cpu().contiguous()
+    modules = sorted({name.removeprefix("transformer.").split(".lora_")[0] for name in state})
+    adapter_metadata = {"r": config.r, "lora_alpha": config.r, "target_modules": modules, "bias": "none"}
+    header = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in adapter_metadata.items()}),
+        "glance": json.dumps(recipe),
+    }
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    path = Path(directory) / WEIGHT_NAME
+    replace_file(path, lambda temporary: save_file(state, temporary, metadata=header))
+    return path
+
+
+def read_recipe(path: str | Path) -> dict:
+    """The recipe stored with a LoRA file, checked; InputError names what is missing or wrong."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+    if "glance" not in header:
+        raise InputError(f"{path}: carries no Glance recipe; train it with train_glance_lora.py")
+    try:
+        recipe = json.loads(header["glance"])
+        if recipe["phase"] not in PHASES:
+            raise ValueError(f"phase {recipe['phase']!r}")
+        recipe["timesteps"] = check_timesteps([float(value) for value in recipe["timesteps"]])
+        for key in ("height", "width"):
+            if not isinstance(recipe[key], int) or not 0 < recipe[key] <= 65536:
+                raise ValueError(f"{key} {recipe[key]!r}")
+        for key in ("base_model", "pipeline"):
+            if not isinstance(recipe[key], str):
+                raise ValueError(f"{key} {recipe[key]!r}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: its recipe cannot be read ({error}); train it again or get an intact file"
+        ) from None
+    return recipe
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command line: one-line errors, and a --config file whose keys are the flags
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser with `--config FILE`; the command line wins, a wrong argument is an InputError."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        self.add_argument("--config", help="YAML or JSON file with these settings, leading dashes or not")
+
+    def error(self, message):
+        raise InputError(message)
+
+    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        argv = sys.argv[1:] if argv is None else argv
+        config = super().parse_known_args(argv)[0].config
+        return super().parse_args((self._arguments_in(config) if config else []) + argv)
+
+    def _arguments_in(self, path: str) -> list[str]:
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+            settings = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+        except OSError as error:
+            raise InputError(f"--config {path}: {error.strerror}") from None
+        except (ValueError, yaml.YAMLError) as error:
+            raise InputError(f"--config {path}: not valid YAML or JSON ({' '.join(str(error).split())})") from None
+        if not isinstance(settings, dict):
+            raise InputError(f"--config {path}: found {type(settings).__name__}; write one 'flag: value' a line")
+        arguments = []
+        for key, value in settings.items():
+            flag = "--" + str(key).lstrip("-")
+            action = self._option_string_actions.get(flag)
+            if action is None or flag == "--config":
+                close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+                hint = f"; did you mean {close[0].lstrip('-')!r}?" if close else f"; see {self.prog} --help"
+                raise InputError(f"--config {path}: unknown key {key!r}{hint}")
+            if action.nargs == 0:  # a switch
+                if not isinstance(value, bool):
+                    raise InputError(f"--config {path}: {key} is {value!r}; it takes true or false")
+                arguments += [flag] if value else []
+            elif isinstance(value, list) and isinstance(action, argparse._AppendAction):
+                arguments += [f"{flag}={item}" for item in value]
+            elif isinstance(value, list):
+                arguments.append(f"{flag}={','.join(map(str, value))}")
+            elif value is not None:
+                arguments.append(f"{flag}={json.dumps(value) if isinstance(value, dict) else value}")
+        return arguments
+
+
+def positive(kind: type):
+    """An argparse type: a finite number above 0."""
+
+    def convert(text: str):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def json_object(text: str) -> dict:
+    """An argparse type: a JSON object."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as '{{\"max_sequence_length\": 256}}'")
+    return value
+
+
+def check_writable(directory: str | Path, name: str) -> None:
+    """Raise InputError where the folder cannot be created or written to; nothing is left behind."""
+    path = Path(directory).absolute()
+    try:
+        with tempfile.TemporaryFile(dir=next(parent for parent in (path, *path.parents) if parent.exists())):
+            pass
+    except OSError as error:
+        raise InputError(f"{name} {directory}: cannot be written ({error.strerror})") from None
+
+
+def set_up_logging() -> None:
+    """Our own messages, and only the errors of the libraries: a pipeline repeats its advice at every step."""
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for library in (diffusers, transformers):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+
+
+def run(main) -> None:
+    """Call main(); what the user can mend ends in one line and exit code 2, a run that diverged in one line and 1."""
+    try:
+        main()
+    except (InputError, FloatingPointError) as error:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+        sys.exit(2 if isinstance(error, InputError) else 1)

@@ -1,0 +1,260 @@
+"""Ten-step inference with a Slow- and a Fast-LoRA: one pipeline, one loop over all ten sigmas, an exact hand-off.
+
+    python infer_glance.py --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev --lora output/glance \\
+        --dtype bfloat16 --prompt "a red fox in the snow" --output out.png
+    python infer_glance.py --pretrained_model_name_or_path demo/model --lora output/demo \\
+        --prompts_file demo/prompts.txt --compare --output comparison.png
+
+The schedule, the size and the guidance are read from the LoRA files. Image i of a prompt has the seed --seed + i.
+With more than one image, out.png becomes out-000.png, out-001.png, ... `accelerate launch infer_glance.py` splits the
+images over its processes. --compare draws the base at full steps, the base at ten and Glance beside each other.
+"""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import safe_open
+from tqdm.auto import tqdm
+
+import ask_pipeline as ask
+import glance_utils as glance
+from glance_utils import InputError
+
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = glance.Parser(description="Ten-step inference with a Slow- and a Fast-LoRA.")
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", help="the base: a diffusers pipeline, folder or hub id")
+    add("--revision", help="git revision of the base on the hub")
+    add("--variant", help="variant of the weight files, for example fp16")
+    add("--lora", help="folder that train_glance_lora.py wrote, with slow/ and fast/ in it")
+    add("--slow_lora", help="or: the Slow-LoRA's folder or file")
+    add("--fast_lora", help="and the Fast-LoRA's")
+    add("--allow_base_mismatch", action="store_true", help="use LoRAs on a base of another name, such as a fine-tune")
+    add("--prompt", action="append", help="may be given several times")
+    add("--prompts_file", help="one prompt a line")
+    add("--output", default="out.png")
+    add("--num_images", type=glance.positive(int), default=1, help="images per prompt")
+    add("--seed", type=int, default=0)
+    add("--height", type=glance.positive(int), help="as trained by default")
+    add("--width", type=glance.positive(int), help="as trained by default")
+    add("--guidance_scale", type=float, help="as trained by default")
+    add(
+        "--pipeline_kwargs", type=glance.json_object, default={}, help="JSON: further arguments of the pipeline's call"
+    )
+    add("--compare", action="store_true", help="one labelled picture: base at full steps, base at ten, Glance")
+    add("--dtype", "--torch_dtype", choices=tuple(DTYPES), default="float32")
+    add("--enable_model_cpu_offload", action="store_true", help="keep only the component at work on the accelerator")
+    add("--enable_sequential_cpu_offload", action="store_true", help="slowest, least memory")
+    add("--enable_vae_tiling", action="store_true", help="decode large pictures in tiles")
+    args = parser.parse(argv)
+    if not args.pretrained_model_name_or_path:
+        raise InputError("--pretrained_model_name_or_path is missing; give a diffusers pipeline, folder or hub id")
+    args.prompts = read_prompts(args)
+    return args
+
+
+def read_prompts(args) -> list[str]:
+    prompts = list(args.prompt or [])
+    if args.prompts_file:
+        try:
+            prompts += Path(args.prompts_file).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--prompts_file {args.prompts_file}: cannot be read as UTF-8 text ({error})") from None
+    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise InputError("no prompt; give --prompt TEXT or --prompts_file FILE")
+    return prompts
+
+
+def find_loras(args) -> dict[str, Path]:
+    """The two files, as {"slow": path, "fast": path}."""
+    if bool(args.lora) == bool(args.slow_lora or args.fast_lora) or bool(args.slow_lora) != bool(args.fast_lora):
+        raise InputError("give --lora FOLDER, or both --slow_lora and --fast_lora")
+    paths = {
+        phase: Path(args.lora, phase) if args.lora else Path(getattr(args, f"{phase}_lora")) for phase in glance.PHASES
+    }
+    for phase, path in paths.items():
+        if path.is_dir():
+            paths[phase] = path = path / glance.WEIGHT_NAME
+        if not path.is_file():
+            raise InputError(f"{path}: no such {phase} LoRA file; train it with train_glance_lora.py")
+    return paths
+
+
+def load_arguments(args) -> dict:
+    return {key: value for key in ("revision", "variant") if (value := getattr(args, key))}
+
+
+def check_pair(recipes: dict[str, dict], paths: dict[str, Path]) -> None:
+    """Raise InputError where two LoRA files do not belong together."""
+    slow, fast = recipes["slow"], recipes["fast"]
+    for phase, recipe in recipes.items():
+        if recipe["phase"] != phase:
+            raise InputError(
+                f"{paths[phase]}: given as the {phase} LoRA, but it was trained as the {recipe['phase']} one"
+            )
+    if slow["timesteps"][-1] <= fast["timesteps"][0]:
+        raise InputError(
+            f"the pair does not chain: slow ends at timestep {slow['timesteps'][-1]:g}, fast begins at "
+            f"{fast['timesteps'][0]:g}; slow must end above where fast begins, so train both on one schedule"
+        )
+    for key in ("base_model", "pipeline", "height", "width"):
+        if slow[key] != fast[key]:
+            raise InputError(f"the pair does not match: slow has {key} {slow[key]}, fast has {fast[key]}")
+
+
+def check_base(args, recipe: dict) -> None:
+    """Raise InputError where the LoRAs were trained on another base; names count, not the folders they lie in."""
+    index = ask.read_model_index(args.pretrained_model_name_or_path, **load_arguments(args))
+    if index["_class_name"] != recipe["pipeline"]:
+        raise InputError(f"the LoRAs are for a {recipe['pipeline']}, the base is a {index['_class_name']}")
+    trained, given = Path(recipe["base_model"]), Path(args.pretrained_model_name_or_path)
+    if trained.resolve().name.lower() != given.resolve().name.lower() and not args.allow_base_mismatch:
+        raise InputError(
+            f"the LoRAs were trained on {trained}, not on {given}; --allow_base_mismatch tries nevertheless"
+        )
+
+
+def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> DiffusionPipeline:
+    """The base with both adapters loaded and none active."""
+    pipe = DiffusionPipeline.from_pretrained(
+        args.pretrained_model_name_or_path, dtype=DTYPES[args.dtype], **load_arguments(args)
+    )
+    for phase, path in paths.items():
+        check_fits(pipe.transformer, path)
+        pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=phase)
+    pipe.transformer.disable_lora()
+    if args.enable_vae_tiling:
+        pipe.vae.enable_tiling()
+    if args.enable_sequential_cpu_offload:
+        pipe.enable_sequential_cpu_offload(device=device)
+    elif args.enable_model_cpu_offload:
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def check_fits(transformer, path: Path) -> None:
+    """Raise InputError where a LoRA file names a layer that the transformer lacks, or has another shape for it."""
+    layers = dict(transformer.named_modules())
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():
+            layer, _, kind = name.removeprefix("transformer.").partition(".lora_")
+            module = layers.get(layer)
+            module = getattr(module, "base_layer", module)
+            if not isinstance(module, torch.nn.Linear):
+                raise InputError(f"{path}: it adapts {layer!r}, which {type(transformer).__name__} here does not have")
+            shape = file.get_slice(name).get_shape()
+            found, needed = (shape[1], module.in_features) if kind[0] == "A" else (shape[0], module.out_features)
+            if found != needed:
+                raise InputError(f"{path}: {name} is for width {found}, but this base has {needed}")
+
+
+class Counter:
+    """Counts the samples that pass the transformer, so that guidance by a doubled batch counts as two model calls."""
+
+    def __init__(self, transformer):
+        self.calls = 0
+        transformer.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def count(self, module, args, kwargs):
+        self.calls += len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+
+def timed(pipe, counter, call: dict, seed: int, **kwargs):
+    """One picture, its seconds and model calls."""
+    counter.calls, start = 0, time.perf_counter()
+    image = pipe(**call, **kwargs, generator=torch.Generator().manual_seed(seed)).images[0]
+    return image, time.perf_counter() - start, counter.calls
+
+
+def draw_comparison(rows: list[list[tuple]], prompts: list[str]) -> Image.Image:
+    """One picture: for each prompt a row of (label, image, seconds, model calls)."""
+    columns, size = len(rows[0]), rows[0][0][1].size
+    scale = max(1, round(256 / size[0]))
+    width, height = scale * size[0], scale * size[1]
+    font, gap, line = ImageFont.load_default(16), 12, 22
+    row_height = height + 3 * line + gap
+    canvas = Image.new("RGB", (columns * (width + gap) + gap, len(rows) * row_height + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, (row, prompt) in enumerate(zip(rows, prompts)):
+        top = gap + number * row_height
+        while draw.textlength(prompt, font) > canvas.width - 2 * gap:
+            prompt = prompt[:-4].rstrip() + "..."
+        draw.text((gap, top), prompt, "black", font)
+        for column, (label, image, seconds, calls) in enumerate(row):
+            left = gap + column * (width + gap)
+            canvas.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top + line))
+            draw.text((left, top + line + height + 2), label, "black", font)
+            draw.text((left, top + 2 * line + height), f"{seconds:.2f} s, {calls} model calls", "dimgray", font)
+    return canvas
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    glance.replace_file(path, lambda temporary: image.save(temporary, format=kind))
+
+
+def main(argv: list[str] | None = None):
+    args = parse_args(argv)
+    glance.set_up_logging()
+    paths = find_loras(args)
+    recipes = {phase: glance.read_recipe(path) for phase, path in paths.items()}
+    check_pair(recipes, paths)
+    recipe = recipes["slow"]
+    check_base(args, recipe)
+    output = Path(args.output)
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"--output {output}: not an image file name; end it in .png, .jpg or .webp")
+    glance.check_writable(output.parent, "--output")
+    height, width = args.height or recipe["height"], args.width or recipe["width"]
+    if (height, width) != (recipe["height"], recipe["width"]):
+        trained = f"{recipe['width']}x{recipe['height']}"
+        logger.warning(f"{width}x{height} was asked, {trained} was trained: the schedule is that of {trained}")
+    guidance = recipe["guidance_scale"] if args.guidance_scale is None else args.guidance_scale
+
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    pipe = load_pipeline(args, paths, state.device)
+    extra = recipe["pipeline_kwargs"] | args.pipeline_kwargs
+    jobs = [(prompt, args.seed + image) for prompt in args.prompts for image in range(args.num_images)]
+    calls = [ask.call_arguments(pipe, prompt, height, width, guidance, extra) for prompt, _ in jobs]
+    schedule = {phase: recipes[phase]["timesteps"] for phase in glance.PHASES}
+    steps = sum(map(len, schedule.values()))
+    counter = Counter(pipe.transformer)
+    with state.split_between_processes(list(range(len(jobs)))) as mine:
+        rows = []
+        for number in tqdm(mine, desc="images", disable=not state.is_local_main_process):
+            call, seed = calls[number], jobs[number][1]
+            row = []
+            for count in (recipe["num_base_steps"], steps) if args.compare else ():
+                row.append((f"base, {count} steps", *timed(pipe, counter, call, seed, num_inference_steps=count)))
+            with glance.glance_inference(pipe, schedule) as kwargs:
+                row.append((f"Glance, {steps} steps", *timed(pipe, counter, call, seed, **kwargs)))
+            rows.append(row)
+            if not args.compare:
+                save_image(row[0][1], output.with_stem(f"{output.stem}-{number:03d}") if len(jobs) > 1 else output)
+    if args.compare:
+        rows = gather_object(rows) if state.num_processes > 1 else rows
+        if state.is_main_process:
+            save_image(draw_comparison(rows, [prompt for prompt, _ in jobs]), output)
+    if state.is_main_process:
+        print(f"{output}: {len(jobs)} x {steps} steps, {rows[0][-1][2]:.2f} s and {rows[0][-1][3]} model calls each")
+
+
+if __name__ == "__main__":
+    glance.run(main)

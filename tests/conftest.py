@@ -1,0 +1,111 @@
+"""Shared by all tests: offline, tiny real pipelines on disk, both scripts called in this process."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
+from PIL import Image  # noqa: E402
+from tiny_pipelines import PIPELINES  # noqa: E402
+
+import infer_glance  # noqa: E402
+import train_glance_lora  # noqa: E402
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory):
+    """{"flux": folder, "sd3": folder, "qwen": folder}"""
+    root = tmp_path_factory.mktemp("pipelines")
+    return {name: make(root / name) for name, make in PIPELINES.items()}
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """An image, 40x50, with its caption beside it."""
+    path = tmp_path_factory.mktemp("pair") / "glance.png"
+    pixels = np.random.RandomState(0).randint(0, 255, (50, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    path.with_suffix(".txt").write_text("a red ring\n")
+    return path
+
+
+def flags(**settings) -> list[str]:
+    """Keyword arguments as command-line arguments; True is a switch, a list repeats the flag."""
+    arguments = []
+    for name, value in settings.items():
+        for item in value if isinstance(value, list) else [value]:
+            arguments += [f"--{name}"] if item is True else [f"--{name}={item}"]
+    return arguments
+
+
+def run_train(defaults: dict, settings: dict) -> Path:
+    """train_glance_lora.py's main with these flags (None takes a default away); returns the output folder."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    defaults = {"resolution": 32, "rank": 4, "max_train_steps": 5} | defaults
+    settings = {key: value for key, value in (defaults | settings).items() if value is not None}
+    train_glance_lora.main(flags(**settings))
+    return Path(settings["output_dir"])
+
+
+@pytest.fixture
+def train(pipelines, pair, tmp_path):
+    """train(**flags) runs train_glance_lora.py's main with small defaults and returns the output folder."""
+
+    def call(base="flux", **settings) -> Path:
+        defaults = {
+            "pretrained_model_name_or_path": pipelines.get(base, base),
+            "instance_image": pair,
+            "output_dir": tmp_path / "output",
+        }
+        return run_train(defaults, settings)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained(pipelines, pair, tmp_path_factory):
+    """trained(base) is a folder with LoRAs that change the base's pictures clearly; each base is trained once."""
+    folders = {}
+
+    def call(base="flux") -> Path:
+        if base not in folders:
+            defaults = {
+                "pretrained_model_name_or_path": pipelines[base],
+                "instance_image": pair,
+                "output_dir": tmp_path_factory.mktemp("trained") / base,
+                "learning_rate": 3e-2,
+            }
+            folders[base] = run_train(defaults, {})
+        return folders[base]
+
+    return call
+
+
+@pytest.fixture
+def infer(pipelines, tmp_path):
+    """infer(**flags) runs infer_glance.py's main and returns the output path."""
+
+    def call(base="flux", **settings) -> Path:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        defaults = {
+            "pretrained_model_name_or_path": pipelines.get(base, base),
+            "prompt": "a blue ring",
+            "output": tmp_path / "out.png",
+        }
+        settings = {key: value for key, value in (defaults | settings).items() if value is not None}
+        infer_glance.main(flags(**settings))
+        return Path(settings["output"])
+
+    return call

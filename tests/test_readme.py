@@ -1,0 +1,48 @@
+"""What README.md says can be copied, is copied and run."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import glance_utils as glance
+
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def demo_lora(tmp_path_factory):
+    """Both LoRAs of configs/demo.yaml, trained for two steps each."""
+    import train_glance_lora
+
+    output = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        train_glance_lora.main(["--config=configs/demo.yaml", f"--output_dir={output}", "--max_train_steps=2"])
+    return output
+
+
+def run(block: str, folder: Path, monkeypatch) -> dict:
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(compile(block.replace("output/demo", str(folder)), "README.md", "exec"), names)
+    return names
+
+
+def test_plain_diffusers_draws_the_same_picture_bit_for_bit(demo_lora, infer, monkeypatch):
+    block = next(block for block in BLOCKS if "hand_off" in block)
+    names = run(block, demo_lora, monkeypatch)
+    prompt = re.search(r'"(a small .*?)"', block)[1]
+    ours = infer(ROOT / "demo/model", lora=demo_lora, prompt=prompt)
+    assert np.array_equal(np.asarray(Image.open(ours)), np.asarray(Image.open(demo_lora / "plain.png")))
+    written = [glance.read_recipe(demo_lora / phase / glance.WEIGHT_NAME)["timesteps"] for phase in glance.PHASES]
+    assert names["TIMESTEPS"] == pytest.approx(sum(written, []), abs=1e-9)
+
+
+def test_the_header_can_be_read_as_shown(demo_lora, monkeypatch, capsys):
+    run(next(block for block in BLOCKS if "safe_open" in block), demo_lora, monkeypatch)
+    assert capsys.readouterr().out.startswith("[1000.0, ")

@@ -1,0 +1,435 @@
+"""Train Glance's Slow-LoRA and Fast-LoRA (arXiv 2512.02899) on one image and its caption.
+
+    accelerate launch train_glance_lora.py --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev \\
+        --instance_image data/glance.png --output_dir output/glance --mixed_precision bf16 --gradient_checkpointing
+    accelerate launch train_glance_lora.py --config configs/demo.yaml
+
+The caption is --instance_prompt or the .txt beside the image. One run trains both phases and writes
+OUTPUT/slow/pytorch_lora_weights.safetensors and OUTPUT/fast/..., each with its recipe in the header;
+infer_glance.py reads the schedule from there. Any diffusers text-to-image pipeline with a flow-matching transformer
+will do: the schedule, the latents and the velocity are asked of the pipeline itself (ask_pipeline.py).
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import AutocastKwargs, ProjectConfiguration
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.optimization import SchedulerType, get_scheduler
+from huggingface_hub import create_repo, upload_folder
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image
+from tqdm.auto import tqdm
+
+import ask_pipeline as ask
+import glance_utils as glance
+from checkpoints import check_settings, load_checkpoint, save_checkpoint
+from glance_utils import InputError
+from instance_data import load_pair
+
+
+logger = get_logger(__name__)
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = glance.Parser(description="Train Glance's Slow-LoRA and Fast-LoRA on one image and its caption.")
+    add = parser.add_argument
+    # model
+    add("--pretrained_model_name_or_path", help="a diffusers pipeline: folder or hub id")
+    add("--revision", help="git revision of the model on the hub")
+    add("--variant", help="variant of the weight files, for example fp16")
+    add(
+        "--pipeline_kwargs", type=glance.json_object, default={}, help="JSON: further arguments of the pipeline's call"
+    )
+    add("--guidance_scale", type=float, help="the pipeline's own by default")
+    # data: one image and its caption
+    add("--instance_image", help="the image file")
+    add("--instance_prompt", help="its caption; by default the .txt beside the image")
+    add("--instance_data_dir", help="or: a folder that holds one image and its .txt")
+    add("--data_backend_config", help="or: a SimpleTuner dataloader JSON (image_dir, caption_extension, resolution)")
+    add("--dataset_name", help="or: one row of a data set, hub name or folder")
+    add("--dataset_index", type=int, default=0)
+    add("--image_column", default="image")
+    add("--caption_column", default="text")
+    add("--resolution", type=glance.positive(int), help="height and width in pixels; 1024 if nothing else is said")
+    add("--height", type=glance.positive(int))
+    add("--width", type=glance.positive(int))
+    # schedule
+    add(
+        "--phase",
+        choices=("slow", "fast", "both"),
+        help="both by default, or the one that a single list of timesteps is",
+    )
+    add("--flow_custom_timesteps", help="'LIST' for one phase, 'SLOW LIST;FAST LIST' for both; derived by default")
+    add("--flow_timesteps_mode", choices=("stratified", "random"), default="stratified")
+    add(
+        "--num_base_steps",
+        type=glance.positive(int),
+        default=50,
+        help="steps of the schedule that Glance's ten are picked from",
+    )
+    # LoRA
+    add("--rank", "--lora_rank", type=glance.positive(int), default=32)
+    add("--lora_alpha", type=glance.positive(float), help="the rank by default")
+    add(
+        "--lora_layers", help="comma-separated names of linear layers; attention, MLP output and modulation by default"
+    )
+    # training
+    add("--output_dir", default="output/glance")
+    add("--seed", type=int, default=0)
+    add("--max_train_steps", type=glance.positive(int), default=60, help="per phase")
+    add("--train_batch_size", type=glance.positive(int), default=1)
+    add("--gradient_accumulation_steps", type=glance.positive(int), default=1)
+    add("--learning_rate", type=glance.positive(float), default=3e-4)
+    add(
+        "--lr_scheduler",
+        choices=[kind.value for kind in SchedulerType if kind.value != "piecewise_constant"],
+        default="constant",
+    )
+    add("--lr_warmup_steps", type=int, default=0)
+    add("--adam_weight_decay", type=float, default=1e-2)
+    add("--max_grad_norm", type=glance.positive(float), default=1.0)
+    add("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW8bit")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="dtype of the frozen base")
+    add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
+    # checkpoints, logs, hub
+    add("--checkpointing_steps", type=glance.positive(int), help="write a checkpoint every so many steps")
+    add("--checkpoints_total_limit", type=glance.positive(int), help="keep this many")
+    add("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
+    add("--report_to", default="none", help="none, tensorboard, wandb, comet_ml or all")
+    add("--logging_dir", default="logs", help="inside output_dir")
+    add("--push_to_hub", action="store_true")
+    add("--hub_model_id")
+    # understood for SimpleTuner's recipe
+    add("--model_type", choices=("lora",), default="lora", help="SimpleTuner's; only lora")
+    add("--model_family", help="SimpleTuner's; not needed, the pipeline knows")
+    args = parser.parse(argv)
+    if not args.pretrained_model_name_or_path:
+        raise InputError("--pretrained_model_name_or_path is missing; give a diffusers pipeline, folder or hub id")
+    args.custom_timesteps = choose_phases(args)
+    args.lora_alpha = args.lora_alpha or args.rank
+    return args
+
+
+def choose_phases(args) -> dict[str, list[float] | None]:
+    """The phases to train, each with its custom timesteps or None where they are derived from the pipeline."""
+    if args.flow_custom_timesteps is None:
+        return dict.fromkeys(glance.PHASES if args.phase in (None, "both") else (args.phase,))
+    lists = glance.parse_timesteps(args.flow_custom_timesteps)
+    if len(lists) == 2:
+        if args.phase in glance.PHASES:
+            raise InputError(
+                f"--flow_custom_timesteps holds two lists, but --phase {args.phase} trains one; give its list"
+            )
+        return dict(zip(glance.PHASES, lists))
+    if args.phase == "both":
+        raise InputError("--flow_custom_timesteps holds one list, but --phase both trains two: 'SLOW LIST;FAST LIST'")
+    # Only the slow phase begins at pure noise.
+    return {args.phase or ("slow" if lists[0][0] >= 990 else "fast"): lists[0]}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@dataclass
+class Asked:
+    """What the pipeline said, and the pipeline: its transformer loaded, its encoders freed."""
+
+    pipe: DiffusionPipeline
+    where: dict  # revision and variant, for loading further parts
+    call: dict  # the call's arguments at inference
+    train_call: dict  # the same, with classifier-free guidance off
+    schedule: dict[str, list[float]]  # timesteps by phase
+    latents: torch.Tensor  # (1, ...) float32
+    vae_class: type
+
+
+def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
+    """Ask the pipeline everything, free its encoders, load the transformer; peak memory is the larger of the two."""
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    where = {"revision": args.revision, "variant": args.variant}
+    where = {key: value for key, value in where.items() if value}
+    pipe = ask.load_pipeline(args.pretrained_model_name_or_path, dtype, **where)
+    for name, component in pipe.components.items():
+        if isinstance(component, torch.nn.Module) and name != "transformer":
+            component.to(accelerator.device)
+    call = ask.call_arguments(pipe, caption, *size, args.guidance_scale, args.pipeline_kwargs)
+    ask.remember_prompts(pipe)
+    train_call = call | ask.ask_single_branch(pipe, **call)
+    derived = glance.derive_timesteps(ask.ask_timesteps(pipe, args.num_base_steps, **call))
+    schedule = {}
+    for phase, custom in args.custom_timesteps.items():
+        schedule[phase] = custom or derived[phase]
+        far = max(abs(a - b) for a, b in zip(schedule[phase], derived[phase]))
+        if len(schedule[phase]) == len(derived[phase]) and far > 10:
+            own = ",".join(f"{timestep:.4f}" for timestep in derived[phase])
+            logger.warning(
+                f"--flow_custom_timesteps: {phase} is up to {far:.0f} timesteps off this model's own: {own}"
+            )
+    layout = ask.ask_layout(pipe, **call)
+    pixels = VaeImageProcessor(do_resize=False).preprocess(image)
+    latents = ask.encode_image(pipe, pixels, layout, **call)
+    ask.dry_step(pipe, **train_call, num_images_per_prompt=args.train_batch_size)  # remembers the training's prompt
+    vae_class, transformer_class = type(pipe.vae), type(pipe.transformer)
+    ask.free_components(pipe)
+    pipe.transformer = transformer_class.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="transformer", dtype=dtype, **where
+    )
+    pipe.transformer.requires_grad_(False)
+    if args.gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+    return Asked(pipe, where, call, train_call, schedule, latents, vae_class)
+
+
+def make_recipe(args, asked: Asked, phase: str, size: tuple[int, int]) -> dict:
+    """What infer_glance.py needs to know of a LoRA, stored in the header of its file."""
+    own = ask.accepted_arguments(asked.pipe).get("guidance_scale")
+    return {
+        "phase": phase,
+        "timesteps": asked.schedule[phase],
+        "base_model": args.pretrained_model_name_or_path,
+        "pipeline": type(asked.pipe).__name__,
+        "height": size[0],
+        "width": size[1],
+        "guidance_scale": own.default if args.guidance_scale is None and own is not None else args.guidance_scale,
+        "pipeline_kwargs": args.pipeline_kwargs,
+        "num_base_steps": args.num_base_steps,
+        "loss": "flow",
+        "max_train_steps": args.max_train_steps,
+        "rank": args.rank,
+        "version": glance.__version__,
+    }
+
+
+def resume_settings(args, recipe: dict) -> dict:
+    """What must be the same for a resumed run to equal the uninterrupted one."""
+    names = ("seed", "lora_alpha", "lora_layers", "flow_timesteps_mode", "train_batch_size", "use_8bit_adam")
+    return recipe | {name: getattr(args, name) for name in (*names, "gradient_accumulation_steps", "mixed_precision")}
+
+
+def add_adapter(args, transformer, phase: str) -> list[torch.nn.Parameter]:
+    """Add a fresh float32 LoRA and return its parameters."""
+    torch.manual_seed(args.seed)  # the LoRA starts alike on every process
+    layers = glance.lora_layers(transformer, args.lora_layers)
+    config = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=layers, init_lora_weights="gaussian")
+    transformer.add_adapter(config, phase)
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    return parameters
+
+
+def make_optimizer(args, parameters) -> torch.optim.Optimizer:
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        from torch.optim import AdamW
+    return AdamW(parameters, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
+
+
+def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume: dict | None):
+    """Train one LoRA for --max_train_steps and leave it in the transformer as the adapter `recipe["phase"]`.
+
+    `done` steps were trained in earlier phases; `resume` is a checkpoint of this phase.
+    """
+    phase, sigmas = recipe["phase"], glance.timesteps_to_sigmas(recipe["timesteps"])
+    transformer, batch, accumulation = asked.pipe.transformer, args.train_batch_size, args.gradient_accumulation_steps
+    parameters = add_adapter(args, transformer, phase)
+    optimizer = make_optimizer(args, parameters)
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
+    model, optimizer = accelerator.prepare(ask.PipelineVelocity(asked.pipe, **asked.train_call), optimizer)
+
+    generator = torch.Generator().manual_seed(args.seed + glance.PHASES.index(phase))
+    count = args.max_train_steps * accumulation
+    order = glance.timestep_order(len(sigmas), count, args.flow_timesteps_mode, generator)
+    start = 0
+    if resume is not None:
+        start = resume["step"]
+        set_peft_model_state_dict(transformer, resume["lora"], adapter_name=phase)
+        optimizer.load_state_dict(resume["optimizer"])
+        lr_scheduler.load_state_dict(resume["lr_scheduler"])
+        generator.set_state(resume["generator"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(resume["scaler"])
+
+    # Every process draws the noise of all and takes its rows: the run does not depend on how many share it.
+    rows = slice(accelerator.process_index * batch, (accelerator.process_index + 1) * batch)
+    noise_shape = (accelerator.num_processes * batch, *asked.latents.shape[1:])
+    latents = asked.latents.expand(batch, *asked.latents.shape[1:])
+    hidden = not accelerator.is_local_main_process
+    progress = tqdm(total=args.max_train_steps, initial=start, desc=phase, disable=hidden)
+    for index in range(start * accumulation, count):
+        step, sigma = index // accumulation + 1, sigmas[order[index]]
+        with accelerator.accumulate(model):
+            noise = torch.randn(noise_shape, generator=generator)[rows].to(latents.device)
+            velocity = model(glance.add_noise(latents, noise, sigma), sigma)
+            loss = glance.flow_matching_loss(velocity, latents, noise)
+            mean_loss = accelerator.gather(loss.detach()).mean().item()
+            if not math.isfinite(mean_loss):
+                raise FloatingPointError(
+                    f"{phase}: the loss is {mean_loss} at step {step}, timestep {1000 * sigma:g}; no {phase} LoRA was "
+                    "written. Try a lower --learning_rate, or --mixed_precision bf16 instead of fp16"
+                )
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        lr_scheduler.step()
+        progress.update()
+        progress.set_postfix(loss=f"{mean_loss:.4f}", timestep=f"{1000 * sigma:.0f}")
+        logs = {f"{phase}/loss": mean_loss, f"{phase}/timestep": 1000 * sigma, "lr": lr_scheduler.get_last_lr()[0]}
+        accelerator.log(logs, step=done + step)
+        if args.checkpointing_steps and step % args.checkpointing_steps == 0 and accelerator.is_main_process:
+            state = {
+                "settings": resume_settings(args, recipe),
+                "step": step,
+                "lora": get_peft_model_state_dict(transformer, adapter_name=phase),
+                "optimizer": optimizer.state_dict(),
+                "lr_scheduler": lr_scheduler.state_dict(),
+                "generator": generator.get_state(),
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+            }
+            folder = save_checkpoint(args.output_dir, state, done + step, args.checkpoints_total_limit)
+            logger.info(f"Saved {folder}")
+    progress.close()
+    accelerator.free_memory()
+
+
+def draw_preview(args, asked) -> Image.Image:
+    """The caption in ten steps, with the LoRA files just written."""
+    pipe = asked.pipe
+    pipe.vae = asked.vae_class.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="vae", dtype=torch.float32, **asked.where
+    ).to(pipe.transformer.device)
+    for phase in asked.schedule:
+        pipe.load_lora_weights(Path(args.output_dir) / phase, weight_name=glance.WEIGHT_NAME, adapter_name=phase)
+    with glance.glance_inference(pipe, asked.schedule) as kwargs:
+        generator = torch.Generator().manual_seed(args.seed)
+        latents = pipe(**asked.call, **kwargs, generator=generator, output_type="latent").images
+    return ask.decode(pipe, latents, **asked.call)
+
+
+def write_model_card(args, directory: Path, recipes: list[dict], caption: str) -> None:
+    """README.md in the output folder: what was trained, how to use it, the pictures."""
+    rows = "\n".join(
+        f"| {recipe['phase']} | {', '.join(f'{timestep:.4f}' for timestep in recipe['timesteps'])} |"
+        for recipe in recipes
+    )
+    pictures = [f"![{name}](./{name})" for name in ("instance.png", "glance.png") if (directory / name).exists()]
+    settings = json.dumps(
+        {key: value for key, value in recipes[0].items() if key not in ("phase", "timesteps")}, indent=2
+    )
+    (directory / "README.md").write_text(
+        f"""---
+library_name: diffusers
+base_model: {args.pretrained_model_name_or_path}
+tags: [text-to-image, diffusers, lora, glance, flow-matching]
+---
+
+# Glance LoRA for {args.pretrained_model_name_or_path}
+
+Slow- and Fast-LoRA ([Glance](https://arxiv.org/abs/2512.02899)) learned from one image: the first steps run with the
+slow one, the last with the fast one, {sum(len(recipe["timesteps"]) for recipe in recipes)} steps in all.
+
+{" ".join(pictures)}
+
+Left: the training image, "{caption}". Right, where both phases were trained: the same caption with both LoRAs.
+
+| phase | timesteps (0..1000) |
+|---|---|
+{rows}
+
+```json
+{settings}
+```
+
+    python infer_glance.py --pretrained_model_name_or_path {args.pretrained_model_name_or_path} --lora . --prompt "..."
+""",
+        encoding="utf-8",
+    )
+
+
+def push_to_hub(args, output_dir: Path) -> None:
+    repo_id = create_repo(args.hub_model_id or output_dir.resolve().name, exist_ok=True).repo_id
+    upload_folder(repo_id=repo_id, folder_path=output_dir, ignore_patterns=["checkpoint-*", f"{args.logging_dir}/*"])
+    logger.info(f"Pushed to {repo_id}")
+
+
+def main(argv: list[str] | None = None):
+    args = parse_args(argv)
+    image, caption, size = load_pair(args)
+    resume = None
+    if args.resume_from_checkpoint:
+        resume = load_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    glance.check_writable(args.output_dir, "--output_dir")
+    output_dir = Path(args.output_dir)
+
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, str(output_dir / args.logging_dir)),
+        # No autocast: base and activations run in --mixed_precision's dtype, as at inference, and peft keeps the
+        # LoRA's own products in float32. Accelerate still brings fp16's loss scaling.
+        kwargs_handlers=[AutocastKwargs(enabled=False)],
+    )
+    glance.set_up_logging()
+    if accelerator.device.type == "cuda" and args.mixed_precision != "no":
+        torch.set_float32_matmul_precision("high")  # TF32 for the LoRA's float32 products
+
+    asked = prepare_pipeline(args, accelerator, image, caption, size)
+    recipes = {phase: make_recipe(args, asked, phase, size) for phase in asked.schedule}
+    resumed = resume["settings"]["phase"] if resume is not None else None
+    if resume is not None:
+        if resumed not in recipes:
+            raise InputError(f"--resume_from_checkpoint: it is of the {resumed} phase, which --phase leaves out")
+        check_settings(resume["settings"], resume_settings(args, recipes[resumed]))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        image.save(output_dir / "instance.png")
+    if args.report_to != "none":
+        shown = {key: value for key, value in vars(args).items() if isinstance(value, int | float | str)}
+        shown.pop("instance_prompt", None)  # prompts do not belong in logs
+        accelerator.init_trackers("glance", config=shown)
+
+    logger.info("***** Running training *****")
+    logger.info(f"  Phases = {', '.join(recipes)}, {args.max_train_steps} steps each")
+    logger.info(f"  Image = {size[1]}x{size[0]}, latents {tuple(asked.latents.shape)}")
+    logger.info(
+        f"  Total batch size = {args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps}"
+    )
+    for number, (phase, recipe) in enumerate(recipes.items()):
+        timesteps = ", ".join(f"{timestep:.4f}" for timestep in recipe["timesteps"])
+        if phase == "slow" and resumed == "fast":
+            logger.info("  slow: finished before the checkpoint")
+            continue
+        logger.info(f"  {phase}: {timesteps}")
+        state = resume if phase == resumed else None
+        train_phase(args, accelerator, asked, recipe, number * args.max_train_steps, state)
+        if accelerator.is_main_process:
+            folder = output_dir / phase if len(recipes) == 2 else output_dir
+            logger.info(f"Saved {glance.save_lora(asked.pipe.transformer, phase, folder, recipe)}")
+        asked.pipe.transformer.unload_lora()  # the base is as it was, for the next phase
+    accelerator.wait_for_everyone()
+
+    if accelerator.is_main_process:
+        if len(recipes) == 2:
+            draw_preview(args, asked).save(output_dir / "glance.png")
+        write_model_card(args, output_dir, list(recipes.values()), caption)
+        if args.push_to_hub:
+            push_to_hub(args, output_dir)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    glance.run(main)
