@@ -60,6 +60,21 @@ def _no_prediction(*args, hidden_states=None, **kwargs):
     return Transformer2DModelOutput(sample=[torch.zeros_like(item) for item in hidden_states])
 
 
+@contextlib.contextmanager
+def loading(path: str):
+    """Turn what diffusers raises when a part of the pipeline at `path` is missing or unusable into an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be loaded ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def accepted_arguments(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(type(pipe).__call__).parameters)
 
@@ -69,9 +84,8 @@ def read_model_index(path: str, **load_kwargs) -> dict:
     try:
         return DiffusionPipeline.load_config(path, **load_kwargs)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise InputError(
-            f"{path}: not a diffusers pipeline (folder or hub id with model_index.json): {reason}"
+            f"{path}: not a diffusers pipeline (folder or hub id with model_index.json): {first_line(error)}"
         ) from None
 
 
@@ -85,17 +99,18 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **load_kwargs) 
     library, name = config.get("transformer") or (None, None)
     if library is None:
         raise InputError(f"{path}: {config.get('_class_name')} has no transformer; Glance needs a flow-matching one")
-    transformer_class = getattr(importlib.import_module(library), name)
-    with init_empty_weights():
-        transformer = transformer_class.from_config(
-            transformer_class.load_config(path, subfolder="transformer", **load_kwargs)
+    with loading(path):
+        transformer_class = getattr(importlib.import_module(library), name)
+        with init_empty_weights():
+            transformer = transformer_class.from_config(
+                transformer_class.load_config(path, subfolder="transformer", **load_kwargs)
+            )
+        pipe = DiffusionPipeline.from_pretrained(
+            path,
+            transformer=transformer.to(dtype),
+            dtype={"vae": torch.float32, "default": dtype},
+            **load_kwargs,
         )
-    pipe = DiffusionPipeline.from_pretrained(
-        path,
-        transformer=transformer.to(dtype),
-        dtype={"vae": torch.float32, "default": dtype},
-        **load_kwargs,
-    )
     scheduler = pipe.scheduler
     if "FlowMatch" not in type(scheduler).__name__ and not scheduler.config.get("use_flow_sigmas"):
         raise InputError(f"{path}: {type(scheduler).__name__} is not a flow-matching scheduler; Glance needs one")
@@ -104,15 +119,26 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **load_kwargs) 
 
 def call_arguments(pipe: DiffusionPipeline, prompt, height: int, width: int, guidance_scale, extra: dict) -> dict:
     """The pipeline's call arguments, checked against its signature; `extra` are its own further ones."""
-    arguments = {"prompt": prompt, "height": height, "width": width} | extra
-    if guidance_scale is not None:
-        arguments["guidance_scale"] = guidance_scale
-    ours = {"latents", "sigmas", "timesteps", "num_inference_steps", "output_type", "return_dict", "generator"}
-    accepted = set(accepted_arguments(pipe)) - ours - {"self"}
+    ours = {"prompt", "height", "width", "latents", "sigmas", "timesteps", "num_inference_steps", "output_type"}
+    ours |= {"return_dict", "generator", "num_images_per_prompt", "callback_on_step_end", "self"}
+    accepted = set(accepted_arguments(pipe)) - ours - {"callback_on_step_end_tensor_inputs"}
+    arguments = extra if guidance_scale is None else extra | {"guidance_scale": guidance_scale}
     for key in arguments:
         if key not in accepted:
-            raise InputError(f"{type(pipe).__name__} takes no {key!r}; it takes {', '.join(sorted(accepted))}")
-    return arguments
+            raise InputError(
+                f"{type(pipe).__name__} takes no {key!r} as a further argument; it takes {', '.join(sorted(accepted))}"
+            )
+    return {"prompt": prompt, "height": height, "width": width} | arguments
+
+
+def check_call(pipe: DiffusionPipeline, **kwargs) -> None:
+    """Try the call in a dry step; what the pipeline's own checks refuse is an InputError."""
+    try:
+        dry_step(pipe, **kwargs)
+    except InputError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{type(pipe).__name__} refuses the call: {first_line(error)}") from error
 
 
 def run_pipeline(pipe: DiffusionPipeline, scheduler, forward=_no_prediction, **kwargs):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from glance_utils import InputError
+from glance_utils import PHASES, InputError
 
 
 def find_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
@@ -27,8 +27,10 @@ def save_checkpoint(output_dir: str | Path, state: dict, step: int, limit: int |
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for _, old in find_checkpoints(output_dir)[: -limit if limit else 0]:
-        shutil.rmtree(old)
+    if limit:  # oldest by time: the folder may hold higher numbers of an earlier, longer run
+        written = sorted((path for _, path in find_checkpoints(output_dir)), key=lambda path: path.stat().st_mtime_ns)
+        for old in written[:-limit]:
+            shutil.rmtree(old)
     return folder
 
 
@@ -41,7 +43,10 @@ def load_checkpoint(name: str, output_dir: str | Path) -> dict:
             raise InputError(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint-N folder")
         path = checkpoints[-1][1]
     try:
-        return torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
+        if state["settings"]["phase"] not in PHASES:
+            raise ValueError("phase")
+        return state
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"--resume_from_checkpoint {path}: no training_state.pt there; name a checkpoint-N") from None
     except Exception as error:  # a damaged file: zip, unpickling and key errors of several kinds

@@ -32,7 +32,7 @@ import yaml
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 
 __version__ = "0.1.0"
@@ -254,8 +254,17 @@ def save_lora(transformer, adapter: str, directory: str | Path, recipe: dict) ->
     }
     Path(directory).mkdir(parents=True, exist_ok=True)
     path = Path(directory) / WEIGHT_NAME
-    replace_file(path, lambda temporary: save_file(state, temporary, metadata=header))
+    replace_file(path, lambda temporary: temporary.write_bytes(_ordered(save(state, metadata=header))))
     return path
+
+
+def _ordered(content: bytes) -> bytes:
+    """A safetensors file with its header's keys in order; safetensors writes metadata in a random one, and the same
+    run should give the same file."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def read_recipe(path: str | Path) -> dict:
@@ -272,11 +281,10 @@ def read_recipe(path: str | Path) -> dict:
         if recipe["phase"] not in PHASES:
             raise ValueError(f"phase {recipe['phase']!r}")
         recipe["timesteps"] = check_timesteps([float(value) for value in recipe["timesteps"]])
-        for key in ("height", "width"):
-            if not isinstance(recipe[key], int) or not 0 < recipe[key] <= 65536:
-                raise ValueError(f"{key} {recipe[key]!r}")
-        for key in ("base_model", "pipeline"):
-            if not isinstance(recipe[key], str):
+        kinds = {"base_model": str, "pipeline": str, "pipeline_kwargs": dict, "guidance_scale": int | float | None}
+        kinds |= {"height": int, "width": int, "num_base_steps": int}
+        for key, kind in kinds.items():
+            if not isinstance(recipe[key], kind) or (kind is int and not 0 < recipe[key] <= 65536):
                 raise ValueError(f"{key} {recipe[key]!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
@@ -330,6 +338,8 @@ class Parser(argparse.ArgumentParser):
                 arguments += [f"{flag}={item}" for item in value]
             elif isinstance(value, list):
                 arguments.append(f"{flag}={','.join(map(str, value))}")
+            elif value is False and "no" in (action.choices or ()):  # YAML reads a bare no as false
+                arguments.append(f"{flag}=no")
             elif value is not None:
                 arguments.append(f"{flag}={json.dumps(value) if isinstance(value, dict) else value}")
         return arguments
@@ -346,6 +356,13 @@ def positive(kind: type):
 
     convert.__name__ = kind.__name__
     return convert
+
+
+def seed(text: str) -> int:
+    """An argparse type: what torch.Generator.manual_seed takes, with room for a few more."""
+    if abs(int(text)) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is too large; seeds have 63 bits")
+    return int(text)
 
 
 def json_object(text: str) -> dict:

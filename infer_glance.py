@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None):
     add("--prompts_file", help="one prompt a line")
     add("--output", default="out.png")
     add("--num_images", type=glance.positive(int), default=1, help="images per prompt")
-    add("--seed", type=int, default=0)
+    add("--seed", type=glance.seed, default=0)
     add("--height", type=glance.positive(int), help="as trained by default")
     add("--width", type=glance.positive(int), help="as trained by default")
     add("--guidance_scale", type=float, help="as trained by default")
@@ -129,9 +129,10 @@ def check_base(args, recipe: dict) -> None:
 
 def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> DiffusionPipeline:
     """The base with both adapters loaded and none active."""
-    pipe = DiffusionPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, dtype=DTYPES[args.dtype], **load_arguments(args)
-    )
+    with ask.loading(args.pretrained_model_name_or_path):
+        pipe = DiffusionPipeline.from_pretrained(
+            args.pretrained_model_name_or_path, dtype=DTYPES[args.dtype], **load_arguments(args)
+        )
     for phase, path in paths.items():
         check_fits(pipe.transformer, path)
         pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=phase)
@@ -204,6 +205,17 @@ def draw_comparison(rows: list[list[tuple]], prompts: list[str]) -> Image.Image:
     return canvas
 
 
+def check_output(args) -> Path:
+    """--output as a path; InputError where no picture can be written there."""
+    output = Path(args.output)
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
+        raise InputError(f"--output {output}: not an image file name; end it in .png, .jpg or .webp")
+    if output.is_dir():
+        raise InputError(f"--output {output}: a folder; name a file in it")
+    glance.check_writable(output.parent, "--output")
+    return output
+
+
 def save_image(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = Image.registered_extensions()[path.suffix.lower()]
@@ -218,10 +230,7 @@ def main(argv: list[str] | None = None):
     check_pair(recipes, paths)
     recipe = recipes["slow"]
     check_base(args, recipe)
-    output = Path(args.output)
-    if output.suffix.lower() not in Image.registered_extensions():
-        raise InputError(f"--output {output}: not an image file name; end it in .png, .jpg or .webp")
-    glance.check_writable(output.parent, "--output")
+    output = check_output(args)
     height, width = args.height or recipe["height"], args.width or recipe["width"]
     if (height, width) != (recipe["height"], recipe["width"]):
         trained = f"{recipe['width']}x{recipe['height']}"
@@ -229,10 +238,13 @@ def main(argv: list[str] | None = None):
     guidance = recipe["guidance_scale"] if args.guidance_scale is None else args.guidance_scale
 
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if args.enable_sequential_cpu_offload and state.device.type == "cpu":
+        raise InputError("--enable_sequential_cpu_offload needs an accelerator; there is none, so leave it out")
     pipe = load_pipeline(args, paths, state.device)
     extra = recipe["pipeline_kwargs"] | args.pipeline_kwargs
     jobs = [(prompt, args.seed + image) for prompt in args.prompts for image in range(args.num_images)]
     calls = [ask.call_arguments(pipe, prompt, height, width, guidance, extra) for prompt, _ in jobs]
+    ask.check_call(pipe, **calls[0])
     schedule = {phase: recipes[phase]["timesteps"] for phase in glance.PHASES}
     steps = sum(map(len, schedule.values()))
     counter = Counter(pipe.transformer)

@@ -15,7 +15,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 def read_caption(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig").strip()
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no caption there; write one, or give --instance_prompt") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -54,13 +54,13 @@ def read_dataset_row(args: argparse.Namespace) -> tuple[Image.Image, str]:
         rows = rows[next(iter(rows))] if isinstance(rows, dict) else rows
     except Exception as error:  # datasets raises a dozen kinds of its own
         raise InputError(f"--dataset_name {args.dataset_name}: {str(error).splitlines()[0]}") from None
-    for column in (args.image_column, args.caption_column):
+    for column in (args.image_column, *([] if args.instance_prompt else [args.caption_column])):
         if column not in rows.column_names:
             raise InputError(f"--dataset_name: no column {column!r}; it has {', '.join(rows.column_names)}")
     if not 0 <= args.dataset_index < len(rows):
         raise InputError(f"--dataset_index is {args.dataset_index}; the data set has {len(rows)} rows")
     row = rows[args.dataset_index]
-    return row[args.image_column], (args.instance_prompt or str(row[args.caption_column] or "")).strip()
+    return row[args.image_column], args.instance_prompt or str(row[args.caption_column] or "")
 
 
 def load_pair(args: argparse.Namespace) -> tuple[Image.Image, str, tuple[int, int]]:
@@ -86,9 +86,9 @@ def load_pair(args: argparse.Namespace) -> tuple[Image.Image, str, tuple[int, in
     if isinstance(image, Path):
         if not image.is_file():
             raise InputError(f"{image}: no such image file")
-        caption = (
-            caption.strip() if caption is not None else read_caption(image.with_suffix("." + extension.lstrip(".")))
-        )
+        if caption is None:
+            caption = read_caption(image.with_suffix("." + extension.lstrip(".")))
+    caption = caption.strip()
     if not caption:
         raise InputError("the caption is empty; describe the image in --instance_prompt or the .txt beside it")
     height, width = args.height or resolution or 1024, args.width or resolution or 1024
@@ -103,6 +103,8 @@ def fit_image(image: Path | Image.Image, height: int, width: int) -> Image.Image
         if "A" in opened.getbands() or "transparency" in opened.info:
             rgba = opened.convert("RGBA")
             opened = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        elif opened.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip rather than scale
+            opened = opened.convert("I").point(lambda value: value * (1 / 257)).convert("L")
         return ImageOps.fit(opened.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
     except (OSError, ValueError, SyntaxError, AttributeError, Image.DecompressionBombError) as error:
         raise InputError(f"{image}: not a readable image ({error})") from None

@@ -10,7 +10,6 @@ infer_glance.py reads the schedule from there. Any diffusers text-to-image pipel
 will do: the schedule, the latents and the velocity are asked of the pipeline itself (ask_pipeline.py).
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import AutocastKwargs, ProjectConfiguration
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, LoggerType, ProjectConfiguration
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import SchedulerType, get_scheduler
-from huggingface_hub import create_repo, upload_folder
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from tqdm.auto import tqdm
@@ -32,6 +31,7 @@ import glance_utils as glance
 from checkpoints import check_settings, load_checkpoint, save_checkpoint
 from glance_utils import InputError
 from instance_data import load_pair
+from model_card import push_to_hub, write_model_card
 
 
 logger = get_logger(__name__)
@@ -82,7 +82,7 @@ def parse_args(argv: list[str] | None = None):
     )
     # training
     add("--output_dir", default="output/glance")
-    add("--seed", type=int, default=0)
+    add("--seed", type=glance.seed, default=0)
     add("--max_train_steps", type=glance.positive(int), default=60, help="per phase")
     add("--train_batch_size", type=glance.positive(int), default=1)
     add("--gradient_accumulation_steps", type=glance.positive(int), default=1)
@@ -102,7 +102,7 @@ def parse_args(argv: list[str] | None = None):
     add("--checkpointing_steps", type=glance.positive(int), help="write a checkpoint every so many steps")
     add("--checkpoints_total_limit", type=glance.positive(int), help="keep this many")
     add("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
-    add("--report_to", default="none", help="none, tensorboard, wandb, comet_ml or all")
+    add("--report_to", choices=("none", *(kind.value for kind in LoggerType)), default="none")
     add("--logging_dir", default="logs", help="inside output_dir")
     add("--push_to_hub", action="store_true")
     add("--hub_model_id")
@@ -112,6 +112,8 @@ def parse_args(argv: list[str] | None = None):
     args = parser.parse(argv)
     if not args.pretrained_model_name_or_path:
         raise InputError("--pretrained_model_name_or_path is missing; give a diffusers pipeline, folder or hub id")
+    if args.report_to not in ("none", "all", *(kind.value for kind in get_available_trackers())):
+        raise InputError(f"--report_to {args.report_to}: it is not installed; pip install {args.report_to}")
     args.custom_timesteps = choose_phases(args)
     args.lora_alpha = args.lora_alpha or args.rank
     return args
@@ -148,6 +150,7 @@ class Asked:
     train_call: dict  # the same, with classifier-free guidance off
     schedule: dict[str, list[float]]  # timesteps by phase
     latents: torch.Tensor  # (1, ...) float32
+    layers: list[str]  # names of those that the LoRAs adapt
     vae_class: type
 
 
@@ -161,7 +164,9 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
         if isinstance(component, torch.nn.Module) and name != "transformer":
             component.to(accelerator.device)
     call = ask.call_arguments(pipe, caption, *size, args.guidance_scale, args.pipeline_kwargs)
+    layers = glance.lora_layers(pipe.transformer, args.lora_layers)
     ask.remember_prompts(pipe)
+    ask.check_call(pipe, **call)
     train_call = call | ask.ask_single_branch(pipe, **call)
     derived = glance.derive_timesteps(ask.ask_timesteps(pipe, args.num_base_steps, **call))
     schedule = {}
@@ -179,13 +184,14 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
     ask.dry_step(pipe, **train_call, num_images_per_prompt=args.train_batch_size)  # remembers the training's prompt
     vae_class, transformer_class = type(pipe.vae), type(pipe.transformer)
     ask.free_components(pipe)
-    pipe.transformer = transformer_class.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="transformer", dtype=dtype, **where
-    )
+    with ask.loading(args.pretrained_model_name_or_path):
+        pipe.transformer = transformer_class.from_pretrained(
+            args.pretrained_model_name_or_path, subfolder="transformer", dtype=dtype, **where
+        )
     pipe.transformer.requires_grad_(False)
     if args.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
-    return Asked(pipe, where, call, train_call, schedule, latents, vae_class)
+    return Asked(pipe, where, call, train_call, schedule, latents, layers, vae_class)
 
 
 def make_recipe(args, asked: Asked, phase: str, size: tuple[int, int]) -> dict:
@@ -214,24 +220,35 @@ def resume_settings(args, recipe: dict) -> dict:
     return recipe | {name: getattr(args, name) for name in (*names, "gradient_accumulation_steps", "mixed_precision")}
 
 
-def add_adapter(args, transformer, phase: str) -> list[torch.nn.Parameter]:
+def add_adapter(args, asked: Asked, phase: str) -> list[torch.nn.Parameter]:
     """Add a fresh float32 LoRA and return its parameters."""
     torch.manual_seed(args.seed)  # the LoRA starts alike on every process
-    layers = glance.lora_layers(transformer, args.lora_layers)
-    config = LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=layers, init_lora_weights="gaussian")
-    transformer.add_adapter(config, phase)
+    transformer = asked.pipe.transformer
+    lora = {"r": args.rank, "lora_alpha": args.lora_alpha, "target_modules": asked.layers}
+    transformer.add_adapter(LoraConfig(**lora, init_lora_weights="gaussian"), phase)
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
     return parameters
 
 
-def make_optimizer(args, parameters) -> torch.optim.Optimizer:
+def make_optimizer(args, parameters):
+    """AdamW, 8-bit if asked for, and its learning rate schedule."""
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW
     else:
         from torch.optim import AdamW
-    return AdamW(parameters, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
+    optimizer = AdamW(parameters, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
+    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    return optimizer, get_scheduler(args.lr_scheduler, optimizer, **steps)
+
+
+def check_finite(loss: float, phase: str, step: int, timestep: float) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"{phase}: the loss is {loss} at step {step}, timestep {timestep:g}; no {phase} LoRA was written. "
+            "Try a lower --learning_rate, or --mixed_precision bf16 instead of fp16"
+        )
 
 
 def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume: dict | None):
@@ -239,69 +256,56 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
 
     `done` steps were trained in earlier phases; `resume` is a checkpoint of this phase.
     """
-    phase, sigmas = recipe["phase"], glance.timesteps_to_sigmas(recipe["timesteps"])
-    transformer, batch, accumulation = asked.pipe.transformer, args.train_batch_size, args.gradient_accumulation_steps
-    parameters = add_adapter(args, transformer, phase)
-    optimizer = make_optimizer(args, parameters)
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps)
+    phase, transformer, latents = recipe["phase"], asked.pipe.transformer, asked.latents
+    parameters = add_adapter(args, asked, phase)
+    optimizer, lr_scheduler = make_optimizer(args, parameters)
     model, optimizer = accelerator.prepare(ask.PipelineVelocity(asked.pipe, **asked.train_call), optimizer)
 
+    sigmas, accumulation = glance.timesteps_to_sigmas(recipe["timesteps"]), args.gradient_accumulation_steps
     generator = torch.Generator().manual_seed(args.seed + glance.PHASES.index(phase))
-    count = args.max_train_steps * accumulation
+    count, start = args.max_train_steps * accumulation, 0
     order = glance.timestep_order(len(sigmas), count, args.flow_timesteps_mode, generator)
-    start = 0
+    stateful = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "scaler": accelerator.scaler}
+    stateful = {name: part for name, part in stateful.items() if part is not None}
     if resume is not None:
         start = resume["step"]
         set_peft_model_state_dict(transformer, resume["lora"], adapter_name=phase)
-        optimizer.load_state_dict(resume["optimizer"])
-        lr_scheduler.load_state_dict(resume["lr_scheduler"])
         generator.set_state(resume["generator"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(resume["scaler"])
+        for name, part in stateful.items():
+            part.load_state_dict(resume[name])
 
     # Every process draws the noise of all and takes its rows: the run does not depend on how many share it.
-    rows = slice(accelerator.process_index * batch, (accelerator.process_index + 1) * batch)
-    noise_shape = (accelerator.num_processes * batch, *asked.latents.shape[1:])
-    latents = asked.latents.expand(batch, *asked.latents.shape[1:])
+    batch, rank = args.train_batch_size, accelerator.process_index
+    shape = (accelerator.num_processes * batch, *latents.shape[1:])
+    latents = latents.expand(batch, *latents.shape[1:])
     hidden = not accelerator.is_local_main_process
-    progress = tqdm(total=args.max_train_steps, initial=start, desc=phase, disable=hidden)
-    for index in range(start * accumulation, count):
-        step, sigma = index // accumulation + 1, sigmas[order[index]]
-        with accelerator.accumulate(model):
-            noise = torch.randn(noise_shape, generator=generator)[rows].to(latents.device)
-            velocity = model(glance.add_noise(latents, noise, sigma), sigma)
-            loss = glance.flow_matching_loss(velocity, latents, noise)
-            mean_loss = accelerator.gather(loss.detach()).mean().item()
-            if not math.isfinite(mean_loss):
-                raise FloatingPointError(
-                    f"{phase}: the loss is {mean_loss} at step {step}, timestep {1000 * sigma:g}; no {phase} LoRA was "
-                    "written. Try a lower --learning_rate, or --mixed_precision bf16 instead of fp16"
-                )
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
-        lr_scheduler.step()
-        progress.update()
-        progress.set_postfix(loss=f"{mean_loss:.4f}", timestep=f"{1000 * sigma:.0f}")
-        logs = {f"{phase}/loss": mean_loss, f"{phase}/timestep": 1000 * sigma, "lr": lr_scheduler.get_last_lr()[0]}
-        accelerator.log(logs, step=done + step)
-        if args.checkpointing_steps and step % args.checkpointing_steps == 0 and accelerator.is_main_process:
-            state = {
-                "settings": resume_settings(args, recipe),
-                "step": step,
-                "lora": get_peft_model_state_dict(transformer, adapter_name=phase),
-                "optimizer": optimizer.state_dict(),
-                "lr_scheduler": lr_scheduler.state_dict(),
-                "generator": generator.get_state(),
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-            }
-            folder = save_checkpoint(args.output_dir, state, done + step, args.checkpoints_total_limit)
-            logger.info(f"Saved {folder}")
-    progress.close()
+    with tqdm(total=args.max_train_steps, initial=start, desc=phase, disable=hidden) as progress:
+        for index in range(start * accumulation, count):
+            step, sigma = index // accumulation + 1, sigmas[order[index]]
+            noise = torch.randn(shape, generator=generator)[rank * batch : (rank + 1) * batch].to(latents.device)
+            with accelerator.accumulate(model):
+                velocity = model(glance.add_noise(latents, noise, sigma), sigma)
+                loss = glance.flow_matching_loss(velocity, latents, noise)
+                mean_loss = accelerator.gather(loss.detach()).mean().item()
+                check_finite(mean_loss, phase, step, 1000 * sigma)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            lr_scheduler.step()
+            progress.update()
+            progress.set_postfix(loss=f"{mean_loss:.4f}", timestep=f"{1000 * sigma:.0f}")
+            logs = {f"{phase}/loss": mean_loss, f"{phase}/timestep": 1000 * sigma}
+            accelerator.log(logs | {"lr": lr_scheduler.get_last_lr()[0]}, step=done + step)
+            if args.checkpointing_steps and step % args.checkpointing_steps == 0 and accelerator.is_main_process:
+                state = {name: part.state_dict() for name, part in stateful.items()}
+                state |= {"settings": resume_settings(args, recipe), "step": step, "generator": generator.get_state()}
+                state |= {"lora": get_peft_model_state_dict(transformer, adapter_name=phase)}
+                folder = save_checkpoint(args.output_dir, state, done + step, args.checkpoints_total_limit)
+                logger.info(f"Saved {folder}")
     accelerator.free_memory()
 
 
@@ -319,60 +323,17 @@ def draw_preview(args, asked) -> Image.Image:
     return ask.decode(pipe, latents, **asked.call)
 
 
-def write_model_card(args, directory: Path, recipes: list[dict], caption: str) -> None:
-    """README.md in the output folder: what was trained, how to use it, the pictures."""
-    rows = "\n".join(
-        f"| {recipe['phase']} | {', '.join(f'{timestep:.4f}' for timestep in recipe['timesteps'])} |"
-        for recipe in recipes
-    )
-    pictures = [f"![{name}](./{name})" for name in ("instance.png", "glance.png") if (directory / name).exists()]
-    settings = json.dumps(
-        {key: value for key, value in recipes[0].items() if key not in ("phase", "timesteps")}, indent=2
-    )
-    (directory / "README.md").write_text(
-        f"""---
-library_name: diffusers
-base_model: {args.pretrained_model_name_or_path}
-tags: [text-to-image, diffusers, lora, glance, flow-matching]
----
-
-# Glance LoRA for {args.pretrained_model_name_or_path}
-
-Slow- and Fast-LoRA ([Glance](https://arxiv.org/abs/2512.02899)) learned from one image: the first steps run with the
-slow one, the last with the fast one, {sum(len(recipe["timesteps"]) for recipe in recipes)} steps in all.
-
-{" ".join(pictures)}
-
-Left: the training image, "{caption}". Right, where both phases were trained: the same caption with both LoRAs.
-
-| phase | timesteps (0..1000) |
-|---|---|
-{rows}
-
-```json
-{settings}
-```
-
-    python infer_glance.py --pretrained_model_name_or_path {args.pretrained_model_name_or_path} --lora . --prompt "..."
-""",
-        encoding="utf-8",
-    )
-
-
-def push_to_hub(args, output_dir: Path) -> None:
-    repo_id = create_repo(args.hub_model_id or output_dir.resolve().name, exist_ok=True).repo_id
-    upload_folder(repo_id=repo_id, folder_path=output_dir, ignore_patterns=["checkpoint-*", f"{args.logging_dir}/*"])
-    logger.info(f"Pushed to {repo_id}")
-
-
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     image, caption, size = load_pair(args)
     resume = None
     if args.resume_from_checkpoint:
         resume = load_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    glance.check_writable(args.output_dir, "--output_dir")
     output_dir = Path(args.output_dir)
+    phases = args.custom_timesteps
+    folders = {phase: output_dir / phase if len(phases) == 2 else output_dir for phase in phases}
+    for folder in (output_dir, *folders.values()):
+        glance.check_writable(folder, "--output_dir")
 
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -380,8 +341,9 @@ def main(argv: list[str] | None = None):
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, str(output_dir / args.logging_dir)),
         # No autocast: base and activations run in --mixed_precision's dtype, as at inference, and peft keeps the
-        # LoRA's own products in float32. Accelerate still brings fp16's loss scaling.
-        kwargs_handlers=[AutocastKwargs(enabled=False)],
+        # LoRA's own products in float32. Accelerate still brings fp16's loss scaling. Unused parameters: the last
+        # block of some transformers makes text tokens that nothing reads.
+        kwargs_handlers=[AutocastKwargs(enabled=False), DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     glance.set_up_logging()
     if accelerator.device.type == "cuda" and args.mixed_precision != "no":
@@ -394,6 +356,8 @@ def main(argv: list[str] | None = None):
         if resumed not in recipes:
             raise InputError(f"--resume_from_checkpoint: it is of the {resumed} phase, which --phase leaves out")
         check_settings(resume["settings"], resume_settings(args, recipes[resumed]))
+        if resumed == "fast" and "slow" in recipes:
+            glance.read_recipe(folders["slow"] / glance.WEIGHT_NAME)  # must be there: it was finished before
     output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         image.save(output_dir / "instance.png")
@@ -417,8 +381,7 @@ def main(argv: list[str] | None = None):
         state = resume if phase == resumed else None
         train_phase(args, accelerator, asked, recipe, number * args.max_train_steps, state)
         if accelerator.is_main_process:
-            folder = output_dir / phase if len(recipes) == 2 else output_dir
-            logger.info(f"Saved {glance.save_lora(asked.pipe.transformer, phase, folder, recipe)}")
+            logger.info(f"Saved {glance.save_lora(asked.pipe.transformer, phase, folders[phase], recipe)}")
         asked.pipe.transformer.unload_lora()  # the base is as it was, for the next phase
     accelerator.wait_for_everyone()
 

@@ -40,7 +40,7 @@ def parse_args():
     parser.add_argument("--vae_steps", type=int, default=4500)
     parser.add_argument("--decoder_steps", type=int, default=3500)
     parser.add_argument("--judge_steps", type=int, default=1500)
-    parser.add_argument("--max_train_steps", type=int, default=5400)
+    parser.add_argument("--max_train_steps", type=int, default=4000)
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -137,8 +137,8 @@ def tune_decoder(args, vae, scenes, path: Path) -> AutoencoderKL:
         optimizer.zero_grad()
         schedule.step()
         progress.set_postfix(l1=f"{difference.abs().mean().item():.4f}")
-    vae.save_pretrained(path)
-    return vae
+    vae.to(torch.bfloat16).save_pretrained(path)  # the transformer learns the latents of the VAE that is shipped
+    return vae.float()
 
 
 def train_judge(args, path: Path) -> Judge:

@@ -86,6 +86,8 @@ def bad(tmp_path_factory, pipelines, pair):
     index = {"_class_name": "DDPMPipeline", "_diffusers_version": "0.42.1", "unet": ["diffusers", "UNet2DModel"]}
     (root / "unet" / "model_index.json").write_text(json.dumps(index))
     (root / "checkpoint-9").mkdir()
+    (root / "checkpoint-7").mkdir()
+    torch.save({"weights": torch.ones(1)}, root / "checkpoint-7" / "training_state.pt")
     (root / "damaged" / "checkpoint-2").mkdir(parents=True)
     (root / "damaged" / "checkpoint-2" / "training_state.pt").write_bytes(b"not a checkpoint")
     return root
@@ -160,6 +162,7 @@ TRAINING = {
     "seed too large": ({"seed": 2**70}, "seed"),
     "precision unknown": ({"mixed_precision": "fp8"}, "fp8"),
     "tracker unknown": ({"report_to": "nobody"}, "nobody"),
+    "tracker not installed": ({"report_to": "comet_ml"}, "pip install comet_ml"),
     "FLUX at 30 pixels": ({"resolution": 30}, "multiples"),
     "SD3 at 30 pixels": ({"resolution": 30, "base": "sd3"}, "30"),
     "Qwen-Image at 36 pixels": ({"resolution": 36, "base": "qwen"}, "multiples"),
@@ -179,6 +182,8 @@ TRAINING = {
     "checkpoint without state": ({"resume_from_checkpoint": "{bad}/checkpoint-9"}, "checkpoint-9"),
     "checkpoint missing": ({"resume_from_checkpoint": "{bad}/checkpoint-8"}, "checkpoint-8"),
     "checkpoint damaged": ({"resume_from_checkpoint": "{bad}/damaged/checkpoint-2"}, "damaged"),
+    "checkpoint of something else": ({"resume_from_checkpoint": "{bad}/checkpoint-7"}, "checkpoint-7"),
+    "fast checkpoint, slow LoRA gone": ({"resume_from_checkpoint": "{fast_checkpoint}"}, "slow"),
     "checkpoint of another rank": ({"resume_from_checkpoint": "{checkpoint}", "rank": 2}, "rank"),
     "checkpoint of another seed": ({"resume_from_checkpoint": "{checkpoint}", "seed": 2}, "seed"),
     "checkpoint of another phase": ({"resume_from_checkpoint": "{checkpoint}", "phase": "fast"}, "slow"),
@@ -186,10 +191,12 @@ TRAINING = {
 
 
 @pytest.fixture(scope="module")
-def slow_checkpoint(pipelines, pair, tmp_path_factory):
+def checkpoints(pipelines, pair, tmp_path_factory):
+    """{"checkpoint": one of the slow phase, "fast_checkpoint": one of the fast phase of a run of both}"""
     output = tmp_path_factory.mktemp("checkpoints") / "output"
     base = {"pretrained_model_name_or_path": pipelines["flux"], "instance_image": pair, "output_dir": output}
-    return run_train(base, {"phase": "slow", "checkpointing_steps": 3}) / "checkpoint-3"
+    run_train(base, {"checkpointing_steps": 3})
+    return {"checkpoint": output / "checkpoint-3", "fast_checkpoint": output / "checkpoint-8"}
 
 
 def fill(settings: dict, **places) -> dict:
@@ -212,8 +219,8 @@ def assert_one_line(error: pytest.ExceptionInfo, word: str):
 def test_training(row, train, bad, pipelines, request, tmp_path):
     settings, word = TRAINING[row]
     places = {"bad": bad, "flux": pipelines["flux"]}
-    if "{checkpoint}" in str(settings):
-        places["checkpoint"] = request.getfixturevalue("slow_checkpoint")
+    if "checkpoint}" in str(settings):
+        places |= request.getfixturevalue("checkpoints")
     settings = fill(settings, **places)
     for phase in PHASES:
         (tmp_path / "output" / phase).mkdir(parents=True)

@@ -149,7 +149,8 @@ def watch(transformer, seen: list) -> None:
     layer = next(module for module in transformer.modules() if isinstance(module, LoraLayer))
 
     def note(module, args):
-        seen.append(None if layer.disable_adapters else "+".join(layer.active_adapters))
+        if "forward" not in vars(module):  # else it is bypassed: a dry step
+            seen.append(None if layer.disable_adapters else "+".join(layer.active_adapters))
 
     transformer.register_forward_pre_hook(note)
 

@@ -1,0 +1,56 @@
+"""What is written beside the LoRAs: the model card; and the upload of it all to the hub."""
+
+import json
+import logging
+from pathlib import Path
+
+from huggingface_hub import create_repo, upload_folder
+
+
+logger = logging.getLogger(__name__)
+
+
+def write_model_card(args, directory: Path, recipes: list[dict], caption: str) -> None:
+    """README.md in the output folder: what was trained, how to use it, the pictures."""
+    rows = "\n".join(
+        f"| {recipe['phase']} | {', '.join(f'{timestep:.4f}' for timestep in recipe['timesteps'])} |"
+        for recipe in recipes
+    )
+    pictures = [f"![{name}](./{name})" for name in ("instance.png", "glance.png") if (directory / name).exists()]
+    settings = json.dumps(
+        {key: value for key, value in recipes[0].items() if key not in ("phase", "timesteps")}, indent=2
+    )
+    (directory / "README.md").write_text(
+        f"""---
+library_name: diffusers
+base_model: {args.pretrained_model_name_or_path}
+tags: [text-to-image, diffusers, lora, glance, flow-matching]
+---
+
+# Glance LoRA for {args.pretrained_model_name_or_path}
+
+Slow- and Fast-LoRA ([Glance](https://arxiv.org/abs/2512.02899)) learned from one image: the first steps run with the
+slow one, the last with the fast one, {sum(len(recipe["timesteps"]) for recipe in recipes)} steps in all.
+
+{" ".join(pictures)}
+
+Left: the training image, "{caption}". Right, where both phases were trained: the same caption with both LoRAs.
+
+| phase | timesteps (0..1000) |
+|---|---|
+{rows}
+
+```json
+{settings}
+```
+
+    python infer_glance.py --pretrained_model_name_or_path {args.pretrained_model_name_or_path} --lora . --prompt "..."
+""",
+        encoding="utf-8",
+    )
+
+
+def push_to_hub(args, output_dir: Path) -> None:
+    repo_id = create_repo(args.hub_model_id or output_dir.resolve().name, exist_ok=True).repo_id
+    upload_folder(repo_id=repo_id, folder_path=output_dir, ignore_patterns=["checkpoint-*", f"{args.logging_dir}/*"])
+    logger.info(f"Pushed to {repo_id}")
