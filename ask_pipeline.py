@@ -17,7 +17,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from PIL import Image
 
-from glance_utils import FixedSigmaScheduler, InputError
+from glance_utils import FixedSigmaScheduler, InputError, first_line
 
 
 class _Probe(FixedSigmaScheduler):
@@ -69,10 +69,6 @@ def loading(path: str):
         raise
     except (OSError, ValueError, ImportError, AttributeError) as error:
         raise InputError(f"{path}: cannot be loaded ({first_line(error)})") from error
-
-
-def first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def accepted_arguments(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:

@@ -46,6 +46,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message is one line and says how to mend it."""
 
 
+def first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The schedule: lists of timesteps (0..1000, descending)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from datasets import load_dataset, load_from_disk
 from PIL import Image, ImageOps
 
-from glance_utils import InputError
+from glance_utils import InputError, first_line
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -53,7 +53,7 @@ def read_dataset_row(args: argparse.Namespace) -> tuple[Image.Image, str]:
         rows = load_from_disk(args.dataset_name) if saved else load_dataset(args.dataset_name)
         rows = rows[next(iter(rows))] if isinstance(rows, dict) else rows
     except Exception as error:  # datasets raises a dozen kinds of its own
-        raise InputError(f"--dataset_name {args.dataset_name}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--dataset_name {args.dataset_name}: {first_line(error)}") from None
     for column in (args.image_column, *([] if args.instance_prompt else [args.caption_column])):
         if column not in rows.column_names:
             raise InputError(f"--dataset_name: no column {column!r}; it has {', '.join(rows.column_names)}")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from huggingface_hub import create_repo, upload_folder
 
+from glance_utils import InputError, first_line
+
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,15 @@ Left: the training image, "{caption}". Right, where both phases were trained: th
     )
 
 
-def push_to_hub(args, output_dir: Path) -> None:
-    repo_id = create_repo(args.hub_model_id or output_dir.resolve().name, exist_ok=True).repo_id
+def create_hub_repo(args) -> str:
+    """The repository to push to, made before training; InputError where it cannot be."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        return create_repo(name, exist_ok=True).repo_id
+    except Exception as error:  # no login, no network, a name that is not one: each of another kind
+        raise InputError(f"--push_to_hub {name}: {first_line(error)}; log in with `hf auth login`") from error
+
+
+def push_to_hub(args, output_dir: Path, repo_id: str) -> None:
     upload_folder(repo_id=repo_id, folder_path=output_dir, ignore_patterns=["checkpoint-*", f"{args.logging_dir}/*"])
     logger.info(f"Pushed to {repo_id}")

@@ -31,7 +31,7 @@ import glance_utils as glance
 from checkpoints import check_settings, load_checkpoint, save_checkpoint
 from glance_utils import InputError
 from instance_data import load_pair
-from model_card import push_to_hub, write_model_card
+from model_card import create_hub_repo, push_to_hub, write_model_card
 
 
 logger = get_logger(__name__)
@@ -358,6 +358,7 @@ def main(argv: list[str] | None = None):
         check_settings(resume["settings"], resume_settings(args, recipes[resumed]))
         if resumed == "fast" and "slow" in recipes:
             glance.read_recipe(folders["slow"] / glance.WEIGHT_NAME)  # must be there: it was finished before
+    repo_id = create_hub_repo(args) if args.push_to_hub and accelerator.is_main_process else None
     output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         image.save(output_dir / "instance.png")
@@ -390,7 +391,7 @@ def main(argv: list[str] | None = None):
             draw_preview(args, asked).save(output_dir / "glance.png")
         write_model_card(args, output_dir, list(recipes.values()), caption)
         if args.push_to_hub:
-            push_to_hub(args, output_dir)
+            push_to_hub(args, output_dir, repo_id)
     accelerator.end_training()
 
 

@@ -161,6 +161,7 @@ TRAINING = {
     "learning rate nan": ({"learning_rate": "nan"}, "learning_rate"),
     "seed too large": ({"seed": 2**70}, "seed"),
     "precision unknown": ({"mixed_precision": "fp8"}, "fp8"),
+    "hub out of reach": ({"push_to_hub": True}, "--push_to_hub output"),
     "tracker unknown": ({"report_to": "nobody"}, "nobody"),
     "tracker not installed": ({"report_to": "comet_ml"}, "pip install comet_ml"),
     "FLUX at 30 pixels": ({"resolution": 30}, "multiples"),
