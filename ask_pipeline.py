@@ -113,8 +113,9 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **load_kwargs) 
     return pipe
 
 
-def call_arguments(pipe: DiffusionPipeline, prompt, height: int, width: int, guidance_scale, extra: dict) -> dict:
-    """The pipeline's call arguments, checked against its signature; `extra` are its own further ones."""
+def call_arguments(pipe: DiffusionPipeline, prompt, height, width, guidance_scale, extra: dict) -> dict:
+    """The pipeline's call arguments, checked against its signature: None leaves one to the pipeline, `extra` are its
+    own further ones."""
     ours = {"prompt", "height", "width", "latents", "sigmas", "timesteps", "num_inference_steps", "output_type"}
     ours |= {"return_dict", "generator", "num_images_per_prompt", "callback_on_step_end", "self"}
     accepted = set(accepted_arguments(pipe)) - ours - {"callback_on_step_end_tensor_inputs"}
@@ -124,7 +125,8 @@ def call_arguments(pipe: DiffusionPipeline, prompt, height: int, width: int, gui
             raise InputError(
                 f"{type(pipe).__name__} takes no {key!r} as a further argument; it takes {', '.join(sorted(accepted))}"
             )
-    return {"prompt": prompt, "height": height, "width": width} | arguments
+    ours = {"prompt": prompt, "height": height, "width": width}
+    return {key: value for key, value in ours.items() if value is not None} | arguments
 
 
 def check_call(pipe: DiffusionPipeline, **kwargs) -> None:

@@ -11,25 +11,17 @@ Notation (Glance, arXiv 2512.02899, and rectified flow as in diffusers' FlowMatc
 What only the pipeline knows (its schedule, its latents' layout, its velocity) is asked of it in ask_pipeline.py.
 """
 
-import argparse
 import contextlib
-import difflib
 import json
-import logging
 import math
 import os
 import re
-import sys
-import tempfile
-import warnings
 from pathlib import Path
 
-import diffusers
 import torch
 import torch.nn.functional as F
-import transformers
-import yaml
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -164,17 +156,27 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
         return sample
 
 
+def activate_adapter(transformer, name: str | None, scale: float = 1.0) -> None:
+    """Make this LoRA the only active one, at `scale` times its strength, or none where the name is None."""
+    for layer in transformer.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.enable_adapters(name is not None)
+            if name is not None:
+                layer.set_adapter(name)
+                layer.set_scale(name, scale)
+
+
 @contextlib.contextmanager
-def glance_inference(pipe: DiffusionPipeline, phases: dict[str, list[float]]):
+def glance_inference(pipe: DiffusionPipeline, phases: dict[str, list[float]], scales: dict[str, float] | None = None):
     """Run `pipe(...)` inside: one loop over all timesteps, one adapter a phase, exact hand-off between them.
 
         with glance_inference(pipe, {"slow": [...], "fast": [...]}) as kwargs:
             image = pipe(prompt, **kwargs).images[0]
 
-    The adapters are already loaded under the names of `phases`. Afterwards the scheduler is the pipeline's own again
-    and no adapter is active.
+    The adapters are already loaded under the names of `phases`; `scales` are their strengths, 1 by default. Afterwards
+    the scheduler is the pipeline's own again and no adapter is active.
     """
-    scheduler = pipe.scheduler
+    scheduler, scales = pipe.scheduler, scales or {}
     timesteps = sum(phases.values(), [])
     first_steps, step = {}, 0
     for name, part in phases.items():
@@ -182,18 +184,17 @@ def glance_inference(pipe: DiffusionPipeline, phases: dict[str, list[float]]):
         step += len(part)
 
     def switch(pipe, step, timestep, callback_kwargs):
-        if step + 1 in first_steps:
-            pipe.transformer.set_adapters(first_steps[step + 1])
+        if name := first_steps.get(step + 1):
+            activate_adapter(pipe.transformer, name, scales.get(name, 1.0))
         return callback_kwargs
 
-    pipe.transformer.enable_lora()
-    pipe.transformer.set_adapters(first_steps[0])
+    activate_adapter(pipe.transformer, first_steps[0], scales.get(first_steps[0], 1.0))
     pipe.scheduler = FixedSigmaScheduler(timesteps_to_sigmas(timesteps))
     try:
         yield {"num_inference_steps": len(timesteps), "callback_on_step_end": switch}
     finally:
         pipe.scheduler = scheduler
-        pipe.transformer.disable_lora()
+        activate_adapter(pipe.transformer, None)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -271,14 +272,19 @@ def _ordered(content: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + content[end:]
 
 
-def read_recipe(path: str | Path) -> dict:
-    """The recipe stored with a LoRA file, checked; InputError names what is missing or wrong."""
+def read_recipe(path: str | Path, required: bool = True) -> dict | None:
+    """The recipe stored with a LoRA file, checked; InputError names what is missing or wrong.
+
+    A file that was not written here has none: an InputError too, or None if not `required`.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
     if "glance" not in header:
+        if not required:
+            return None
         raise InputError(f"{path}: carries no Glance recipe; train it with train_glance_lora.py")
     try:
         recipe = json.loads(header["glance"])
@@ -295,112 +301,3 @@ def read_recipe(path: str | Path) -> dict:
             f"{path}: its recipe cannot be read ({error}); train it again or get an intact file"
         ) from None
     return recipe
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The command line: one-line errors, and a --config file whose keys are the flags
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with `--config FILE`; the command line wins, a wrong argument is an InputError."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
-        self.add_argument("--config", help="YAML or JSON file with these settings, leading dashes or not")
-
-    def error(self, message):
-        raise InputError(message)
-
-    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        argv = sys.argv[1:] if argv is None else argv
-        config = super().parse_known_args(argv)[0].config
-        return super().parse_args((self._arguments_in(config) if config else []) + argv)
-
-    def _arguments_in(self, path: str) -> list[str]:
-        try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-            settings = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
-        except OSError as error:
-            raise InputError(f"--config {path}: {error.strerror}") from None
-        except (ValueError, yaml.YAMLError) as error:
-            raise InputError(f"--config {path}: not valid YAML or JSON ({' '.join(str(error).split())})") from None
-        if not isinstance(settings, dict):
-            raise InputError(f"--config {path}: found {type(settings).__name__}; write one 'flag: value' a line")
-        arguments = []
-        for key, value in settings.items():
-            flag = "--" + str(key).lstrip("-")
-            action = self._option_string_actions.get(flag)
-            if action is None or flag == "--config":
-                close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-                hint = f"; did you mean {close[0].lstrip('-')!r}?" if close else f"; see {self.prog} --help"
-                raise InputError(f"--config {path}: unknown key {key!r}{hint}")
-            if action.nargs == 0:  # a switch
-                if not isinstance(value, bool):
-                    raise InputError(f"--config {path}: {key} is {value!r}; it takes true or false")
-                arguments += [flag] if value else []
-            elif isinstance(value, list) and isinstance(action, argparse._AppendAction):
-                arguments += [f"{flag}={item}" for item in value]
-            elif isinstance(value, list):
-                arguments.append(f"{flag}={','.join(map(str, value))}")
-            elif value is False and "no" in (action.choices or ()):  # YAML reads a bare no as false
-                arguments.append(f"{flag}=no")
-            elif value is not None:
-                arguments.append(f"{flag}={json.dumps(value) if isinstance(value, dict) else value}")
-        return arguments
-
-
-def positive(kind: type):
-    """An argparse type: a finite number above 0."""
-
-    def convert(text: str):
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-
-    convert.__name__ = kind.__name__
-    return convert
-
-
-def seed(text: str) -> int:
-    """An argparse type: what torch.Generator.manual_seed takes, with room for a few more."""
-    if abs(int(text)) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is too large; seeds have 63 bits")
-    return int(text)
-
-
-def json_object(text: str) -> dict:
-    """An argparse type: a JSON object."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as '{{\"max_sequence_length\": 256}}'")
-    return value
-
-
-def check_writable(directory: str | Path, name: str) -> None:
-    """Raise InputError where the folder cannot be created or written to; nothing is left behind."""
-    path = Path(directory).absolute()
-    try:
-        with tempfile.TemporaryFile(dir=next(parent for parent in (path, *path.parents) if parent.exists())):
-            pass
-    except OSError as error:
-        raise InputError(f"{name} {directory}: cannot be written ({error.strerror})") from None
-
-
-def set_up_logging() -> None:
-    """Our own messages, and only the errors of the libraries: a pipeline repeats its advice at every step."""
-    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    for library in (diffusers, transformers):
-        library.logging.set_verbosity_error()
-        library.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
-
-
-def run(main) -> None:
-    """Call main(); what the user can mend ends in one line and exit code 2, a run that diverged in one line and 1."""
-    try:
-        main()
-    except (InputError, FloatingPointError) as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
-        sys.exit(2 if isinstance(error, InputError) else 1)

@@ -11,6 +11,7 @@ images over its processes. --compare draws the base at full steps, the base at t
 """
 
 import logging
+import re
 import time
 from pathlib import Path
 
@@ -18,11 +19,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 from tqdm.auto import tqdm
 
 import ask_pipeline as ask
+import command_line as cli
 import glance_utils as glance
 from glance_utils import InputError
 
@@ -33,26 +36,31 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = glance.Parser(description="Ten-step inference with a Slow- and a Fast-LoRA.")
+    parser = cli.Parser(description="Ten-step inference with a Slow- and a Fast-LoRA.")
     add = parser.add_argument
     add("--pretrained_model_name_or_path", help="the base: a diffusers pipeline, folder or hub id")
     add("--revision", help="git revision of the base on the hub")
     add("--variant", help="variant of the weight files, for example fp16")
-    add("--lora", help="folder that train_glance_lora.py wrote, with slow/ and fast/ in it")
-    add("--slow_lora", help="or: the Slow-LoRA's folder or file")
+    add("--lora", help="what train_glance_lora.py wrote, with slow/ and fast/ in it: folder or hub id")
+    add("--slow_lora", help="or: the Slow-LoRA's file, folder or hub id")
     add("--fast_lora", help="and the Fast-LoRA's")
+    add("--slow_weight_name", help="the Slow-LoRA's file there, if it has another name")
+    add("--fast_weight_name", help="the Fast-LoRA's")
+    add("--lora_scale", type=cli.one_or_two, default="1", help="strength of both, or SLOW,FAST")
+    add(
+        "--flow_custom_timesteps",
+        help="'SLOW LIST;FAST LIST'; as trained by default, derived for files without recipe",
+    )
     add("--allow_base_mismatch", action="store_true", help="use LoRAs on a base of another name, such as a fine-tune")
     add("--prompt", action="append", help="may be given several times")
     add("--prompts_file", help="one prompt a line")
     add("--output", default="out.png")
-    add("--num_images", type=glance.positive(int), default=1, help="images per prompt")
-    add("--seed", type=glance.seed, default=0)
-    add("--height", type=glance.positive(int), help="as trained by default")
-    add("--width", type=glance.positive(int), help="as trained by default")
+    add("--num_images", type=cli.positive(int), default=1, help="images per prompt")
+    add("--seed", type=cli.seed, default=0)
+    add("--height", type=cli.positive(int), help="as trained by default")
+    add("--width", type=cli.positive(int), help="as trained by default")
     add("--guidance_scale", type=float, help="as trained by default")
-    add(
-        "--pipeline_kwargs", type=glance.json_object, default={}, help="JSON: further arguments of the pipeline's call"
-    )
+    add("--pipeline_kwargs", type=cli.json_object, default={}, help="JSON: further arguments of the pipeline's call")
     add("--compare", action="store_true", help="one labelled picture: base at full steps, base at ten, Glance")
     add("--dtype", "--torch_dtype", choices=tuple(DTYPES), default="float32")
     add("--enable_model_cpu_offload", action="store_true", help="keep only the component at work on the accelerator")
@@ -62,6 +70,12 @@ def parse_args(argv: list[str] | None = None):
     if not args.pretrained_model_name_or_path:
         raise InputError("--pretrained_model_name_or_path is missing; give a diffusers pipeline, folder or hub id")
     args.prompts = read_prompts(args)
+    args.custom_timesteps = None
+    if args.flow_custom_timesteps is not None:
+        lists = glance.parse_timesteps(args.flow_custom_timesteps)
+        if len(lists) != 2:
+            raise InputError("--flow_custom_timesteps holds one list; inference takes two: 'SLOW LIST;FAST LIST'")
+        args.custom_timesteps = dict(zip(glance.PHASES, lists))
     return args
 
 
@@ -79,18 +93,48 @@ def read_prompts(args) -> list[str]:
 
 
 def find_loras(args) -> dict[str, Path]:
-    """The two files, as {"slow": path, "fast": path}."""
+    """The two files, as {"slow": path, "fast": path}; from the hub where a source is no path but a hub id."""
     if bool(args.lora) == bool(args.slow_lora or args.fast_lora) or bool(args.slow_lora) != bool(args.fast_lora):
         raise InputError("give --lora FOLDER, or both --slow_lora and --fast_lora")
-    paths = {
-        phase: Path(args.lora, phase) if args.lora else Path(getattr(args, f"{phase}_lora")) for phase in glance.PHASES
-    }
-    for phase, path in paths.items():
+    paths = {}
+    for phase in glance.PHASES:
+        source, name = args.lora or getattr(args, f"{phase}_lora"), getattr(args, f"{phase}_weight_name")
+        name = name or (f"{phase}/{glance.WEIGHT_NAME}" if args.lora else glance.WEIGHT_NAME)
+        path = Path(source)
         if path.is_dir():
-            paths[phase] = path = path / glance.WEIGHT_NAME
+            path = path / name
+        elif not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            try:
+                path = Path(hf_hub_download(source, name))
+            except Exception as error:  # not there, no login, no network: each of another kind
+                raise InputError(f"{source}: neither a folder nor on the hub ({glance.first_line(error)})") from error
         if not path.is_file():
             raise InputError(f"{path}: no such {phase} LoRA file; train it with train_glance_lora.py")
+        paths[phase] = path
     return paths
+
+
+def read_recipes(args, paths: dict[str, Path]) -> tuple[dict, dict[str, list[float]] | None]:
+    """What both files say, checked against each other and the base: (recipe, timesteps by phase).
+
+    Files that were not trained here say nothing: the pipeline's defaults, and None for the timesteps.
+    """
+    recipes = {phase: glance.read_recipe(path, required=False) for phase, path in paths.items()}
+    silent = [str(paths[phase]) for phase, recipe in recipes.items() if recipe is None]
+    if len(silent) == 1:
+        raise InputError(
+            f"{silent[0]}: carries no Glance recipe, but the other file does; give two that were trained together"
+        )
+    if silent:
+        ask.read_model_index(args.pretrained_model_name_or_path, **load_arguments(args))
+        nothing = dict.fromkeys(("height", "width", "guidance_scale")) | {"pipeline_kwargs": {}, "num_base_steps": 50}
+        return nothing, args.custom_timesteps
+    if args.custom_timesteps:
+        for phase, recipe in recipes.items():
+            recipe["timesteps"] = args.custom_timesteps[phase]
+    check_pair(recipes, paths)
+    check_base(args, recipes["slow"])
+    return recipes["slow"], {phase: recipe["timesteps"] for phase, recipe in recipes.items()}
 
 
 def load_arguments(args) -> dict:
@@ -136,7 +180,7 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> Diffusi
     for phase, path in paths.items():
         check_fits(pipe.transformer, path)
         pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=phase)
-    pipe.transformer.disable_lora()
+    glance.activate_adapter(pipe.transformer, None)
     if args.enable_vae_tiling:
         pipe.vae.enable_tiling()
     if args.enable_sequential_cpu_offload:
@@ -154,6 +198,10 @@ def check_fits(transformer, path: Path) -> None:
     layers = dict(transformer.named_modules())
     with safe_open(path, framework="pt") as file:
         for name in file.keys():
+            if name.endswith(".alpha"):
+                raise InputError(
+                    f"{path}: it holds {name}, which diffusers ignores for some models; fold it into lora_B"
+                )
             layer, _, kind = name.removeprefix("transformer.").partition(".lora_")
             module = layers.get(layer)
             module = getattr(module, "base_layer", module)
@@ -212,7 +260,7 @@ def check_output(args) -> Path:
         raise InputError(f"--output {output}: not an image file name; end it in .png, .jpg or .webp")
     if output.is_dir():
         raise InputError(f"--output {output}: a folder; name a file in it")
-    glance.check_writable(output.parent, "--output")
+    cli.check_writable(output.parent, "--output")
     return output
 
 
@@ -224,15 +272,12 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    glance.set_up_logging()
+    cli.set_up_logging()
     paths = find_loras(args)
-    recipes = {phase: glance.read_recipe(path) for phase, path in paths.items()}
-    check_pair(recipes, paths)
-    recipe = recipes["slow"]
-    check_base(args, recipe)
+    recipe, schedule = read_recipes(args, paths)
     output = check_output(args)
     height, width = args.height or recipe["height"], args.width or recipe["width"]
-    if (height, width) != (recipe["height"], recipe["width"]):
+    if recipe["height"] and (height, width) != (recipe["height"], recipe["width"]):
         trained = f"{recipe['width']}x{recipe['height']}"
         logger.warning(f"{width}x{height} was asked, {trained} was trained: the schedule is that of {trained}")
     guidance = recipe["guidance_scale"] if args.guidance_scale is None else args.guidance_scale
@@ -245,7 +290,8 @@ def main(argv: list[str] | None = None):
     jobs = [(prompt, args.seed + image) for prompt in args.prompts for image in range(args.num_images)]
     calls = [ask.call_arguments(pipe, prompt, height, width, guidance, extra) for prompt, _ in jobs]
     ask.check_call(pipe, **calls[0])
-    schedule = {phase: recipes[phase]["timesteps"] for phase in glance.PHASES}
+    if schedule is None:
+        schedule = glance.derive_timesteps(ask.ask_timesteps(pipe, recipe["num_base_steps"], **calls[0]))
     steps = sum(map(len, schedule.values()))
     counter = Counter(pipe.transformer)
     with state.split_between_processes(list(range(len(jobs)))) as mine:
@@ -255,7 +301,7 @@ def main(argv: list[str] | None = None):
             row = []
             for count in (recipe["num_base_steps"], steps) if args.compare else ():
                 row.append((f"base, {count} steps", *timed(pipe, counter, call, seed, num_inference_steps=count)))
-            with glance.glance_inference(pipe, schedule) as kwargs:
+            with glance.glance_inference(pipe, schedule, args.lora_scale) as kwargs:
                 row.append((f"Glance, {steps} steps", *timed(pipe, counter, call, seed, **kwargs)))
             rows.append(row)
             if not args.compare:
@@ -269,4 +315,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    glance.run(main)
+    cli.run(main)

@@ -27,6 +27,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 import ask_pipeline as ask
+import command_line as cli
 import glance_utils as glance
 from checkpoints import check_settings, load_checkpoint, save_checkpoint
 from glance_utils import InputError
@@ -38,15 +39,13 @@ logger = get_logger(__name__)
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = glance.Parser(description="Train Glance's Slow-LoRA and Fast-LoRA on one image and its caption.")
+    parser = cli.Parser(description="Train Glance's Slow-LoRA and Fast-LoRA on one image and its caption.")
     add = parser.add_argument
     # model
     add("--pretrained_model_name_or_path", help="a diffusers pipeline: folder or hub id")
     add("--revision", help="git revision of the model on the hub")
     add("--variant", help="variant of the weight files, for example fp16")
-    add(
-        "--pipeline_kwargs", type=glance.json_object, default={}, help="JSON: further arguments of the pipeline's call"
-    )
+    add("--pipeline_kwargs", type=cli.json_object, default={}, help="JSON: further arguments of the pipeline's call")
     add("--guidance_scale", type=float, help="the pipeline's own by default")
     # data: one image and its caption
     add("--instance_image", help="the image file")
@@ -57,9 +56,9 @@ def parse_args(argv: list[str] | None = None):
     add("--dataset_index", type=int, default=0)
     add("--image_column", default="image")
     add("--caption_column", default="text")
-    add("--resolution", type=glance.positive(int), help="height and width in pixels; 1024 if nothing else is said")
-    add("--height", type=glance.positive(int))
-    add("--width", type=glance.positive(int))
+    add("--resolution", type=cli.positive(int), help="height and width in pixels; 1024 if nothing else is said")
+    add("--height", type=cli.positive(int))
+    add("--width", type=cli.positive(int))
     # schedule
     add(
         "--phase",
@@ -70,23 +69,23 @@ def parse_args(argv: list[str] | None = None):
     add("--flow_timesteps_mode", choices=("stratified", "random"), default="stratified")
     add(
         "--num_base_steps",
-        type=glance.positive(int),
+        type=cli.positive(int),
         default=50,
         help="steps of the schedule that Glance's ten are picked from",
     )
     # LoRA
-    add("--rank", "--lora_rank", type=glance.positive(int), default=32)
-    add("--lora_alpha", type=glance.positive(float), help="the rank by default")
+    add("--rank", "--lora_rank", type=cli.positive(int), default=32)
+    add("--lora_alpha", type=cli.positive(float), help="the rank by default")
     add(
         "--lora_layers", help="comma-separated names of linear layers; attention, MLP output and modulation by default"
     )
     # training
     add("--output_dir", default="output/glance")
-    add("--seed", type=glance.seed, default=0)
-    add("--max_train_steps", type=glance.positive(int), default=60, help="per phase")
-    add("--train_batch_size", type=glance.positive(int), default=1)
-    add("--gradient_accumulation_steps", type=glance.positive(int), default=1)
-    add("--learning_rate", type=glance.positive(float), default=3e-4)
+    add("--seed", type=cli.seed, default=0)
+    add("--max_train_steps", type=cli.positive(int), default=60, help="per phase")
+    add("--train_batch_size", type=cli.positive(int), default=1)
+    add("--gradient_accumulation_steps", type=cli.positive(int), default=1)
+    add("--learning_rate", type=cli.positive(float), default=3e-4)
     add(
         "--lr_scheduler",
         choices=[kind.value for kind in SchedulerType if kind.value != "piecewise_constant"],
@@ -94,13 +93,13 @@ def parse_args(argv: list[str] | None = None):
     )
     add("--lr_warmup_steps", type=int, default=0)
     add("--adam_weight_decay", type=float, default=1e-2)
-    add("--max_grad_norm", type=glance.positive(float), default=1.0)
+    add("--max_grad_norm", type=cli.positive(float), default=1.0)
     add("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW8bit")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="dtype of the frozen base")
     add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
     # checkpoints, logs, hub
-    add("--checkpointing_steps", type=glance.positive(int), help="write a checkpoint every so many steps")
-    add("--checkpoints_total_limit", type=glance.positive(int), help="keep this many")
+    add("--checkpointing_steps", type=cli.positive(int), help="write a checkpoint every so many steps")
+    add("--checkpoints_total_limit", type=cli.positive(int), help="keep this many")
     add("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
     add("--report_to", choices=("none", *(kind.value for kind in LoggerType)), default="none")
     add("--logging_dir", default="logs", help="inside output_dir")
@@ -333,7 +332,7 @@ def main(argv: list[str] | None = None):
     phases = args.custom_timesteps
     folders = {phase: output_dir / phase if len(phases) == 2 else output_dir for phase in phases}
     for folder in (output_dir, *folders.values()):
-        glance.check_writable(folder, "--output_dir")
+        cli.check_writable(folder, "--output_dir")
 
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -345,7 +344,7 @@ def main(argv: list[str] | None = None):
         # block of some transformers makes text tokens that nothing reads.
         kwargs_handlers=[AutocastKwargs(enabled=False), DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    glance.set_up_logging()
+    cli.set_up_logging()
     if accelerator.device.type == "cuda" and args.mixed_precision != "no":
         torch.set_float32_matmul_precision("high")  # TF32 for the LoRA's float32 products
 
@@ -396,4 +395,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    glance.run(main)
+    cli.run(main)

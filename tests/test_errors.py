@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import make_flux
 
+import command_line as cli
 import glance_utils as glance
 import infer_glance
 import train_glance_lora
@@ -323,6 +324,12 @@ def loras(trained, tmp_path_factory):
     wrong("arguments a list", pipeline_kwargs=[1])
     wrong("argument is ours", pipeline_kwargs={"latents": 1})
     wrong("another height", height=64)
+    wrong("alpha")
+    weights = load_file(slow)
+    layer = next(name for name in weights if "lora_A" in name).removesuffix(".lora_A.weight")
+    for phase in PHASES:  # as other trainers write them: no recipe, alpha beside the matrices
+        path = root / "alpha" / phase / glance.WEIGHT_NAME
+        save_file(load_file(good / phase / glance.WEIGHT_NAME) | {f"{layer}.alpha": torch.tensor(4.0)}, path)
     wrong("another base", base_model="somewhere/else")
     for phase in PHASES:
         forge(
@@ -368,7 +375,14 @@ INFERENCE = {
     "LoRA truncated": (pair_in("truncated"), "truncated"),
     "LoRA is text": (pair_in("text"), "safetensors"),
     "LoRA is empty": (pair_in("empty"), "safetensors"),
-    "no recipe": (pair_in("no recipe"), "recipe"),
+    "one with a recipe, one without": (pair_in("no recipe"), "no recipe"),
+    "LoRA with alpha": (pair_in("alpha"), ".alpha"),
+    "weight name missing": ({"slow_weight_name": "other.safetensors"}, "other.safetensors"),
+    "LoRA not on the hub": ({"lora": "nobody/nothing"}, "nobody/nothing"),
+    "one list": ({"flow_custom_timesteps": "1000,900"}, "one list"),
+    "lists ascending": ({"flow_custom_timesteps": "1000,900;950,100"}, "descending"),
+    "scale of three": ({"lora_scale": "1,2,3"}, "'1,2,3'"),
+    "scale nan": ({"lora_scale": "nan"}, "'nan'"),
     "recipe: phase x": (pair_in("phase x"), "'x'"),
     "recipe: no phase": (pair_in("no phase"), "phase"),
     "recipe: timesteps ascending": (pair_in("ascending"), "descending"),
@@ -484,7 +498,7 @@ def test_a_diverged_run_ends_with_exit_code_1(nan_base, pair, tmp_path, monkeypa
     )
     monkeypatch.setattr(sys, "argv", ["somewhere/train_glance_lora.py", *arguments])
     with pytest.raises(SystemExit) as end:
-        glance.run(train_glance_lora.main)
+        cli.run(train_glance_lora.main)
     assert end.value.code == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("train_glance_lora.py: error: ") and "timestep" in last

@@ -10,6 +10,7 @@ from conftest import flags
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from peft.tuners.lora import LoraLayer
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import ask_pipeline as ask
 import glance_utils as glance
@@ -357,3 +358,45 @@ def test_call_arguments_are_the_pipelines_own(pipelines):
     arguments = ask.call_arguments(pipe, "x", 32, 48, None, {"skip_layer_guidance_scale": 1.0})
     assert arguments == {"prompt": "x", "height": 32, "width": 48, "skip_layer_guidance_scale": 1.0}
     assert ask.call_arguments(pipe, "x", 32, 48, 3.0, {})["guidance_scale"] == 3.0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# LoRA files that were not trained here
+
+
+@pytest.fixture
+def foreign(trained, tmp_path):
+    """foreign(scale): the trained pair without recipe, under other names, lora_B divided by `scale`."""
+
+    def call(scale=1.0):
+        folder = tmp_path / f"foreign-{scale:g}"
+        folder.mkdir()
+        for phase in PHASES:
+            weights = load_file(trained() / phase / glance.WEIGHT_NAME)
+            weights = {name: value / scale if "lora_B" in name else value for name, value in weights.items()}
+            save_file(weights, folder / f"glance-{phase}.safetensors")
+        names = {f"{phase}_weight_name": f"glance-{phase}.safetensors" for phase in PHASES}
+        return {"lora": folder, "height": 32, "width": 32, "guidance_scale": 3.5} | names
+
+    return call
+
+
+def test_files_without_recipe_walk_the_derived_schedule(trained, foreign, infer):
+    wanted = pixels(infer(lora=trained()))
+    assert np.array_equal(pixels(infer(**foreign())), wanted)
+
+
+def test_lora_scale_brings_back_a_strength_that_was_not_saved(trained, foreign, infer):
+    wanted = pixels(infer(lora=trained()))
+    weak = foreign(4.0)
+    assert not np.array_equal(pixels(infer(**weak)), wanted)
+    assert np.array_equal(pixels(infer(**weak, lora_scale="4.0")), wanted)
+    assert np.array_equal(pixels(infer(**weak, lora_scale="4,4")), wanted)
+    assert not np.array_equal(pixels(infer(**weak, lora_scale="4,1")), wanted)
+
+
+def test_a_given_schedule_wins_over_the_files_own(trained, foreign, infer, seen_adapters, tmp_path):
+    for files in ({"lora": trained()}, foreign()):
+        seen_adapters.clear()
+        infer(**files, flow_custom_timesteps="1000,950,900;800,400")
+        assert seen_adapters == ["slow"] * 3 + ["fast"] * 2
