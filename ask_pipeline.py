@@ -8,11 +8,12 @@ needs computing, its transformer bypassed. Training through the pipeline sees ex
 import contextlib
 import importlib
 import inspect
-from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
+from diffusers.guiders import BaseGuidance
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from PIL import Image
@@ -20,11 +21,11 @@ from PIL import Image
 from glance_utils import FixedSigmaScheduler, InputError, first_line
 
 
-class _Probe(FixedSigmaScheduler):
+class Probe(FixedSigmaScheduler):
     """A schedule whose step is a function (index, model_output, sample) -> next sample."""
 
-    def __init__(self, sigmas: list[float], on_step):
-        super().__init__(sigmas)
+    def __init__(self, sigmas: list[float], on_step, told: list[float] | None = None):
+        super().__init__(sigmas, told)
         self.on_step = on_step
         self.calls = 0
 
@@ -34,19 +35,19 @@ class _Probe(FixedSigmaScheduler):
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample)  # serves [0] and .prev_sample alike
 
 
-class _Answer(BaseException):
+class Answer(BaseException):
     """Carries an answer out of a pipeline's call and ends it."""
 
 
 @contextlib.contextmanager
 def replaced(owner, name: str, value):
     """Set an attribute on an instance and put things back as they were, instance attribute or none."""
-    before = vars(owner).get(name, _Answer)
+    before = vars(owner).get(name, Answer)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if before is _Answer:
+        if before is Answer:
             delattr(owner, name)
         else:
             setattr(owner, name, before)
@@ -75,6 +76,18 @@ def accepted_arguments(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(type(pipe).__call__).parameters)
 
 
+def batch_argument(pipe: DiffusionPipeline) -> str:
+    """What its call names the number of pictures of one prompt."""
+    return "num_images_per_prompt" if "num_images_per_prompt" in accepted_arguments(pipe) else "num_videos_per_prompt"
+
+
+def first_picture(output) -> Image.Image:
+    """The first picture of what a pipeline returned for output_type="pil", of a video its first frame."""
+    while not isinstance(output, Image.Image):
+        output = output[0]
+    return output
+
+
 def read_model_index(path: str, **load_kwargs) -> dict:
     """A pipeline's model_index.json; InputError where there is none."""
     try:
@@ -88,22 +101,24 @@ def read_model_index(path: str, **load_kwargs) -> dict:
 def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **load_kwargs) -> DiffusionPipeline:
     """A pipeline whose transformer has a config but no weights (meta device): enough for all but velocity.
 
-    The VAE is float32, since half precision costs latents accuracy; the rest is `dtype`. InputError where `path` is
-    not a diffusers pipeline with a flow-matching transformer.
+    So has any other model of its class, which some pipelines keep for guidance. The VAE is float32, since half
+    precision costs latents accuracy; the rest is `dtype`. InputError where `path` is not a diffusers pipeline with a
+    flow-matching transformer.
     """
     config = read_model_index(path, **load_kwargs)
     library, name = config.get("transformer") or (None, None)
     if library is None:
         raise InputError(f"{path}: {config.get('_class_name')} has no transformer; Glance needs a flow-matching one")
     with loading(path):
-        transformer_class = getattr(importlib.import_module(library), name)
-        with init_empty_weights():
-            transformer = transformer_class.from_config(
-                transformer_class.load_config(path, subfolder="transformer", **load_kwargs)
-            )
+        transformer_class, denoisers = getattr(importlib.import_module(library), name), {}
+        for part in [part for part, kind in config.items() if kind == config["transformer"]]:
+            with init_empty_weights():
+                denoisers[part] = transformer_class.from_config(
+                    transformer_class.load_config(path, subfolder=part, **load_kwargs)
+                ).to(dtype)
         pipe = DiffusionPipeline.from_pretrained(
             path,
-            transformer=transformer.to(dtype),
+            **denoisers,
             dtype={"vae": torch.float32, "default": dtype},
             **load_kwargs,
         )
@@ -135,62 +150,158 @@ def check_call(pipe: DiffusionPipeline, **kwargs) -> None:
         dry_step(pipe, **kwargs)
     except InputError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{type(pipe).__name__} refuses the call: {first_line(error)}") from error
 
 
-def run_pipeline(pipe: DiffusionPipeline, scheduler, forward=_no_prediction, **kwargs):
-    """The pipeline's own `__call__` without its no_grad, with this scheduler and this transformer forward."""
+def further_denoisers(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """Models of the transformer's class beside it: some pipelines keep one for guidance."""
+    kind = type(pipe.transformer)
+    return {name: part for name, part in pipe.components.items() if type(part) is kind and name != "transformer"}
+
+
+@contextlib.contextmanager
+def guiders_off(pipe: DiffusionPipeline):
+    """Disable the guiders among the pipeline's components, where guidance is a component and no argument."""
+    guiders = [part for part in pipe.components.values() if isinstance(part, BaseGuidance) and part._enabled]
+    for guider in guiders:
+        guider.disable()
+    try:
+        yield
+    finally:
+        for guider in guiders:
+            guider.enable()
+
+
+def run_pipeline(pipe, scheduler, forward=_no_prediction, further_forward=_no_prediction, guiders=True, **kwargs):
+    """The pipeline's own `__call__` without its no_grad, with this scheduler and this transformer forward; further
+    denoisers have no say, unless `further_forward` is given."""
     call = getattr(type(pipe).__call__, "__wrapped__", None)
     if call is None:
         raise InputError(f"{type(pipe).__name__}.__call__ is not wrapped in torch.no_grad: gradients cannot pass")
     pipe.set_progress_bar_config(disable=True)
     kwargs = {"output_type": "latent", "generator": torch.Generator().manual_seed(0)} | kwargs
-    with replaced(pipe, "scheduler", scheduler), replaced(pipe.transformer, "forward", forward):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.nullcontext() if guiders else guiders_off(pipe))
+        stack.enter_context(replaced(pipe, "scheduler", scheduler))
+        stack.enter_context(replaced(pipe.transformer, "forward", forward))
+        for denoiser in further_denoisers(pipe).values():
+            stack.enter_context(replaced(denoiser, "forward", further_forward))
         return call(pipe, **kwargs)
 
 
 def dry_step(pipe: DiffusionPipeline, forward=_no_prediction, **kwargs) -> None:
     """One step of the pipeline in which nothing is computed but what comes before it: the prompt's encoding."""
-    probe = _Probe([1.0], lambda index, model_output, sample: sample)
+    probe = Probe([1.0], lambda index, model_output, sample: sample)
     with torch.no_grad():
         run_pipeline(pipe, probe, forward, num_inference_steps=1, **kwargs)
+
+
+def freeable_components(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """Every model but the denoisers."""
+    kept = {"transformer", *further_denoisers(pipe)}
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return {name: part for name, part in models.items() if name not in kept}
 
 
 def remember_prompts(pipe: DiffusionPipeline) -> None:
     """Let the pipeline encode each prompt once, without gradients, and hand the result back ever after.
 
-    The text encoders can then be freed; a prompt that was never seen before raises RuntimeError.
+    Every method of the pipeline that uses a text encoder, to encode a prompt or to rewrite it, remembers what it
+    answered. The text encoders can then be freed; a prompt that was never seen before raises RuntimeError.
     """
-    encode, known = pipe.encode_prompt, {}
+    encoders = set(freeable_components(pipe)) - {"vae"}
+    for kind in reversed(type(pipe).__mro__):
+        if issubclass(kind, DiffusionPipeline) and kind is not DiffusionPipeline:
+            for name, method in vars(kind).items():
+                method = inspect.unwrap(method) if inspect.isfunction(method) else None
+                if method and not name.startswith("__") and encoders & set(method.__code__.co_names):
+                    setattr(pipe, name, _remembered(pipe, getattr(pipe, name)))
 
-    def encode_prompt(*args, **kwargs):
-        arguments = inspect.signature(encode).bind(*args, **kwargs).arguments
-        key = repr(sorted((name, value) for name, value in arguments.items() if name != "device"))
+
+def _remembered(pipe: DiffusionPipeline, method):
+    known = {}
+
+    def remembered(*args, **kwargs):
+        arguments = inspect.signature(method).bind(*args, **kwargs).arguments
+        if any(isinstance(value, torch.Tensor) for value in arguments.values()):
+            return method(*args, **kwargs)
+        key = repr(sorted((name, value) for name, value in arguments.items() if name not in ("device", "generator")))
         if key not in known:
-            if pipe.components.get("text_encoder") is None:
-                raise RuntimeError("this prompt was not encoded before the text encoders were freed")
-            with torch.no_grad():
-                known[key] = encode(*args, **kwargs)
+            try:
+                with torch.no_grad():
+                    known[key] = method(*args, **kwargs)
+            except (TypeError, AttributeError) as error:
+                if any(isinstance(part, _Freed) for part in pipe.components.values()):
+                    raise RuntimeError("this prompt was not encoded before the text encoders were freed") from error
+                raise
         return known[key]
 
-    pipe.encode_prompt = encode_prompt
+    return remembered
+
+
+class _Freed:
+    """Stands where a model was that has been freed: pipelines still ask whether it is there, and its dtype."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.dtype, self.device, self.config = model.dtype, model.device, getattr(model, "config", None)
 
 
 def free_components(pipe: DiffusionPipeline) -> None:
     """Drop every model but the transformer: what they had to say is known."""
-    for name, component in pipe.components.items():
-        if isinstance(component, torch.nn.Module) and name != "transformer":
-            setattr(pipe, name, None)
+    for name, component in freeable_components(pipe).items():
+        setattr(pipe, name, _Freed(component))
 
 
 def ask_timesteps(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[float]:
-    """The timesteps (0..1000) that the pipeline walks in `num_steps` steps at this size, from a dry run of it."""
+    """The timesteps (0..1000), 1000 * sigma, that the pipeline walks in `num_steps` steps at this size."""
+    walked = [timestep for timestep, _ in _ask_walk(pipe, num_steps, **kwargs)]
+    if max(walked) > 1000:
+        raise InputError(f"{type(pipe).__name__} walks from {max(walked):g}; a rectified flow stays within 0..1000")
+    return walked
+
+
+def check_instantaneous(pipe: DiffusionPipeline, **kwargs) -> None:
+    """InputError where the transformer is told where a step ends: it then predicts an average over the step, as
+    MeanFlow does, and not the velocity at a point that the flow-matching loss trains."""
+    told = []
+
+    def forward(*args, **inputs):
+        told[-1].append({name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+        return _no_prediction(*args, **inputs)
+
+    for end in (0.5, 0.25):
+        told.append([])
+        probe = Probe([1.0, end], lambda index, model_output, sample: sample)
+        with torch.no_grad():
+            run_pipeline(pipe, probe, forward, num_inference_steps=2, **kwargs)
+    for name, value in told[0][0].items():
+        if not torch.equal(value, told[1][0][name]):
+            raise InputError(
+                f"{type(pipe).__name__}: its model is told, as {name}, where a step ends; Glance needs a velocity"
+            )
+
+
+def ask_told(pipe: DiffusionPipeline, num_steps: int, **kwargs):
+    """Function of sigmas: the timesteps that the model is told at them, None where they are 1000 * sigma.
+
+    Some pipelines shift the sigmas of their schedule, but not the timesteps that go with them.
+    """
+    walk = _ask_walk(pipe, num_steps, **kwargs)
+    if all(timestep == told for timestep, told in walk):
+        return lambda sigmas: None
+    timesteps, told = zip(*sorted({(0.0, 0.0), (1000.0, 1000.0), *walk}))
+    return lambda sigmas: np.interp([1000 * sigma for sigma in sigmas], timesteps, told).tolist()
+
+
+def _ask_walk(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[tuple[float, float]]:
+    """(1000 * sigma, what the model is told) of each of `num_steps` steps, from a dry run of the pipeline."""
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     walked = []
 
     def step(model_output, timestep, sample, *args, **kwargs):
-        walked.append(float(timestep))
+        told, timestep = float(timestep), 1000 * float(scheduler.sigmas[len(walked)])
+        walked.append((told if abs(told - timestep) < 1 else timestep, told))  # some round it
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample)
 
     scheduler.step = step
@@ -202,137 +313,49 @@ def ask_timesteps(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[flo
 def ask_single_branch(pipe: DiffusionPipeline, **kwargs) -> dict:
     """Call arguments that switch classifier-free guidance off, {} where the pipeline uses none or an embedded scale.
 
-    The transformer's calls and their batch are counted in a dry step: two calls, or a doubled batch, is
-    classifier-free guidance; the flow loss trains the conditional branch alone.
+    The flow loss trains the conditional branch alone. Two model calls in a step, or a doubled batch, are
+    classifier-free guidance, unless the velocity depends on one sample of them: 1 * conditional + 0 * unconditional.
     """
-    batches, tried = [], []
-
-    def count(*args, **inputs):
-        output = _no_prediction(*args, **inputs)
-        batches.append(len(output.sample))
-        return output
-
-    accepted = accepted_arguments(pipe)
+    tried, accepted = [], {*accepted_arguments(pipe), "guiders"}  # the last is run_pipeline's own
     for off in (
         {},
         {"guidance_scale": 1.0},
         {"guidance_scale": 0.0},
         {"true_cfg_scale": 1.0},
         {"negative_prompt": None},
+        {"guiders": False},
     ):
-        if not set(off) <= set(accepted):
+        if not set(off) <= accepted:
             continue
-        batches.clear()
-        dry_step(pipe, count, **kwargs | off)
-        if batches == [1]:
+        batches, velocity = _made_up_step(pipe, None, **kwargs | off)
+        samples = sum(batches) if batches != [1] else 0
+        changes = [_made_up_step(pipe, index, **kwargs | off)[1] - velocity for index in range(samples)]
+        if batches == [1] or sum(bool(change.abs().max() > 0.1) for change in changes) == 1:
             return off
         tried.append(f"{off or 'as it is'}: {len(batches)} calls of batch {batches}")
     raise InputError(f"{type(pipe).__name__}: guidance cannot be switched off ({'; '.join(tried)})")
 
 
-@dataclass
-class LatentLayout:
-    """How final latents become `vae.decode`'s input: z = scale * latents[source] + shift, all flattened."""
+def _made_up_step(pipe: DiffusionPipeline, changed: int | None, **kwargs) -> tuple[list[int], torch.Tensor]:
+    """The batches of a dry step's model calls, and its velocity where each sample's prediction is made up, that of
+    the sample `changed` a little otherwise."""
+    batches, velocities = [], []
 
-    latents_shape: torch.Size  # (1, ...), what the denoising loop holds
-    z_shape: torch.Size  # (1, C, H, W), with a frame axis for some VAEs
-    source: torch.Tensor  # int64 (N,), which latents element each z element comes from
-    scale: torch.Tensor  # float32 (N,)
-    shift: torch.Tensor  # float32 (N,)
+    def forward(*args, **inputs):
+        output = _no_prediction(*args, **inputs)
+        for index, sample in enumerate(output.sample, sum(batches)):
+            sample.copy_(torch.randn(sample.shape, generator=torch.Generator().manual_seed(index)))
+            sample += index == changed
+        batches.append(len(output.sample))
+        return output
 
-    def latents_from(self, z: torch.Tensor) -> torch.Tensor:
-        """What the VAE encoded, in the layout in which the pipeline denoises, float32."""
-        latents = torch.empty(z.numel(), device=z.device)
-        latents[self.source] = (z.float().flatten() - self.shift) / self.scale
-        return latents.reshape(self.latents_shape)
+    def on_step(index, model_output, sample):
+        velocities.append(model_output.float())
+        return sample
 
-
-def _decode_input(pipe: DiffusionPipeline, final_latents, **kwargs) -> torch.Tensor:
-    """What reaches `vae.decode`, in float32, when the denoising loop ends with `final_latents(sample)`."""
-
-    def decode(z, *args, **kwargs):
-        raise _Answer(z.float())
-
-    probe = _Probe([1.0], lambda index, model_output, sample: final_latents(sample))
-    with replaced(pipe.vae, "decode", decode), torch.no_grad():
-        try:
-            run_pipeline(pipe, probe, num_inference_steps=1, output_type="pt", **kwargs)
-        except _Answer as answer:
-            return answer.args[0]
-    raise InputError(f"{type(pipe).__name__}: asked how it decodes its latents, but it never called vae.decode")
-
-
-def ask_layout(pipe: DiffusionPipeline, **kwargs) -> LatentLayout:
-    """Read the latents' layout off the pipeline's decode path, which only permutes, scales and shifts them.
-
-    Dry runs end with all zeros (the shift), all ones (the scale) and the base-32 digits of each element's index (the
-    permutation): digits stay exact in any precision, where one float ramp over 262,144 elements would not.
-    """
-    shapes = []
-
-    def constant(value):
-        def final_latents(sample):
-            shapes.append(sample.shape)
-            return torch.full(sample.shape, value, device=sample.device)
-
-        return final_latents
-
-    shift = _decode_input(pipe, constant(0.0), **kwargs)
-    z_shape, latents_shape, count = shift.shape, shapes[0], shapes[0].numel()
-    shift = shift.flatten()
-    fits = shift.numel() == count
-    if fits:
-        scale = _decode_input(pipe, constant(1.0), **kwargs).flatten() - shift
-        source = torch.zeros(count, dtype=torch.long, device=shift.device)
-        fits = bool((scale.abs() > 1e-6).all())
-    place = 1
-    while fits and place < count:
-
-        def digits(sample, place=place):
-            return (torch.arange(count, device=sample.device).reshape(sample.shape) // place % 32).float()
-
-        found = (_decode_input(pipe, digits, **kwargs).flatten() - shift) / scale
-        fits = bool((found - found.round()).abs().max() < 0.2)
-        source += found.round().long() * place
-        place *= 32
-    if not fits or not torch.equal(source.sort().values, torch.arange(count, device=source.device)):
-        raise InputError(
-            f"{type(pipe).__name__}: between its latents {tuple(latents_shape)} and vae.decode's {tuple(z_shape)} "
-            "it does more than permute, scale and shift; an image cannot be put into its layout"
-        )
-    return LatentLayout(latents_shape, z_shape, source, scale, shift)
-
-
-def encode_image(pipe: DiffusionPipeline, image: torch.Tensor, layout: LatentLayout, **kwargs) -> torch.Tensor:
-    """Latents (1, ...), float32, of an image (1, 3, H, W) in -1..1, as the denoising loop holds them.
-
-    They are sent down the pipeline's decode path once more; InputError where it does not return what the VAE encoded.
-    """
-    vae = pipe.vae
-    frames = [1] * (len(layout.z_shape) - 4)
     with torch.no_grad():
-        encoded = vae.encode(image.reshape(*image.shape[:2], *frames, *image.shape[2:]).to(vae.device, vae.dtype))
-    if hasattr(encoded, "latent_dist"):
-        z = encoded.latent_dist.mode().float()
-    else:
-        z = (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float()
-    if z.shape != layout.z_shape:
-        raise InputError(
-            f"an image of {image.shape[-1]}x{image.shape[-2]} has latents {tuple(z.shape)}, but {type(pipe).__name__} "
-            f"decodes {tuple(layout.z_shape)} at that size; choose a height and width that are multiples of 32"
-        )
-    latents = layout.latents_from(z)
-    error = (_decode_input(pipe, lambda sample: latents, **kwargs) - z).abs().max().item()
-    if error > 1e-2 * max(1.0, z.abs().max().item()):
-        raise InputError(f"{type(pipe).__name__}: the image's latents come back from its decode path {error:.3g} off")
-    return latents
-
-
-def decode(pipe: DiffusionPipeline, latents: torch.Tensor, **kwargs) -> Image.Image:
-    """The picture of final latents (1, ...), by the pipeline's own decode path."""
-    probe = _Probe([1.0], lambda index, model_output, sample: latents.to(pipe.vae.dtype))
-    with torch.no_grad():
-        return run_pipeline(pipe, probe, num_inference_steps=1, output_type="pil", **kwargs).images[0]
+        run_pipeline(pipe, Probe([1.0], on_step), forward, forward, num_inference_steps=1, **kwargs)
+    return batches, velocities[0]
 
 
 class PipelineVelocity(torch.nn.Module):
@@ -343,30 +366,36 @@ class PipelineVelocity(torch.nn.Module):
     `scheduler.step` is the velocity: unpacked, un-negated, exactly what inference will integrate.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, **kwargs):
+    def __init__(self, pipe: DiffusionPipeline, told=lambda sigmas: None, **kwargs):
         super().__init__()
         self.pipe = pipe
+        self.told = told
         self.transformer = pipe.transformer  # a submodule, so that DDP and FSDP see its parameters
         self.kwargs = kwargs
 
     def forward(self, noisy: torch.Tensor, sigma: float) -> torch.Tensor:
         """noisy (B, ...) float32, sigma in (0, 1] -> velocity (B, ...) in the pipeline's dtype."""
-        velocity = None
+        velocity, asked = None, False
 
         def on_step(index, model_output, sample):
-            nonlocal velocity
             if index == 0:
                 return noisy.to(sample)
-            velocity = model_output
-            return sample
+            raise Answer(model_output)  # what some pipelines do to the final latents needs the VAE, which was freed
 
-        probe, predict = _Probe([sigma, sigma], on_step), self.transformer.forward
+        probe, predict = Probe([sigma, sigma], on_step, self.told([sigma, sigma])), self.transformer.forward
 
         def forward(*args, **kwargs):
-            return (predict if probe.calls else _no_prediction)(*args, **kwargs)
+            nonlocal asked
+            asked = probe.calls > 0
+            return (predict if asked else _no_prediction)(*args, **kwargs)
 
-        batch = {"num_images_per_prompt": len(noisy), "num_inference_steps": 2}
-        run_pipeline(self.pipe, probe, forward, **batch, **self.kwargs)
+        batch = {batch_argument(self.pipe): len(noisy), "num_inference_steps": 2}
+        try:
+            run_pipeline(self.pipe, probe, forward, **batch, **self.kwargs)
+        except Answer as answer:
+            velocity = answer.args[0]
+        if not asked:
+            raise InputError(f"{type(self.pipe).__name__}: at sigma {sigma:g} another model than its transformer acts")
         if velocity is None or velocity.shape != noisy.shape:
             found = "nothing" if velocity is None else tuple(velocity.shape)
             raise InputError(f"{type(self.pipe).__name__}: asked the velocity of {tuple(noisy.shape)}, got {found}")

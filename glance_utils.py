@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.loaders import PeftAdapterMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -144,13 +145,25 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
     pipelines that take `sigmas`.
     """
 
-    def __init__(self, sigmas: list[float]):
+    def __init__(self, sigmas: list[float], told: list[float] | None = None, before_step=lambda index: None):
+        """`told` are the timesteps told to the model where they are not 1000 * sigma; `before_step(index)` is called
+        before each step's model calls."""
         super().__init__()
         self.fixed_sigmas = list(sigmas)
+        self.told = told
         self.init_noise_sigma = 1.0
+        self.before_step = before_step
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
         super().set_timesteps(sigmas=self.fixed_sigmas, device=device)
+        if self.told is not None:
+            self.timesteps = torch.tensor(self.told, dtype=torch.float32, device=device)
+        self.before_step(0)
+
+    def step(self, *args, **kwargs):
+        result = super().step(*args, **kwargs)
+        self.before_step(self.step_index)
+        return result
 
     def scale_model_input(self, sample, timestep=None):
         return sample
@@ -167,13 +180,19 @@ def activate_adapter(transformer, name: str | None, scale: float = 1.0) -> None:
 
 
 @contextlib.contextmanager
-def glance_inference(pipe: DiffusionPipeline, phases: dict[str, list[float]], scales: dict[str, float] | None = None):
+def glance_inference(
+    pipe: DiffusionPipeline,
+    phases: dict[str, list[float]],
+    scales: dict[str, float] | None = None,
+    told=lambda sigmas: None,
+):
     """Run `pipe(...)` inside: one loop over all timesteps, one adapter a phase, exact hand-off between them.
 
         with glance_inference(pipe, {"slow": [...], "fast": [...]}) as kwargs:
             image = pipe(prompt, **kwargs).images[0]
 
-    The adapters are already loaded under the names of `phases`; `scales` are their strengths, 1 by default. Afterwards
+    The adapters are already loaded under the names of `phases`; `scales` are their strengths, 1 by default;
+    `told(sigmas)` are the timesteps told to the model (ask_pipeline.ask_told), 1000 * sigma by default. Afterwards
     the scheduler is the pipeline's own again and no adapter is active.
     """
     scheduler, scales = pipe.scheduler, scales or {}
@@ -183,15 +202,14 @@ def glance_inference(pipe: DiffusionPipeline, phases: dict[str, list[float]], sc
         first_steps[step] = name
         step += len(part)
 
-    def switch(pipe, step, timestep, callback_kwargs):
-        if name := first_steps.get(step + 1):
+    def switch(step):
+        if name := first_steps.get(step):
             activate_adapter(pipe.transformer, name, scales.get(name, 1.0))
-        return callback_kwargs
 
-    activate_adapter(pipe.transformer, first_steps[0], scales.get(first_steps[0], 1.0))
-    pipe.scheduler = FixedSigmaScheduler(timesteps_to_sigmas(timesteps))
+    sigmas = timesteps_to_sigmas(timesteps)
+    pipe.scheduler = FixedSigmaScheduler(sigmas, told(sigmas), switch)
     try:
-        yield {"num_inference_steps": len(timesteps), "callback_on_step_end": switch}
+        yield {"num_inference_steps": len(timesteps)}
     finally:
         pipe.scheduler = scheduler
         activate_adapter(pipe.transformer, None)
@@ -201,23 +219,26 @@ def glance_inference(pipe: DiffusionPipeline, phases: dict[str, list[float]], sc
 # LoRA files: diffusers' format, alpha folded in, the recipe in the header
 
 
-# Attention projections, and what the official Qwen-Image recipe adds: MLP outputs and modulation.
+# All of attention, and what the official Qwen-Image recipe adds: modulation and the output of MLPs.
 DEFAULT_LAYERS = re.compile(
-    r"(to_[qkv]|to_out\.0|to_add_out|add_[qkv]_proj|(ff|ff_context|img_mlp|txt_mlp)\.net\.2|proj_out"
-    r"|(img|txt)_mod\.1|norm(1|1_context)?\.linear)"
+    r"\w*att(n|ention)\w*\.(.+\.)?\w+|to_[qkv]|to_out|proj_out|(img|txt)_mod\.1|norm(1|1_context)?\.linear"
 )
+FEED_FORWARD = re.compile(r"(ff\w*|feed_forward\w*|\w*mlp)\..+")
 
 
 def lora_layers(transformer, names: str | None = None) -> list[str]:
     """Full names of the linear layers in the transformer's blocks to adapt: by default DEFAULT_LAYERS, or those that
     end in one of the comma-separated `names`. InputError lists candidates where nothing matches."""
-    linear = [
-        name
+    linear = {
+        name: module
         for name, module in transformer.named_modules()
         if isinstance(module, torch.nn.Linear) and re.search(r"\.\d+\.", name)
-    ]
+    }
     if names is None:
-        chosen = [name for name in linear if re.fullmatch(rf".+\.\d+\.(.+\.)?{DEFAULT_LAYERS.pattern}", name)]
+        chosen = [name for name, module in linear.items() if _is_default(name, module)]
+        if not chosen:  # it names its layers in its own way: all of its attention
+            kinds = {name: type(module).__name__ for name, module in transformer.named_modules()}
+            chosen = [name for name in linear if "Attention" in kinds[name.rpartition(".")[0]]]
     else:
         endings = tuple("." + name.strip() for name in names.split(",") if name.strip())
         chosen = [name for name in linear if f".{name}".endswith(endings)]
@@ -225,6 +246,29 @@ def lora_layers(transformer, names: str | None = None) -> list[str]:
         kinds = sorted({re.sub(r"^.*\.\d+\.(?=[^\d])", "", name) for name in linear})
         raise InputError(f"--lora_layers {names or 'by default'}: nothing matches; candidates are {', '.join(kinds)}")
     return chosen
+
+
+def _is_default(name: str, module: torch.nn.Linear) -> bool:
+    """Whether a LoRA adapts this layer by default; the output of an MLP is the layer that makes it narrow again."""
+    in_block = name.split(".", 1)[1]
+    if re.search(rf"(^|\.){FEED_FORWARD.pattern}$", in_block):
+        return module.in_features > module.out_features
+    return bool(re.search(rf"(^|\.)({DEFAULT_LAYERS.pattern})$", in_block))
+
+
+def with_adapters(transformer):
+    """The transformer itself, with diffusers' LoRA methods mixed in where its class lacks them."""
+    if not isinstance(transformer, PeftAdapterMixin):
+        kind = type(transformer)
+        transformer.__class__ = type(kind.__name__, (kind, PeftAdapterMixin), {"__module__": kind.__module__})
+    return transformer
+
+
+def load_lora(pipe: DiffusionPipeline, path: Path, adapter: str) -> None:
+    """Load a LoRA file into the transformer, by the pipeline's own loader where it has one."""
+    own = "transformer" in getattr(pipe, "_lora_loadable_modules", ())
+    loader = pipe.load_lora_weights if own else with_adapters(pipe.transformer).load_lora_adapter
+    loader(path.parent, weight_name=path.name, adapter_name=adapter)
 
 
 def replace_file(path: Path, write) -> None:

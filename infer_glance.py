@@ -179,7 +179,7 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> Diffusi
         )
     for phase, path in paths.items():
         check_fits(pipe.transformer, path)
-        pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=phase)
+        glance.load_lora(pipe, path, phase)
     glance.activate_adapter(pipe.transformer, None)
     if args.enable_vae_tiling:
         pipe.vae.enable_tiling()
@@ -214,11 +214,12 @@ def check_fits(transformer, path: Path) -> None:
 
 
 class Counter:
-    """Counts the samples that pass the transformer, so that guidance by a doubled batch counts as two model calls."""
+    """Counts the samples that pass the model, so that guidance by a doubled batch counts as two model calls."""
 
-    def __init__(self, transformer):
+    def __init__(self, pipe):
         self.calls = 0
-        transformer.register_forward_pre_hook(self.count, with_kwargs=True)
+        for denoiser in (pipe.transformer, *ask.further_denoisers(pipe).values()):
+            denoiser.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, module, args, kwargs):
         self.calls += len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
@@ -227,7 +228,8 @@ class Counter:
 def timed(pipe, counter, call: dict, seed: int, **kwargs):
     """One picture, its seconds and model calls."""
     counter.calls, start = 0, time.perf_counter()
-    image = pipe(**call, **kwargs, generator=torch.Generator().manual_seed(seed)).images[0]
+    kwargs |= {"generator": torch.Generator().manual_seed(seed), "output_type": "pil", "return_dict": False}
+    image = ask.first_picture(pipe(**call, **kwargs))
     return image, time.perf_counter() - start, counter.calls
 
 
@@ -267,6 +269,7 @@ def check_output(args) -> Path:
 def save_image(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = Image.registered_extensions()[path.suffix.lower()]
+    image = image.convert("RGB") if kind == "JPEG" else image  # some draw RGBA
     glance.replace_file(path, lambda temporary: image.save(temporary, format=kind))
 
 
@@ -292,8 +295,9 @@ def main(argv: list[str] | None = None):
     ask.check_call(pipe, **calls[0])
     if schedule is None:
         schedule = glance.derive_timesteps(ask.ask_timesteps(pipe, recipe["num_base_steps"], **calls[0]))
+    told = ask.ask_told(pipe, recipe["num_base_steps"], **calls[0])
     steps = sum(map(len, schedule.values()))
-    counter = Counter(pipe.transformer)
+    counter = Counter(pipe)
     with state.split_between_processes(list(range(len(jobs)))) as mine:
         rows = []
         for number in tqdm(mine, desc="images", disable=not state.is_local_main_process):
@@ -301,7 +305,7 @@ def main(argv: list[str] | None = None):
             row = []
             for count in (recipe["num_base_steps"], steps) if args.compare else ():
                 row.append((f"base, {count} steps", *timed(pipe, counter, call, seed, num_inference_steps=count)))
-            with glance.glance_inference(pipe, schedule, args.lora_scale) as kwargs:
+            with glance.glance_inference(pipe, schedule, args.lora_scale, told) as kwargs:
                 row.append((f"Glance, {steps} steps", *timed(pipe, counter, call, seed, **kwargs)))
             rows.append(row)
             if not args.compare:

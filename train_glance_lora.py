@@ -11,6 +11,7 @@ will do: the schedule, the latents and the velocity are asked of the pipeline it
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from PIL import Image
 from tqdm.auto import tqdm
 
+import ask_latents
 import ask_pipeline as ask
 import command_line as cli
 import glance_utils as glance
@@ -148,9 +150,11 @@ class Asked:
     call: dict  # the call's arguments at inference
     train_call: dict  # the same, with classifier-free guidance off
     schedule: dict[str, list[float]]  # timesteps by phase
+    told: Callable  # the timesteps that the model is told at sigmas
     latents: torch.Tensor  # (1, ...) float32
+    noise_scale: float
     layers: list[str]  # names of those that the LoRAs adapt
-    vae_class: type
+    vae: torch.nn.Module | None  # on the CPU, for the preview
 
 
 def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
@@ -159,15 +163,18 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
     where = {"revision": args.revision, "variant": args.variant}
     where = {key: value for key, value in where.items() if value}
     pipe = ask.load_pipeline(args.pretrained_model_name_or_path, dtype, **where)
-    for name, component in pipe.components.items():
-        if isinstance(component, torch.nn.Module) and name != "transformer":
-            component.to(accelerator.device)
+    for component in ask.freeable_components(pipe).values():
+        component.to(accelerator.device)
     call = ask.call_arguments(pipe, caption, *size, args.guidance_scale, args.pipeline_kwargs)
     layers = glance.lora_layers(pipe.transformer, args.lora_layers)
+    if args.gradient_checkpointing and not pipe.transformer._supports_gradient_checkpointing:
+        raise InputError(f"--gradient_checkpointing: {type(pipe.transformer).__name__} has none, so leave it out")
     ask.remember_prompts(pipe)
     ask.check_call(pipe, **call)
+    ask.check_instantaneous(pipe, **call)
     train_call = call | ask.ask_single_branch(pipe, **call)
     derived = glance.derive_timesteps(ask.ask_timesteps(pipe, args.num_base_steps, **call))
+    told = ask.ask_told(pipe, args.num_base_steps, **call)
     schedule = {}
     for phase, custom in args.custom_timesteps.items():
         schedule[phase] = custom or derived[phase]
@@ -177,20 +184,22 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
             logger.warning(
                 f"--flow_custom_timesteps: {phase} is up to {far:.0f} timesteps off this model's own: {own}"
             )
-    layout = ask.ask_layout(pipe, **call)
+    layout = ask_latents.ask_layout(pipe, **call)
     pixels = VaeImageProcessor(do_resize=False).preprocess(image)
-    latents = ask.encode_image(pipe, pixels, layout, **call)
-    ask.dry_step(pipe, **train_call, num_images_per_prompt=args.train_batch_size)  # remembers the training's prompt
-    vae_class, transformer_class = type(pipe.vae), type(pipe.transformer)
+    latents = ask_latents.encode_image(pipe, pixels, layout, **call)
+    noise_scale = ask_latents.ask_noise_scale(pipe, **call)
+    ask.dry_step(pipe, **train_call, **{ask.batch_argument(pipe): args.train_batch_size})  # remembers its prompt
+    vae, transformer_class = getattr(pipe, "vae", None), type(pipe.transformer)
     ask.free_components(pipe)
     with ask.loading(args.pretrained_model_name_or_path):
         pipe.transformer = transformer_class.from_pretrained(
             args.pretrained_model_name_or_path, subfolder="transformer", dtype=dtype, **where
         )
-    pipe.transformer.requires_grad_(False)
+    glance.with_adapters(pipe.transformer).requires_grad_(False)
     if args.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
-    return Asked(pipe, where, call, train_call, schedule, latents, layers, vae_class)
+    vae = vae and vae.cpu()
+    return Asked(pipe, where, call, train_call, schedule, told, latents, noise_scale, layers, vae)
 
 
 def make_recipe(args, asked: Asked, phase: str, size: tuple[int, int]) -> dict:
@@ -258,7 +267,7 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
     phase, transformer, latents = recipe["phase"], asked.pipe.transformer, asked.latents
     parameters = add_adapter(args, asked, phase)
     optimizer, lr_scheduler = make_optimizer(args, parameters)
-    model, optimizer = accelerator.prepare(ask.PipelineVelocity(asked.pipe, **asked.train_call), optimizer)
+    model, optimizer = accelerator.prepare(ask.PipelineVelocity(asked.pipe, asked.told, **asked.train_call), optimizer)
 
     sigmas, accumulation = glance.timesteps_to_sigmas(recipe["timesteps"]), args.gradient_accumulation_steps
     generator = torch.Generator().manual_seed(args.seed + glance.PHASES.index(phase))
@@ -281,7 +290,8 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
     with tqdm(total=args.max_train_steps, initial=start, desc=phase, disable=hidden) as progress:
         for index in range(start * accumulation, count):
             step, sigma = index // accumulation + 1, sigmas[order[index]]
-            noise = torch.randn(shape, generator=generator)[rank * batch : (rank + 1) * batch].to(latents.device)
+            noise = asked.noise_scale * torch.randn(shape, generator=generator)
+            noise = noise[rank * batch : (rank + 1) * batch].to(latents.device)
             with accelerator.accumulate(model):
                 velocity = model(glance.add_noise(latents, noise, sigma), sigma)
                 loss = glance.flow_matching_loss(velocity, latents, noise)
@@ -311,15 +321,19 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
 def draw_preview(args, asked) -> Image.Image:
     """The caption in ten steps, with the LoRA files just written."""
     pipe = asked.pipe
-    pipe.vae = asked.vae_class.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="vae", dtype=torch.float32, **asked.where
-    ).to(pipe.transformer.device)
+    if asked.vae is not None:
+        pipe.vae = asked.vae.to(pipe.transformer.device)
+    for name, denoiser in ask.further_denoisers(pipe).items():
+        loaded = type(denoiser).from_pretrained(
+            args.pretrained_model_name_or_path, subfolder=name, dtype=pipe.transformer.dtype, **asked.where
+        )
+        setattr(pipe, name, loaded.to(pipe.transformer.device))
     for phase in asked.schedule:
-        pipe.load_lora_weights(Path(args.output_dir) / phase, weight_name=glance.WEIGHT_NAME, adapter_name=phase)
-    with glance.glance_inference(pipe, asked.schedule) as kwargs:
+        glance.load_lora(pipe, Path(args.output_dir) / phase / glance.WEIGHT_NAME, phase)
+    with glance.glance_inference(pipe, asked.schedule, told=asked.told) as kwargs:
         generator = torch.Generator().manual_seed(args.seed)
-        latents = pipe(**asked.call, **kwargs, generator=generator, output_type="latent").images
-    return ask.decode(pipe, latents, **asked.call)
+        latents = ask_latents.final_latents(pipe, **asked.call, **kwargs, generator=generator)
+    return ask_latents.decode(pipe, latents, **asked.call)
 
 
 def main(argv: list[str] | None = None):

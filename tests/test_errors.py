@@ -165,9 +165,9 @@ TRAINING = {
     "hub out of reach": ({"push_to_hub": True}, "--push_to_hub output"),
     "tracker unknown": ({"report_to": "nobody"}, "nobody"),
     "tracker not installed": ({"report_to": "comet_ml"}, "pip install comet_ml"),
-    "FLUX at 30 pixels": ({"resolution": 30}, "multiples"),
+    "FLUX at 30 pixels": ({"resolution": 30}, "such as 28x28"),
     "SD3 at 30 pixels": ({"resolution": 30, "base": "sd3"}, "30"),
-    "Qwen-Image at 36 pixels": ({"resolution": 36, "base": "qwen"}, "multiples"),
+    "Qwen-Image at 36 pixels": ({"resolution": 36, "base": "qwen"}, "such as 32x32"),
     # further arguments of the pipeline
     "arguments not JSON": ({"pipeline_kwargs": "{"}, "pipeline_kwargs"),
     "arguments a list": ({"pipeline_kwargs": "[1]"}, "JSON object"),

@@ -1,0 +1,166 @@
+"""How an image becomes latents as a diffusers pipeline denoises them, and back: asked of the pipeline itself.
+
+Between its denoising loop and `vae.decode` a pipeline only permutes, scales and shifts; dry runs show how.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from ask_pipeline import Answer, Probe, first_picture, replaced, run_pipeline
+from glance_utils import InputError
+
+
+@dataclass
+class LatentLayout:
+    """How final latents become `vae.decode`'s input: z = scale * latents[source] + shift, all flattened."""
+
+    latents_shape: torch.Size  # (1, ...), what the denoising loop holds
+    z_shape: torch.Size  # (1, C, H, W), with a frame axis for some VAEs
+    source: torch.Tensor  # int64 (N,), which latents element each z element comes from
+    scale: torch.Tensor  # float32 (N,)
+    shift: torch.Tensor  # float32 (N,)
+
+    def latents_from(self, z: torch.Tensor) -> torch.Tensor:
+        """What the VAE encoded, in the layout in which the pipeline denoises, float32."""
+        latents = torch.empty(z.numel(), device=z.device)
+        latents[self.source] = (z.float().flatten() - self.shift) / self.scale
+        return latents.reshape(self.latents_shape)
+
+
+def _decode_input(pipe: DiffusionPipeline, final_latents, **kwargs) -> torch.Tensor:
+    """What reaches `vae.decode`, in float32, when the denoising loop ends with `final_latents(sample)`.
+
+    A pipeline without a VAE denoises pixels: there it is what reaches the image processor.
+    """
+    decoder = (pipe.image_processor, "postprocess") if getattr(pipe, "vae", None) is None else (pipe.vae, "decode")
+
+    def decode(z, *args, **kwargs):
+        raise Answer(z.float())
+
+    probe = Probe([1.0], lambda index, model_output, sample: final_latents(sample))
+    with replaced(*decoder, decode), torch.no_grad():
+        try:
+            run_pipeline(pipe, probe, num_inference_steps=1, output_type="np", **kwargs)
+        except Answer as answer:
+            return answer.args[0]
+    raise InputError(f"{type(pipe).__name__}: asked how it decodes its latents, but it never called {decoder[1]}")
+
+
+def ask_layout(pipe: DiffusionPipeline, **kwargs) -> LatentLayout:
+    """Read the latents' layout off the pipeline's decode path, which only permutes, scales and shifts them.
+
+    Dry runs end with all zeros (the shift), all ones (the scale) and the base-32 digits of each element's index (the
+    permutation): digits stay exact in any precision, where one float ramp over 262,144 elements would not.
+    """
+    shapes = []
+
+    def constant(value):
+        def final_latents(sample):
+            shapes.append(sample.shape)
+            return torch.full(sample.shape, value, device=sample.device)
+
+        return final_latents
+
+    shift = _decode_input(pipe, constant(0.0), **kwargs)
+    z_shape, latents_shape, count = shift.shape, shapes[0], shapes[0].numel()
+    shift = shift.flatten()
+    fits = shift.numel() == count
+    if fits:
+        scale = _decode_input(pipe, constant(1.0), **kwargs).flatten() - shift
+        source = torch.zeros(count, dtype=torch.long, device=shift.device)
+        fits = bool((scale.abs() > 1e-6).all())
+    place = 1
+    while fits and place < count:
+
+        def digits(sample, place=place):
+            return (torch.arange(count, device=sample.device).reshape(sample.shape) // place % 32).float()
+
+        found = (_decode_input(pipe, digits, **kwargs).flatten() - shift) / scale
+        fits = bool((found - found.round()).abs().max() < 0.2)
+        source += found.round().long() * place
+        place *= 32
+    if not fits or not torch.equal(source.sort().values, torch.arange(count, device=source.device)):
+        raise InputError(
+            f"{type(pipe).__name__}: between its latents {tuple(latents_shape)} and vae.decode's {tuple(z_shape)} "
+            "it does more than permute, scale and shift; an image cannot be put into its layout"
+        )
+    return LatentLayout(latents_shape, z_shape, source, scale, shift)
+
+
+def _vae_latents(pipe: DiffusionPipeline, image: torch.Tensor, layout: LatentLayout) -> torch.Tensor:
+    """What the VAE makes of an image (1, 3, H, W), float32; the image itself where there is no VAE."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        return image.float().to(layout.scale.device)
+    frames = [1] * (len(layout.z_shape) - 4)
+    if 4 in (vae.config.get("in_channels"), vae.config.get("input_channels")):
+        image = torch.cat([image, torch.ones_like(image[:, :1])], dim=1)  # opaque RGBA
+    image = image.reshape(*image.shape[:2], *frames, *image.shape[2:])
+    with torch.no_grad():
+        encoded = vae.encode(image.to(vae.device, vae.dtype))
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mode().float()
+    return (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float()
+
+
+def ask_noise_scale(pipe: DiffusionPipeline, **kwargs) -> float:
+    """How much stronger than standard normal the noise is that the pipeline starts from: 1 for nearly all.
+
+    The same seed draws the same numbers here and in the pipeline, in whatever layout, so their norms tell.
+    """
+    starts = []
+    probe = Probe([1.0], lambda index, model_output, sample: starts.append(sample) or sample)
+    with torch.no_grad():
+        run_pipeline(pipe, probe, num_inference_steps=1, **kwargs)
+    standard = torch.randn(starts[0].numel(), generator=torch.Generator().manual_seed(0))
+    scale = round((starts[0].float().norm().cpu() / standard.norm()).item(), 2)
+    return scale if abs(scale - 1) > 0.1 else 1.0
+
+
+def encode_image(pipe: DiffusionPipeline, image: torch.Tensor, layout: LatentLayout, **kwargs) -> torch.Tensor:
+    """Latents (1, ...), float32, of an image (1, 3, H, W) in -1..1, as the denoising loop holds them.
+
+    They are sent down the pipeline's decode path once more; InputError where it does not return what the VAE encoded.
+    """
+    z = _vae_latents(pipe, image, layout)
+    if z.shape != layout.z_shape:
+        width, height = (image.shape[i] // z.shape[i] * layout.z_shape[i] for i in (-1, -2))
+        raise InputError(
+            f"an image of {image.shape[-1]}x{image.shape[-2]} has latents {tuple(z.shape)}, but {type(pipe).__name__} "
+            f"decodes {tuple(layout.z_shape)} at that size; choose a width and height that it keeps, such as "
+            f"{width}x{height}, or see whether --pipeline_kwargs can make it keep others"
+        )
+    latents = layout.latents_from(z)
+    error = (_decode_input(pipe, lambda sample: latents, **kwargs) - z).abs().max().item()
+    if error > 1e-2 * max(1.0, z.abs().max().item()):
+        raise InputError(f"{type(pipe).__name__}: the image's latents come back from its decode path {error:.3g} off")
+    return latents
+
+
+def final_latents(pipe: DiffusionPipeline, **kwargs) -> torch.Tensor:
+    """What the last step leaves, as the denoising loop holds it; some pipelines return another layout as "latent"."""
+    step, latents = pipe.scheduler.step, None
+
+    @functools.wraps(step)
+    def keep(*args, **kwargs):
+        nonlocal latents
+        output = step(*args, **kwargs)
+        latents = output[0]
+        return output
+
+    with replaced(pipe.scheduler, "step", keep):
+        pipe(output_type="latent", **kwargs)
+    return latents
+
+
+def decode(pipe: DiffusionPipeline, latents: torch.Tensor, **kwargs) -> Image.Image:
+    """The picture of final latents (1, ...), by the pipeline's own decode path."""
+    dtype = (pipe.components.get("vae") or pipe.transformer).dtype
+    probe = Probe([1.0], lambda index, model_output, sample: latents.to(dtype))
+    with torch.no_grad():
+        kwargs |= {"output_type": "pil", "return_dict": False}
+        return first_picture(run_pipeline(pipe, probe, num_inference_steps=1, **kwargs))

@@ -1,0 +1,160 @@
+"""Every flow-matching text-to-image family of diffusers: a tiny pipeline of its real classes, asked and trained.
+
+    python -m pytest -n 2 tests/test_families.py && python tests/family_table.py
+
+Each result goes to output/families; tests/family_table.py makes README.md's table of them.
+"""
+
+import json
+import shutil
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_train
+from diffusers import DiffusionPipeline
+from diffusers.guiders import BaseGuidance
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_families_1 import FAMILIES as FAMILIES_1
+from tiny_families_2 import FAMILIES as FAMILIES_2
+from tiny_families_3 import FAMILIES as FAMILIES_3
+from tiny_pipelines import PIPELINES
+
+import ask_latents
+import ask_pipeline as ask
+import glance_utils as glance
+
+
+# name: (make, height and width, what the command line needs beside the defaults)
+FAMILIES = {name: (make, 32, {}) for name, make in PIPELINES.items()} | FAMILIES_1 | FAMILIES_2 | FAMILIES_3
+RESULTS = ROOT / "output" / "families"
+
+
+def load(folder) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def stock_walk(pipe, steps, call, off) -> list[tuple]:
+    """(velocity, 1000 * sigma, told timestep, sample) of each step of the stock pipeline."""
+    seen, step = [], pipe.scheduler.step
+
+    def spy(model_output, timestep, sample, *args, **kwargs):
+        sigma = 1000 * float(pipe.scheduler.sigmas[len(seen)])
+        seen.append((model_output.clone(), sigma, float(timestep), sample.clone()))
+        return step(model_output, timestep, sample, *args, **kwargs)
+
+    guiders = [part for part in pipe.components.values() if isinstance(part, BaseGuidance)]
+    for guider in guiders if "guiders" in off else ():
+        guider.disable()
+    pipe.scheduler.step = spy
+    try:
+        stock = {key: value for key, value in off.items() if key != "guiders"}
+        pipe(**call | stock, num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
+    finally:
+        del pipe.scheduler.step
+        for guider in guiders if "guiders" in off else ():
+            guider.enable()
+    return seen
+
+
+def guidance_kind(pipe, call, off) -> str:
+    """How guidance works by default, as the transformer's calls show it."""
+    batches, _ = ask._made_up_step(pipe, None, **call)
+    if off == {} and batches == [1]:
+        return "embedded" if getattr(pipe.transformer.config, "guidance_embeds", False) else "none"
+    kind = "two calls" if len(batches) == 2 else "batch of two"
+    return f"{kind}, off by {', '.join(f'{key}={value}' for key, value in off.items()) or 'itself'}"
+
+
+def test_an_average_velocity_is_refused(train, tmp_path):
+    """HunyuanImage's distilled form is told where each step ends; nothing else would notice."""
+    base = FAMILIES["hunyuan_image"][0](tmp_path / "meanflow")
+    config = json.loads((base / "transformer" / "config.json").read_text())
+    (base / "transformer" / "config.json").write_text(json.dumps(config | {"use_meanflow": True}))
+    with pytest.raises(glance.InputError, match="timestep_r, where a step ends"):
+        train(base)
+
+
+def test_noise_beyond_a_rectified_flow_is_refused(pipelines):
+    """Cosmos's pipelines start at sigma 80."""
+    pipe = load(pipelines["sd3"])
+    call = ask.call_arguments(pipe, "a red ring", 32, 32, None, {})
+
+    class Wide(type(pipe.scheduler)):
+        def set_timesteps(self, *args, **kwargs):
+            super().set_timesteps(*args, **kwargs)
+            self.sigmas, self.timesteps = 80 * self.sigmas, 80 * self.timesteps
+
+    pipe.scheduler = Wide.from_config(pipe.scheduler.config)
+    with pytest.raises(glance.InputError, match="walks from 80000; a rectified flow"):
+        ask.ask_timesteps(pipe, 50, **call)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(name, pair, infer, tmp_path):
+    make, size, settings = FAMILIES[name]
+    extra = settings.get("pipeline_kwargs", {})
+    base = make(tmp_path / name)
+
+    # Asked: the schedule, the layout, the velocity
+    pipe = load(base)
+    call = ask.call_arguments(pipe, "a red ring", size, size, None, extra)
+    off = ask.ask_single_branch(pipe, **call)
+    told = ask.ask_told(pipe, 50, **call)
+    walked = ask.ask_timesteps(pipe, 50, **call)
+    stock = stock_walk(pipe, 50, call, {})
+    np.testing.assert_allclose(walked, [sigma for _, sigma, _, _ in stock], atol=1)  # some round what they tell
+    asked_told = told(glance.timesteps_to_sigmas(walked)) or walked
+    np.testing.assert_allclose(asked_told, [timestep for _, _, timestep, _ in stock], atol=1e-3)
+
+    layout = ask_latents.ask_layout(pipe, **call)
+    pixels = VaeImageProcessor(do_resize=False).preprocess(Image.open(pair).convert("RGB").resize((size, size)))
+    latents = ask_latents.encode_image(pipe, pixels, layout, **call)
+    encoded = ask_latents._vae_latents(pipe, pixels, layout)
+    round_trip = (ask_latents._decode_input(pipe, lambda sample: latents, **call) - encoded).abs().max().item()
+    assert round_trip <= 1e-5
+
+    model, error = ask.PipelineVelocity(pipe, told, **call | off), 0.0
+    for velocity, sigma, timestep, sample in stock_walk(pipe, 50, call, off)[3::23]:
+        timestep = timestep if abs(timestep - sigma) < 1 else sigma
+        found = model(sample, timestep / 1000)
+        assert found.requires_grad
+        error = max(error, (found - velocity).abs().max().item())
+    assert error <= 1e-5
+
+    # Trained and inferred by the command line
+    defaults = {"pretrained_model_name_or_path": base, "instance_image": pair, "output_dir": tmp_path / "output"}
+    defaults |= {"pipeline_kwargs": json.dumps(extra)} if extra else {}
+    output = run_train(defaults, {"resolution": size, "max_train_steps": 6, "learning_rate": 1e-2})
+    moved = [
+        value.abs().max() > 1e-4
+        for phase in glance.PHASES
+        for key, value in load_file(output / phase / glance.WEIGHT_NAME).items()
+        if "lora_B" in key
+    ]
+    assert len(moved) >= 4 and sum(moved) > 0.75 * len(moved)  # not experts that were not chosen
+    preview = np.asarray(Image.open(output / "glance.png"))
+    picture = np.asarray(Image.open(infer(base, lora=output)))
+    plain = np.asarray(Image.open(infer(base, lora=output, lora_scale=0, output=tmp_path / "plain.png")))
+    for image in (preview, picture):
+        assert image.shape[:2] == (size, size) and image.std() > 0
+    assert not np.array_equal(picture, plain)
+
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    result = {
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(pipe.scheduler).__name__,
+        "guidance": guidance_kind(pipe, call, off),
+        "vae": type(pipe.vae).__name__ if getattr(pipe, "vae", None) is not None else "none",
+        "pipeline_kwargs": extra,
+        "round_trip": round_trip,
+        "velocity_error": error,
+        "diffusers": diffusers.__version__,
+    }
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    shutil.rmtree(tmp_path)
