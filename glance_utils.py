@@ -219,7 +219,7 @@ def glance_inference(
 # LoRA files: diffusers' format, alpha folded in, the recipe in the header
 
 
-# All of attention, and what the official Qwen-Image recipe adds: modulation and the output of MLPs.
+# All of attention, and what the official recipe adds: modulation and the output of MLPs.
 DEFAULT_LAYERS = re.compile(
     r"\w*att(n|ention)\w*\.(.+\.)?\w+|to_[qkv]|to_out|proj_out|(img|txt)_mod\.1|norm(1|1_context)?\.linear"
 )

@@ -1,0 +1,31 @@
+"""Write README.md's table of families from what tests/test_families.py left in output/families."""
+
+import json
+from pathlib import Path
+
+
+ROOT = Path(__file__).parent.parent
+START, END = "<!-- families: python tests/family_table.py -->\n", "<!-- end of families -->"
+
+
+def table() -> str:
+    results = [json.loads(path.read_text()) for path in sorted((ROOT / "output" / "families").glob("*.json"))]
+    rows = ["| pipeline | scheduler | guidance | VAE | `--pipeline_kwargs` |", "|---|---|---|---|---|"]
+    for result in sorted(results, key=lambda result: result["pipeline"]):
+        extra = f"`{json.dumps(result['pipeline_kwargs'])}`" if result["pipeline_kwargs"] else ""
+        cells = (result["pipeline"], result["scheduler"], result["guidance"], result["vae"], extra)
+        rows.append(f"| {' | '.join(cells)} |")
+    worst = {key: max(result[key] for result in results) for key in ("round_trip", "velocity_error")}
+    versions = ", ".join(sorted({result["diffusers"] for result in results}))
+    rows.append(
+        f"\n{len(results)} pipelines, diffusers {versions}. Largest error of the latents' round trip "
+        f"{worst['round_trip']:.1e}, of the velocity against the stock pipeline {worst['velocity_error']:.1e}.\n"
+    )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(START)
+    readme.write_text(before + START + table() + END + rest.split(END)[1])
+    print(f"{readme}: table of families written")
