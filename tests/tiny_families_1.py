@@ -8,8 +8,6 @@ from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderKL,
-    AutoencoderKLFlux2,
-    AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
     CogView4Pipeline,
@@ -32,10 +30,13 @@ from tiny_pipelines import (
     LATENT_CHANNELS,
     PAD,
     SPECIAL_TOKENS,
-    START,
     VOCAB_SIZE,
+    _flux2_vae,
+    _flux_scheduler,
+    _qwen_vae,
     _save,
     _t5,
+    _text_config,
     _tokenizer,
     _vae,
     _without_zeros,
@@ -269,15 +270,7 @@ def make_krea2(directory, seed=0, **overrides):
             "num_refiner_text_blocks": 1,
             "axes_dims_rope": (4, 6, 6),
         }
-        vae = AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=LATENT_CHANNELS,
-            dim_mult=[1, 2, 2],
-            num_res_blocks=1,
-            temperal_downsample=[False, True],
-            latents_mean=[-0.3, 0.1, 0.2, -0.1],
-            latents_std=[1.5, 0.8, 1.2, 2.0],
-        )
+        vae = _qwen_vae()
         text = _text_config() | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
         vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 16}
         text_config = Qwen3VLConfig(
@@ -324,7 +317,7 @@ def make_flux2(directory, seed=0, **overrides):
             vae=_flux2_vae(),
             text_encoder=Mistral3ForConditionalGeneration(text_config).eval(),
             tokenizer=_chat_tokenizer(),
-            scheduler=_flux2_scheduler(),
+            scheduler=_flux_scheduler(),
         )
     return _save(pipe, directory)
 
@@ -341,7 +334,7 @@ def make_flux2_klein(directory, seed=0, **overrides):
             vae=_flux2_vae(),
             text_encoder=_qwen3(num_hidden_layers=27),
             tokenizer=_chat_tokenizer(),
-            scheduler=_flux2_scheduler(),
+            scheduler=_flux_scheduler(),
             is_distilled=False,
         )
     return _save(pipe, directory)
@@ -371,33 +364,6 @@ def _flux2_transformer(**overrides):
     return _lively(_without_zeros(Flux2Transformer2DModel(**{**config, **overrides})))
 
 
-def _flux2_vae():
-    """The batch norm's statistics are those of trained latents: a mean and a variance for each channel."""
-    vae = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=4,
-        sample_size=64,
-    )
-    vae.bn.running_mean.normal_(std=0.3)
-    vae.bn.running_var.uniform_(0.5, 3.0)
-    return vae
-
-
-def _flux2_scheduler():
-    return FlowMatchEulerDiscreteScheduler(
-        shift=3.0,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-    )
-
-
 def _vae8(scaling_factor, shift_factor):
     """An `AutoencoderKL` with the factor 8 that some pipelines take for granted."""
     return AutoencoderKL(
@@ -411,21 +377,6 @@ def _vae8(scaling_factor, shift_factor):
         scaling_factor=scaling_factor,
         shift_factor=shift_factor,
     )
-
-
-def _text_config(**overrides):
-    config = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "pad_token_id": PAD,
-        "bos_token_id": START,
-        "eos_token_id": END,
-    }
-    return config | overrides
 
 
 def _qwen3(**overrides):

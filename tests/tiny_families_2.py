@@ -39,10 +39,12 @@ from tiny_pipelines import (
     SPECIAL_TOKENS,
     START,
     VOCAB_SIZE,
+    _flux_scheduler,
     _qwen_tokenizer,
     _qwen_vl,
     _save,
     _t5,
+    _text_config,
     _tokenizer,
     _vae,
     _without_zeros,
@@ -95,7 +97,7 @@ def make_bria(directory, seed=0):
             vae=_vae(scaling_factor=0.13025, shift_factor=None),
             text_encoder=_t5(),
             tokenizer=_tokenizer("$A <|end|>", max_length=512),
-            scheduler=_dynamic(),
+            scheduler=_flux_scheduler(),
         )
     return _save(pipe, directory)
 
@@ -131,7 +133,7 @@ def make_bria_fibo(directory, seed=0):
             vae=_wan_vae(),
             text_encoder=SmolLM3ForCausalLM(text_encoder).eval(),
             tokenizer=_tokenizer("$A", max_length=4096),
-            scheduler=_dynamic(),
+            scheduler=_flux_scheduler(),
         )
     return _save(pipe, directory)
 
@@ -159,7 +161,7 @@ def make_ovis(directory, seed=0):
             vae=_vae(scaling_factor=0.3611, shift_factor=0.1159),
             text_encoder=_qwen3(),
             tokenizer=tokenizer,
-            scheduler=_dynamic(),
+            scheduler=_flux_scheduler(),
         )
     return _save(pipe, directory)
 
@@ -420,21 +422,9 @@ def make_bria_fibo2(directory, seed=0):
             vae=vae,
             text_encoder=Qwen3VLForConditionalGeneration(config).eval(),
             processor=_tokenizer("$A", max_length=4096),
-            scheduler=_dynamic(),
+            scheduler=_flux_scheduler(),
         )
     return _save(pipe, directory)
-
-
-def _dynamic():
-    """The scheduler of FLUX.1-dev, which Bria, FIBO and Ovis-Image ship as well."""
-    return FlowMatchEulerDiscreteScheduler(
-        shift=3.0,
-        use_dynamic_shifting=True,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-    )
 
 
 def _wan_vae():
@@ -459,16 +449,7 @@ def _wan_vae():
 
 def _qwen3():
     config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        pad_token_id=PAD,
-        bos_token_id=START,
-        eos_token_id=END,
+        **_text_config(head_dim=8),
     )
     return Qwen3Model(config).eval()
 
@@ -499,16 +480,7 @@ def _dc_vae():
 
 def _gemma():
     config = Gemma2Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        pad_token_id=PAD,
-        bos_token_id=START,
-        eos_token_id=END,
+        **_text_config(head_dim=8),
     )
     return Gemma2Model(config).eval()
 

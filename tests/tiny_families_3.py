@@ -9,8 +9,6 @@ import re
 import torch
 from diffusers import (
     AutoencoderKL,
-    AutoencoderKLFlux2,
-    AutoencoderKLQwenImage,
     AutoencoderKLQwenImage21,
     AutoencoderKLWan,
     AutoencoderTiny,
@@ -45,9 +43,12 @@ from tiny_pipelines import (
     START,
     VOCAB_SIZE,
     _clip,
+    _flux2_vae,
+    _qwen_vae,
     _qwen_vl,
     _save,
     _t5,
+    _text_config,
     _tokenizer,
     _without_zeros,
     make_flux,
@@ -397,35 +398,6 @@ def _kl_vae(channels, blocks, **overrides):
     )
 
 
-def _flux2_vae():
-    vae = AutoencoderKLFlux2(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=4,
-        sample_size=64,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    vae.bn.running_mean.normal_(std=0.3)
-    vae.bn.running_var.uniform_(0.5, 2.0)
-    return vae
-
-
-def _qwen_vae():
-    return AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 2, 2],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[-0.3, 0.1, 0.2, -0.1],
-        latents_std=[1.5, 0.8, 1.2, 2.0],
-    )
-
-
 def _qwen3_vl(num_layers, hidden_size=16, model_class=Qwen3VLForConditionalGeneration):
     text = {
         "vocab_size": VOCAB_SIZE,
@@ -477,16 +449,7 @@ def _umt5():
 
 def _mistral3():
     text = Ministral3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        pad_token_id=PAD,
-        bos_token_id=START,
-        eos_token_id=END,
+        **_text_config(head_dim=8),
     )
     vision = {
         "model_type": "pixtral",

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -73,14 +74,7 @@ def make_flux(directory, seed=0, **overrides) -> Path:
             tokenizer=_tokenizer("<|start|> $A <|end|>", max_length=77),
             text_encoder_2=_t5(),
             tokenizer_2=_tokenizer("$A <|end|>", max_length=512),
-            scheduler=FlowMatchEulerDiscreteScheduler(
-                shift=3.0,
-                use_dynamic_shifting=True,
-                base_shift=0.5,
-                max_shift=1.15,
-                base_image_seq_len=256,
-                max_image_seq_len=4096,
-            ),
+            scheduler=_flux_scheduler(),
         )
     return _save(pipe, directory)
 
@@ -130,15 +124,7 @@ def make_qwen(directory, seed=0, **overrides) -> Path:
             "joint_attention_dim": 16,
             "axes_dims_rope": (4, 6, 6),
         }
-        vae = AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=LATENT_CHANNELS,
-            dim_mult=[1, 2, 2],
-            num_res_blocks=1,
-            temperal_downsample=[False, True],
-            latents_mean=[-0.3, 0.1, 0.2, -0.1],
-            latents_std=[1.5, 0.8, 1.2, 2.0],
-        )
+        vae = _qwen_vae()
         pipe = QwenImagePipeline(
             transformer=_without_zeros(QwenImageTransformer2DModel(**{**config, **overrides})),
             vae=vae,
@@ -188,6 +174,61 @@ def _vae(scaling_factor, shift_factor):
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
+
+
+def _flux2_vae():
+    """The batch norm's statistics are those of trained latents: a mean and a variance for each channel."""
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=4,
+        sample_size=64,
+    )
+    vae.bn.running_mean.normal_(std=0.3)
+    vae.bn.running_var.uniform_(0.5, 3.0)
+    return vae
+
+
+def _qwen_vae():
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[-0.3, 0.1, 0.2, -0.1],
+        latents_std=[1.5, 0.8, 1.2, 2.0],
+    )
+
+
+def _flux_scheduler():
+    """FLUX.1-dev's, which others ship as well."""
+    return FlowMatchEulerDiscreteScheduler(
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )
+
+
+def _text_config(**overrides):
+    config = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "pad_token_id": PAD,
+        "bos_token_id": START,
+        "eos_token_id": END,
+    }
+    return config | overrides
 
 
 def _clip(model_class):
