@@ -193,6 +193,16 @@ def test_all_sigmas_are_walked_as_they_were_trained(trained, pipelines):
 # What is left behind
 
 
+def test_each_call_inside_begins_with_the_slow_adapter(trained, pipelines):
+    folder, seen = trained(), []
+    pipe = stock(pipelines["flux"], folder)
+    watch(pipe.transformer, seen)
+    with glance.glance_inference(pipe, schedule_of(folder)) as kwargs:
+        pictures = [pipe("a dog", height=32, width=32, **kwargs, generator=seeded()).images[0] for _ in range(2)]
+    assert seen == (["slow"] * 5 + ["fast"] * 5) * 2
+    assert same(*pictures)
+
+
 @pytest.mark.parametrize("base", BASES)
 def test_afterwards_no_adapter_is_active(base, trained, pipelines):
     folder = trained(base)
