@@ -7,6 +7,7 @@ Each result goes to output/families; tests/family_table.py makes README.md's tab
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import diffusers
 import numpy as np
@@ -14,7 +15,6 @@ import pytest
 import torch
 from conftest import ROOT, run_train
 from diffusers import DiffusionPipeline
-from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from safetensors.torch import load_file
@@ -48,17 +48,9 @@ def stock_walk(pipe, steps, call, off) -> list[tuple]:
         seen.append((model_output.clone(), sigma, float(timestep), sample.clone()))
         return step(model_output, timestep, sample, *args, **kwargs)
 
-    guiders = [part for part in pipe.components.values() if isinstance(part, BaseGuidance)]
-    for guider in guiders if "guiders" in off else ():
-        guider.disable()
-    pipe.scheduler.step = spy
-    try:
-        stock = {key: value for key, value in off.items() if key != "guiders"}
+    stock = {key: value for key, value in off.items() if key != "guiders"}
+    with ask.guiders_off(pipe) if "guiders" in off else nullcontext(), ask.replaced(pipe.scheduler, "step", spy):
         pipe(**call | stock, num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
-    finally:
-        del pipe.scheduler.step
-        for guider in guiders if "guiders" in off else ():
-            guider.enable()
     return seen
 
 
