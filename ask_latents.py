@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from ask_pipeline import Answer, Probe, first_picture, replaced, run_pipeline
-from glance_utils import InputError
+from ask_pipeline import Answer, Probe, run_pipeline
+from glance_utils import InputError, replaced
 
 
 @dataclass
@@ -29,6 +30,11 @@ class LatentLayout:
         latents = torch.empty(z.numel(), device=z.device)
         latents[self.source] = (z.float().flatten() - self.shift) / self.scale
         return latents.reshape(self.latents_shape)
+
+    def z_from(self, latents: torch.Tensor) -> torch.Tensor:
+        """What `vae.decode` gets of final latents, float32."""
+        z = latents.float().flatten()[self.source.to(latents.device)]
+        return (z * self.scale.to(z) + self.shift.to(z)).reshape(self.z_shape)
 
 
 def _decode_input(pipe: DiffusionPipeline, final_latents, **kwargs) -> torch.Tensor:
@@ -157,10 +163,11 @@ def final_latents(pipe: DiffusionPipeline, **kwargs) -> torch.Tensor:
     return latents
 
 
-def decode(pipe: DiffusionPipeline, latents: torch.Tensor, **kwargs) -> Image.Image:
-    """The picture of final latents (1, ...), by the pipeline's own decode path."""
-    dtype = (pipe.components.get("vae") or pipe.transformer).dtype
-    probe = Probe([1.0], lambda index, model_output, sample: latents.to(dtype))
-    with torch.no_grad():
-        kwargs |= {"output_type": "pil", "return_dict": False}
-        return first_picture(run_pipeline(pipe, probe, num_inference_steps=1, **kwargs))
+def decode(vae: torch.nn.Module | None, latents: torch.Tensor, layout: LatentLayout) -> Image.Image:
+    """The picture of final latents (1, ...); no other model is needed for it."""
+    pixels = layout.z_from(latents)
+    if vae is not None:
+        with torch.no_grad():
+            pixels = vae.decode(pixels.to(vae.device, vae.dtype)).sample
+    pixels = pixels[:, :, 0] if pixels.ndim == 5 else pixels  # the first frame
+    return VaeImageProcessor().postprocess(pixels[:, :3].float())[0]

@@ -8,6 +8,7 @@ needs computing, its transformer bypassed. Training through the pipeline sees ex
 import contextlib
 import importlib
 import inspect
+import itertools
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from diffusers.guiders import BaseGuidance
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from PIL import Image
+from torch.utils._pytree import tree_leaves
 
-from glance_utils import FixedSigmaScheduler, InputError, first_line
+from glance_utils import FixedSigmaScheduler, InputError, first_line, replaced
 
 
 class Probe(FixedSigmaScheduler):
@@ -37,20 +39,6 @@ class Probe(FixedSigmaScheduler):
 
 class Answer(BaseException):
     """Carries an answer out of a pipeline's call and ends it."""
-
-
-@contextlib.contextmanager
-def replaced(owner, name: str, value):
-    """Set an attribute on an instance and put things back as they were, instance attribute or none."""
-    before = vars(owner).get(name, Answer)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is Answer:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
 
 
 def _no_prediction(*args, hidden_states=None, **kwargs):
@@ -98,27 +86,34 @@ def read_model_index(path: str, **load_kwargs) -> dict:
         ) from None
 
 
-def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **load_kwargs) -> DiffusionPipeline:
-    """A pipeline whose transformer has a config but no weights (meta device): enough for all but velocity.
-
-    So has any other model of its class, which some pipelines keep for guidance. The VAE is float32, since half
-    precision costs latents accuracy; the rest is `dtype`. InputError where `path` is not a diffusers pipeline with a
-    flow-matching transformer.
-    """
+def transformer_class(path: str, **load_kwargs) -> type:
+    """The class of the pipeline's transformer; InputError where it has none."""
     config = read_model_index(path, **load_kwargs)
     library, name = config.get("transformer") or (None, None)
     if library is None:
         raise InputError(f"{path}: {config.get('_class_name')} has no transformer; Glance needs a flow-matching one")
     with loading(path):
-        transformer_class, denoisers = getattr(importlib.import_module(library), name), {}
-        for part in [part for part, kind in config.items() if kind == config["transformer"]]:
+        return getattr(importlib.import_module(library), name)
+
+
+def load_pipeline(
+    path: str, dtype: torch.dtype = torch.float32, components: dict | None = None, **load_kwargs
+) -> DiffusionPipeline:
+    """A pipeline whose transformer has a config but no weights (meta device): enough for all but velocity.
+
+    So has any other model of its class, which some pipelines keep for guidance. The VAE is float32, since half
+    precision costs latents accuracy; the rest is `dtype`. `components` are taken for those of their names. InputError
+    where `path` is not a diffusers pipeline with a flow-matching transformer.
+    """
+    config = read_model_index(path, **load_kwargs)
+    kind, components = transformer_class(path, **load_kwargs), dict(components or {})
+    with loading(path):
+        for part in [part for part, named in config.items() if named == config["transformer"]]:
             with init_empty_weights():
-                denoisers[part] = transformer_class.from_config(
-                    transformer_class.load_config(path, subfolder=part, **load_kwargs)
-                ).to(dtype)
+                components[part] = kind.from_config(kind.load_config(path, subfolder=part, **load_kwargs)).to(dtype)
         pipe = DiffusionPipeline.from_pretrained(
             path,
-            **denoisers,
+            **components,
             dtype={"vae": torch.float32, "default": dtype},
             **load_kwargs,
         )
@@ -358,6 +353,38 @@ def _made_up_step(pipe: DiffusionPipeline, changed: int | None, **kwargs) -> tup
     return batches, velocities[0]
 
 
+def takes_timesteps(pipe: DiffusionPipeline, **kwargs) -> bool:
+    """Whether one step of this pipeline can have another timestep for each sample of its batch.
+
+    Most hand the timestep on, expanded to the batch; some compute with it as with a number. What the transformer is
+    told in a dry step with two timesteps must be what it is told with each of them.
+    """
+
+    def told(*timesteps) -> list[torch.Tensor]:
+        """Every tensor that the transformer gets in a dry step; the noise is the same each time."""
+        found = []
+
+        def forward(*args, **inputs):
+            found.extend(value for value in tree_leaves((args, inputs)) if isinstance(value, torch.Tensor))
+            return _no_prediction(*args, **inputs)
+
+        probe = Probe([1.0], lambda index, model_output, sample: sample, [list(timesteps)])
+        batch = {batch_argument(pipe): len(timesteps), "num_inference_steps": 1}
+        with torch.no_grad():
+            run_pipeline(pipe, probe, forward, **kwargs | batch)
+        return found
+
+    try:
+        both, high, low = told(750.0, 250.0), told(750.0, 750.0), told(250.0, 250.0)
+    except (RuntimeError, ValueError, TypeError, IndexError):  # it wanted a number
+        return False
+    changed = [not torch.equal(one, other) for one, other in zip(high, low)]
+    return any(changed) and all(
+        torch.equal(mixed, torch.cat([one[:1], other[1:]]) if differs else one)
+        for mixed, one, other, differs in zip(both, high, low, changed)
+    )
+
+
 class PipelineVelocity(torch.nn.Module):
     """velocity = model(noisy, sigma): one step of the pipeline's own `__call__`, with gradients to the transformer.
 
@@ -366,23 +393,35 @@ class PipelineVelocity(torch.nn.Module):
     `scheduler.step` is the velocity: unpacked, un-negated, exactly what inference will integrate.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, told=lambda sigmas: None, **kwargs):
+    def __init__(self, pipe: DiffusionPipeline, told=lambda sigmas: None, takes_timesteps=False, **kwargs):
         super().__init__()
         self.pipe = pipe
         self.told = told
+        self.takes_timesteps = takes_timesteps
         self.transformer = pipe.transformer  # a submodule, so that DDP and FSDP see its parameters
         self.kwargs = kwargs
 
-    def forward(self, noisy: torch.Tensor, sigma: float) -> torch.Tensor:
-        """noisy (B, ...) float32, sigma in (0, 1] -> velocity (B, ...) in the pipeline's dtype."""
+    def forward(self, noisy: torch.Tensor, sigmas: float | list[float]) -> torch.Tensor:
+        """noisy (B, ...) float32, sigmas in (0, 1], one for all or B -> velocity (B, ...) in the pipeline's dtype.
+
+        Different sigmas are one run where the pipeline takes them so, and one for each where it does not.
+        """
+        sigmas = [sigmas] * len(noisy) if isinstance(sigmas, float) else sigmas
+        runs = [sigmas] if self.takes_timesteps else [list(run) for _, run in itertools.groupby(sigmas)]
+        parts = noisy.split([len(run) for run in runs])
+        return torch.cat([self._velocity(part, run) for part, run in zip(parts, runs)])
+
+    def _velocity(self, noisy: torch.Tensor, sigmas: list[float]) -> torch.Tensor:
         velocity, asked = None, False
+        told = self.told(sigmas) or (torch.tensor(sigmas) * 1000).tolist()  # float32, as the scheduler computes it
+        told = told[0] if len(set(sigmas)) == 1 else told
 
         def on_step(index, model_output, sample):
             if index == 0:
                 return noisy.to(sample)
             raise Answer(model_output)  # what some pipelines do to the final latents needs the VAE, which was freed
 
-        probe, predict = Probe([sigma, sigma], on_step, self.told([sigma, sigma])), self.transformer.forward
+        probe, predict = Probe([sigmas[0]] * 2, on_step, [told, told]), self.transformer.forward
 
         def forward(*args, **kwargs):
             nonlocal asked
@@ -395,7 +434,9 @@ class PipelineVelocity(torch.nn.Module):
         except Answer as answer:
             velocity = answer.args[0]
         if not asked:
-            raise InputError(f"{type(self.pipe).__name__}: at sigma {sigma:g} another model than its transformer acts")
+            raise InputError(
+                f"{type(self.pipe).__name__}: at sigma {sigmas[0]:g} another model than its transformer acts"
+            )
         if velocity is None or velocity.shape != noisy.shape:
             found = "nothing" if velocity is None else tuple(velocity.shape)
             raise InputError(f"{type(self.pipe).__name__}: asked the velocity of {tuple(noisy.shape)}, got {found}")

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.loaders import PeftAdapterMixin
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -41,6 +42,21 @@ class InputError(ValueError):
 
 def first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def replaced(owner, name: str, value):
+    """Set an attribute of an object or a class and put things back as they were, its own attribute or none."""
+    nothing = object()
+    before = vars(owner).get(name, nothing)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is nothing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -180,11 +196,39 @@ def activate_adapter(transformer, name: str | None, scale: float = 1.0) -> None:
 
 
 @contextlib.contextmanager
+def fused_adapters(transformer):
+    """A function like `activate_adapter` that adds the LoRA to the base's own weights: it costs nothing a step then.
+
+    Each is added to a copy of the base's weights, never to what another left: afterwards the base is as it was, to
+    the bit. It takes the memory of the adapted layers once more.
+    """
+    layers = [layer for layer in transformer.modules() if isinstance(layer, LoraLayer)]
+    weights = [layer.get_base_layer().weight for layer in layers]
+    copies = [weight.detach().clone() for weight in weights]
+
+    @torch.no_grad()
+    def activate(transformer, name: str | None, scale: float = 1.0) -> None:
+        for layer, weight, copy in zip(layers, weights, copies):
+            if name in layer.lora_A:
+                layer.set_scale(name, scale)
+                weight.copy_(copy.to(weight.device).float() + layer.get_delta_weight(name).float())
+            else:
+                weight.copy_(copy)
+
+    activate_adapter(transformer, None)
+    try:
+        yield activate
+    finally:
+        activate(transformer, None)
+
+
+@contextlib.contextmanager
 def glance_inference(
     pipe: DiffusionPipeline,
     phases: dict[str, list[float]],
     scales: dict[str, float] | None = None,
     told=lambda sigmas: None,
+    fuse: bool = False,
 ):
     """Run `pipe(...)` inside: one loop over all timesteps, one adapter a phase, exact hand-off between them.
 
@@ -192,8 +236,8 @@ def glance_inference(
             image = pipe(prompt, **kwargs).images[0]
 
     The adapters are already loaded under the names of `phases`; `scales` are their strengths, 1 by default;
-    `told(sigmas)` are the timesteps told to the model (ask_pipeline.ask_told), 1000 * sigma by default. Afterwards
-    the scheduler is the pipeline's own again and no adapter is active.
+    `told(sigmas)` are the timesteps told to the model (ask_pipeline.ask_told), 1000 * sigma by default; `fuse` adds
+    each LoRA to the base's weights. Afterwards the scheduler is the pipeline's own again and no adapter is active.
     """
     scheduler, scales = pipe.scheduler, scales or {}
     timesteps = sum(phases.values(), [])
@@ -202,17 +246,19 @@ def glance_inference(
         first_steps[step] = name
         step += len(part)
 
-    def switch(step):
-        if name := first_steps.get(step):
-            activate_adapter(pipe.transformer, name, scales.get(name, 1.0))
+    with fused_adapters(pipe.transformer) if fuse else contextlib.nullcontext(activate_adapter) as activate:
 
-    sigmas = timesteps_to_sigmas(timesteps)
-    pipe.scheduler = FixedSigmaScheduler(sigmas, told(sigmas), switch)
-    try:
-        yield {"num_inference_steps": len(timesteps)}
-    finally:
-        pipe.scheduler = scheduler
-        activate_adapter(pipe.transformer, None)
+        def switch(step):
+            if name := first_steps.get(step):
+                activate(pipe.transformer, name, scales.get(name, 1.0))
+
+        sigmas = timesteps_to_sigmas(timesteps)
+        pipe.scheduler = FixedSigmaScheduler(sigmas, told(sigmas), switch)
+        try:
+            yield {"num_inference_steps": len(timesteps)}
+        finally:
+            pipe.scheduler = scheduler
+            activate(pipe.transformer, None)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -268,7 +314,16 @@ def load_lora(pipe: DiffusionPipeline, path: Path, adapter: str) -> None:
     """Load a LoRA file into the transformer, by the pipeline's own loader where it has one."""
     own = "transformer" in getattr(pipe, "_lora_loadable_modules", ())
     loader = pipe.load_lora_weights if own else with_adapters(pipe.transformer).load_lora_adapter
-    loader(path.parent, weight_name=path.name, adapter_name=adapter)
+
+    own_place = BaseTunerLayer._get_base_layer_device_and_dtype
+
+    def place(layer, base_layer):
+        """peft puts an adapter into its layer's dtype, but 8 bits are for storing the base alone."""
+        device, dtype = own_place(layer, base_layer)
+        return device, pipe.transformer.dtype if dtype == torch.float8_e4m3fn else dtype
+
+    with replaced(BaseTunerLayer, "_get_base_layer_device_and_dtype", place):
+        loader(path.parent, weight_name=path.name, adapter_name=adapter)
 
 
 def replace_file(path: Path, write) -> None:

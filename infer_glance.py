@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 import ask_pipeline as ask
 import command_line as cli
 import glance_utils as glance
+import load_base
 from glance_utils import InputError
 
 
@@ -63,12 +64,17 @@ def parse_args(argv: list[str] | None = None):
     add("--pipeline_kwargs", type=cli.json_object, default={}, help="JSON: further arguments of the pipeline's call")
     add("--compare", action="store_true", help="one labelled picture: base at full steps, base at ten, Glance")
     add("--dtype", "--torch_dtype", choices=tuple(DTYPES), default="float32")
+    add("--quantization", choices=load_base.QUANTIZATIONS, default="none", help="of the transformer, while it loads")
+    add("--fuse_lora", action="store_true", help="add each LoRA to the weights: no cost a step, more memory")
+    add("--compile", action="store_true", help="torch.compile the repeated blocks; fuses the LoRAs where it can")
     add("--enable_model_cpu_offload", action="store_true", help="keep only the component at work on the accelerator")
+    add("--enable_group_offload", action="store_true", help="keep weights in host memory, the next layer on its way")
     add("--enable_sequential_cpu_offload", action="store_true", help="slowest, least memory")
     add("--enable_vae_tiling", action="store_true", help="decode large pictures in tiles")
     args = parser.parse(argv)
     if not args.pretrained_model_name_or_path:
         raise InputError("--pretrained_model_name_or_path is missing; give a diffusers pipeline, folder or hub id")
+    check_combination(args)
     args.prompts = read_prompts(args)
     args.custom_timesteps = None
     if args.flow_custom_timesteps is not None:
@@ -77,6 +83,21 @@ def parse_args(argv: list[str] | None = None):
             raise InputError("--flow_custom_timesteps holds one list; inference takes two: 'SLOW LIST;FAST LIST'")
         args.custom_timesteps = dict(zip(glance.PHASES, lists))
     return args
+
+
+def check_combination(args) -> None:
+    """InputError where ways to save memory or time exclude each other; --compile fuses where it can."""
+    load_base.check_combination(args.quantization, args.enable_group_offload)
+    offloads = ("enable_model_cpu_offload", "enable_group_offload", "enable_sequential_cpu_offload")
+    offload = [f"--{name}" for name in offloads if getattr(args, name)]
+    if len(offload) > 1:
+        raise InputError(f"{' and '.join(offload)} exclude each other; give one")
+    fixed = f"--quantization {args.quantization}" if args.quantization != "none" else " ".join(offload)
+    if args.fuse_lora and fixed:
+        raise InputError(
+            f"--fuse_lora changes weights in place, which {fixed} does not allow; leave one of the two out"
+        )
+    args.fuse_lora = args.fuse_lora or (args.compile and not fixed)
 
 
 def read_prompts(args) -> list[str]:
@@ -173,10 +194,18 @@ def check_base(args, recipe: dict) -> None:
 
 def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> DiffusionPipeline:
     """The base with both adapters loaded and none active."""
-    with ask.loading(args.pretrained_model_name_or_path):
-        pipe = DiffusionPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, dtype=DTYPES[args.dtype], **load_arguments(args)
-        )
+    base, dtype, where = args.pretrained_model_name_or_path, DTYPES[args.dtype], load_arguments(args)
+    offload = args.enable_model_cpu_offload or args.enable_group_offload or args.enable_sequential_cpu_offload
+    transformer = load_base.load_transformer(
+        ask.transformer_class(base, **where),
+        base,
+        dtype,
+        torch.device("cpu") if offload else device,
+        args.quantization,
+        **where,
+    )
+    with ask.loading(base):
+        pipe = DiffusionPipeline.from_pretrained(base, transformer=transformer, dtype=dtype, **where)
     for phase, path in paths.items():
         check_fits(pipe.transformer, path)
         glance.load_lora(pipe, path, phase)
@@ -187,8 +216,13 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> Diffusi
         pipe.enable_sequential_cpu_offload(device=device)
     elif args.enable_model_cpu_offload:
         pipe.enable_model_cpu_offload(device=device)
+    elif args.enable_group_offload:
+        streams = device.type == "cuda"
+        pipe.enable_group_offload(device, torch.device("cpu"), "leaf_level", use_stream=streams)
     else:
         pipe.to(device)
+    if args.compile:
+        load_base.compile_blocks(pipe.transformer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -305,7 +339,7 @@ def main(argv: list[str] | None = None):
             row = []
             for count in (recipe["num_base_steps"], steps) if args.compare else ():
                 row.append((f"base, {count} steps", *timed(pipe, counter, call, seed, num_inference_steps=count)))
-            with glance.glance_inference(pipe, schedule, args.lora_scale, told) as kwargs:
+            with glance.glance_inference(pipe, schedule, args.lora_scale, told, args.fuse_lora) as kwargs:
                 row.append((f"Glance, {steps} steps", *timed(pipe, counter, call, seed, **kwargs)))
             rows.append(row)
             if not args.compare:

@@ -10,27 +10,37 @@ infer_glance.py reads the schedule from there. Any diffusers text-to-image pipel
 will do: the schedule, the latents and the velocity are asked of the pipeline itself (ask_pipeline.py).
 """
 
+import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, LoggerType, ProjectConfiguration
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    LoggerType,
+    ProjectConfiguration,
+    release_memory,
+)
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import SchedulerType, get_scheduler
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from tqdm.auto import tqdm
 
 import ask_latents
 import ask_pipeline as ask
 import command_line as cli
+import estimate
 import glance_utils as glance
+import load_base
 from checkpoints import check_settings, load_checkpoint, save_checkpoint
 from glance_utils import InputError
 from instance_data import load_pair
@@ -38,6 +48,9 @@ from model_card import create_hub_repo, push_to_hub, write_model_card
 
 
 logger = get_logger(__name__)
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ADAPTER = "glance"
 
 
 def parse_args(argv: list[str] | None = None):
@@ -86,6 +99,7 @@ def parse_args(argv: list[str] | None = None):
     add("--seed", type=cli.seed, default=0)
     add("--max_train_steps", type=cli.positive(int), default=60, help="per phase")
     add("--train_batch_size", type=cli.positive(int), default=1)
+    add("--timesteps_per_step", type=cli.positive(int), default=1, help="5 trains all of a phase's in every step")
     add("--gradient_accumulation_steps", type=cli.positive(int), default=1)
     add("--learning_rate", type=cli.positive(float), default=3e-4)
     add(
@@ -98,7 +112,16 @@ def parse_args(argv: list[str] | None = None):
     add("--max_grad_norm", type=cli.positive(float), default=1.0)
     add("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW8bit")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="dtype of the frozen base")
-    add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower")
+    # memory and speed
+    add("--quantization", choices=load_base.QUANTIZATIONS, default="none", help="of the frozen base, while it loads")
+    add(
+        "--gradient_checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="less memory, about a third slower; by default where the step would not fit without",
+    )
+    add("--enable_group_offload", action="store_true", help="keep the base in host memory, a layer on the accelerator")
+    add("--compile", action="store_true", help="torch.compile the repeated blocks: a minute before the first step")
+    add("--dry_run", action="store_true", help="say what the run will need, from the configs alone, and stop")
     # checkpoints, logs, hub
     add("--checkpointing_steps", type=cli.positive(int), help="write a checkpoint every so many steps")
     add("--checkpoints_total_limit", type=cli.positive(int), help="keep this many")
@@ -115,6 +138,12 @@ def parse_args(argv: list[str] | None = None):
         raise InputError("--pretrained_model_name_or_path is missing; give a diffusers pipeline, folder or hub id")
     if args.report_to not in ("none", "all", *(kind.value for kind in get_available_trackers())):
         raise InputError(f"--report_to {args.report_to}: it is not installed; pip install {args.report_to}")
+    load_base.check_combination(args.quantization, args.enable_group_offload)
+    if args.gradient_checkpointing is False and (args.enable_group_offload or args.quantization == "fp8"):
+        raise InputError(
+            "--no-gradient_checkpointing: with --enable_group_offload or --quantization fp8 every layer's full weight "
+            "would stay until the backward pass; leave it out"
+        )
     args.custom_timesteps = choose_phases(args)
     args.lora_alpha = args.lora_alpha or args.rank
     return args
@@ -154,17 +183,17 @@ class Asked:
     latents: torch.Tensor  # (1, ...) float32
     noise_scale: float
     layers: list[str]  # names of those that the LoRAs adapt
+    takes_timesteps: bool  # whether a batch may hold several
+    layout: ask_latents.LatentLayout
     vae: torch.nn.Module | None  # on the CPU, for the preview
 
 
-def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
-    """Ask the pipeline everything, free its encoders, load the transformer; peak memory is the larger of the two."""
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-    where = {"revision": args.revision, "variant": args.variant}
-    where = {key: value for key, value in where.items() if value}
-    pipe = ask.load_pipeline(args.pretrained_model_name_or_path, dtype, **where)
-    for component in ask.freeable_components(pipe).values():
-        component.to(accelerator.device)
+def load_arguments(args) -> dict:
+    return {key: value for key in ("revision", "variant") if (value := getattr(args, key))}
+
+
+def ask_call(args, pipe, caption, size) -> tuple[dict, dict, list[str]]:
+    """The call's arguments at inference, the same in training, and the layers to adapt; or InputError."""
     call = ask.call_arguments(pipe, caption, *size, args.guidance_scale, args.pipeline_kwargs)
     layers = glance.lora_layers(pipe.transformer, args.lora_layers)
     if args.gradient_checkpointing and not pipe.transformer._supports_gradient_checkpointing:
@@ -172,7 +201,21 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
     ask.remember_prompts(pipe)
     ask.check_call(pipe, **call)
     ask.check_instantaneous(pipe, **call)
-    train_call = call | ask.ask_single_branch(pipe, **call)
+    return call, call | ask.ask_single_branch(pipe, **call), layers
+
+
+def batch_call(args, pipe, train_call: dict) -> dict:
+    """The arguments of one training step, all of its samples together."""
+    return train_call | {ask.batch_argument(pipe): args.train_batch_size * args.timesteps_per_step}
+
+
+def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
+    """Ask the pipeline everything, free its encoders, load the transformer; peak memory is the larger of the two."""
+    dtype, where = DTYPES[args.mixed_precision], load_arguments(args)
+    pipe = ask.load_pipeline(args.pretrained_model_name_or_path, dtype, **where)
+    for component in ask.freeable_components(pipe).values():
+        component.to(accelerator.device)
+    call, train_call, layers = ask_call(args, pipe, caption, size)
     derived = glance.derive_timesteps(ask.ask_timesteps(pipe, args.num_base_steps, **call))
     told = ask.ask_told(pipe, args.num_base_steps, **call)
     schedule = {}
@@ -188,18 +231,66 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
     pixels = VaeImageProcessor(do_resize=False).preprocess(image)
     latents = ask_latents.encode_image(pipe, pixels, layout, **call)
     noise_scale = ask_latents.ask_noise_scale(pipe, **call)
-    ask.dry_step(pipe, **train_call, **{ask.batch_argument(pipe): args.train_batch_size})  # remembers its prompt
+    takes_timesteps = args.timesteps_per_step > 1 and ask.takes_timesteps(pipe, **train_call)
+    for batch in {args.train_batch_size, args.train_batch_size * args.timesteps_per_step}:
+        ask.dry_step(pipe, **train_call | {ask.batch_argument(pipe): batch})  # remembers its prompt
     vae, transformer_class = getattr(pipe, "vae", None), type(pipe.transformer)
+    checkpointing = choose_checkpointing(args, accelerator, pipe, layers, train_call)
     ask.free_components(pipe)
-    with ask.loading(args.pretrained_model_name_or_path):
-        pipe.transformer = transformer_class.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="transformer", dtype=dtype, **where
-        )
-    glance.with_adapters(pipe.transformer).requires_grad_(False)
-    if args.gradient_checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
     vae = vae and vae.cpu()
-    return Asked(pipe, where, call, train_call, schedule, told, latents, noise_scale, layers, vae)
+    accelerator.free_memory()
+    pipe.transformer = load_base.load_transformer(
+        transformer_class,
+        args.pretrained_model_name_or_path,
+        dtype,
+        accelerator.device,
+        args.quantization,
+        args.enable_group_offload,
+        **where,
+    )
+    glance.with_adapters(pipe.transformer)
+    if checkpointing:
+        load_base.enable_gradient_checkpointing(pipe.transformer)
+    return Asked(
+        pipe, where, call, train_call, schedule, told, latents, noise_scale, layers, takes_timesteps, layout, vae
+    )
+
+
+def choose_checkpointing(args, accelerator, pipe, layers, train_call) -> bool:
+    """Gradient checkpointing as asked; else where a step does not fit without it, by the estimate.
+
+    Where weights are unpacked or moved for every layer, the graph would keep them all: there it is always on.
+    """
+    if args.gradient_checkpointing is not None or not pipe.transformer._supports_gradient_checkpointing:
+        return bool(args.gradient_checkpointing)
+    if args.enable_group_offload or args.quantization == "fp8":
+        return True
+    try:
+        needed = estimate.estimate(pipe, layers, args.rank, batch_call(args, pipe, train_call), [False])
+    except InputError as error:
+        logger.info(f"Gradient checkpointing is on, to be safe: {error}")
+        return True
+    peak = needed.peak(args.quantization, False, bytes_of_adam(args))
+    free = estimate.free_memory(accelerator.device) + needed.encoders  # those are there now, and freed first
+    on = accelerator.gather(torch.tensor([peak > 0.9 * free], device=accelerator.device)).any().item()
+    if on:
+        logger.info(f"Gradient checkpointing is on: a step without needs {peak / 1e9:.1f} GB of {free / 1e9:.1f} free")
+    return on
+
+
+def bytes_of_adam(args) -> int:
+    """Bytes of the optimizer's state for each parameter."""
+    return 2 if args.use_8bit_adam else 8
+
+
+def dry_run(args) -> str:
+    """What the run will need, asked of the configs and the tokenizers alone."""
+    dtype, device = DTYPES[args.mixed_precision], PartialState().device
+    pipe = estimate.load_without_weights(args.pretrained_model_name_or_path, dtype, **load_arguments(args))
+    size = args.height or args.resolution or 1024, args.width or args.resolution or 1024
+    _, train_call, layers = ask_call(args, pipe, args.instance_prompt or "a picture", size)
+    found = estimate.estimate(pipe, layers, args.rank, batch_call(args, pipe, train_call))
+    return estimate.report(found, device, dtype)
 
 
 def make_recipe(args, asked: Asked, phase: str, size: tuple[int, int]) -> dict:
@@ -225,19 +316,25 @@ def make_recipe(args, asked: Asked, phase: str, size: tuple[int, int]) -> dict:
 def resume_settings(args, recipe: dict) -> dict:
     """What must be the same for a resumed run to equal the uninterrupted one."""
     names = ("seed", "lora_alpha", "lora_layers", "flow_timesteps_mode", "train_batch_size", "use_8bit_adam")
-    return recipe | {name: getattr(args, name) for name in (*names, "gradient_accumulation_steps", "mixed_precision")}
+    names += ("gradient_accumulation_steps", "mixed_precision", "timesteps_per_step", "quantization")
+    return recipe | {name: getattr(args, name) for name in names}
 
 
-def add_adapter(args, asked: Asked, phase: str) -> list[torch.nn.Parameter]:
-    """Add a fresh float32 LoRA and return its parameters."""
-    torch.manual_seed(args.seed)  # the LoRA starts alike on every process
-    transformer = asked.pipe.transformer
-    lora = {"r": args.rank, "lora_alpha": args.lora_alpha, "target_modules": asked.layers}
-    transformer.add_adapter(LoraConfig(**lora, init_lora_weights="gaussian"), phase)
-    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
-    return parameters
+def fresh_adapter(args, accelerator, transformer, layers: list[str]) -> list[torch.nn.Parameter]:
+    """Add a float32 LoRA, or start the one that is there again: both phases train in the same one, so that nothing
+    is compiled twice. Returns its parameters."""
+    if not hasattr(transformer, "peft_config"):
+        transformer.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=layers), ADAPTER)
+        for parameter in transformer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(accelerator.device, torch.float32)
+        if args.compile:
+            load_base.compile_blocks(transformer)
+    torch.manual_seed(args.seed)  # alike on every process
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            layer.reset_lora_parameters(ADAPTER, "gaussian")
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
 def make_optimizer(args, parameters):
@@ -260,43 +357,51 @@ def check_finite(loss: float, phase: str, step: int, timestep: float) -> None:
 
 
 def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume: dict | None):
-    """Train one LoRA for --max_train_steps and leave it in the transformer as the adapter `recipe["phase"]`.
+    """Train one LoRA for --max_train_steps and leave it in the transformer.
 
     `done` steps were trained in earlier phases; `resume` is a checkpoint of this phase.
     """
     phase, transformer, latents = recipe["phase"], asked.pipe.transformer, asked.latents
-    parameters = add_adapter(args, asked, phase)
+    parameters = fresh_adapter(args, accelerator, transformer, asked.layers)
     optimizer, lr_scheduler = make_optimizer(args, parameters)
-    model, optimizer = accelerator.prepare(ask.PipelineVelocity(asked.pipe, asked.told, **asked.train_call), optimizer)
+    model = ask.PipelineVelocity(asked.pipe, asked.told, asked.takes_timesteps, **asked.train_call)
+    model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, True])  # it is placed already
 
     sigmas, accumulation = glance.timesteps_to_sigmas(recipe["timesteps"]), args.gradient_accumulation_steps
     generator = torch.Generator().manual_seed(args.seed + glance.PHASES.index(phase))
-    count, start = args.max_train_steps * accumulation, 0
-    order = glance.timestep_order(len(sigmas), count, args.flow_timesteps_mode, generator)
+    count, start, together = args.max_train_steps * accumulation, 0, args.timesteps_per_step
+    order = glance.timestep_order(len(sigmas), count * together, args.flow_timesteps_mode, generator)
+    order = order.reshape(count, together).tolist()
     stateful = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "scaler": accelerator.scaler}
     stateful = {name: part for name, part in stateful.items() if part is not None}
     if resume is not None:
         start = resume["step"]
-        set_peft_model_state_dict(transformer, resume["lora"], adapter_name=phase)
+        set_peft_model_state_dict(transformer, resume["lora"], adapter_name=ADAPTER)
         generator.set_state(resume["generator"])
         for name, part in stateful.items():
             part.load_state_dict(resume[name])
 
     # Every process draws the noise of all and takes its rows: the run does not depend on how many share it.
     batch, rank = args.train_batch_size, accelerator.process_index
-    shape = (accelerator.num_processes * batch, *latents.shape[1:])
+    shape = (accelerator.num_processes, together * batch, *latents.shape[1:])
     latents = latents.expand(batch, *latents.shape[1:])
     hidden = not accelerator.is_local_main_process
     with tqdm(total=args.max_train_steps, initial=start, desc=phase, disable=hidden) as progress:
         for index in range(start * accumulation, count):
-            step, sigma = index // accumulation + 1, sigmas[order[index]]
+            step, chosen = index // accumulation + 1, [sigmas[position] for position in order[index]]
             noise = asked.noise_scale * torch.randn(shape, generator=generator)
-            noise = noise[rank * batch : (rank + 1) * batch].to(latents.device)
+            noise = noise[rank].to(latents.device).split(batch)  # one part for each timestep
             with accelerator.accumulate(model):
-                velocity = model(glance.add_noise(latents, noise, sigma), sigma)
-                loss = glance.flow_matching_loss(velocity, latents, noise)
-                mean_loss = accelerator.gather(loss.detach()).mean().item()
-                check_finite(mean_loss, phase, step, 1000 * sigma)
+                noisy = [glance.add_noise(latents, part, sigma) for part, sigma in zip(noise, chosen)]
+                velocity = model(torch.cat(noisy), [sigma for sigma in chosen for _ in range(batch)])
+                losses = [
+                    glance.flow_matching_loss(predicted, latents, part)
+                    for predicted, part in zip(velocity.split(batch), noise)
+                ]
+                loss = torch.stack(losses).mean()
+                by_timestep = accelerator.gather(torch.stack(losses).detach()[None]).mean(0).tolist()
+                mean_loss = sum(by_timestep) / together
+                check_finite(mean_loss, phase, step, 1000 * max(chosen))
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -306,23 +411,24 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
                 continue
             lr_scheduler.step()
             progress.update()
-            progress.set_postfix(loss=f"{mean_loss:.4f}", timestep=f"{1000 * sigma:.0f}")
-            logs = {f"{phase}/loss": mean_loss, f"{phase}/timestep": 1000 * sigma}
+            told = ",".join(f"{1000 * sigma:.0f}" for sigma in chosen)
+            progress.set_postfix(loss=f"{mean_loss:.4f}", timestep=told)
+            logs = {f"{phase}/loss": mean_loss}  # one timestep's loss is not comparable with another's
+            logs |= {f"{phase}/loss_at_{1000 * sigma:.0f}": value for sigma, value in zip(chosen, by_timestep)}
             accelerator.log(logs | {"lr": lr_scheduler.get_last_lr()[0]}, step=done + step)
             if args.checkpointing_steps and step % args.checkpointing_steps == 0 and accelerator.is_main_process:
                 state = {name: part.state_dict() for name, part in stateful.items()}
                 state |= {"settings": resume_settings(args, recipe), "step": step, "generator": generator.get_state()}
-                state |= {"lora": get_peft_model_state_dict(transformer, adapter_name=phase)}
+                state |= {"lora": get_peft_model_state_dict(transformer, adapter_name=ADAPTER)}
                 folder = save_checkpoint(args.output_dir, state, done + step, args.checkpoints_total_limit)
                 logger.info(f"Saved {folder}")
     accelerator.free_memory()
 
 
 def draw_preview(args, asked) -> Image.Image:
-    """The caption in ten steps, with the LoRA files just written."""
+    """The caption in ten steps, with the LoRA files just written; the VAE follows when the transformer has gone."""
     pipe = asked.pipe
-    if asked.vae is not None:
-        pipe.vae = asked.vae.to(pipe.transformer.device)
+    device = pipe._execution_device
     for name, denoiser in ask.further_denoisers(pipe).items():
         loaded = type(denoiser).from_pretrained(
             args.pretrained_model_name_or_path, subfolder=name, dtype=pipe.transformer.dtype, **asked.where
@@ -332,12 +438,19 @@ def draw_preview(args, asked) -> Image.Image:
         glance.load_lora(pipe, Path(args.output_dir) / phase / glance.WEIGHT_NAME, phase)
     with glance.glance_inference(pipe, asked.schedule, told=asked.told) as kwargs:
         generator = torch.Generator().manual_seed(args.seed)
-        latents = ask_latents.final_latents(pipe, **asked.call, **kwargs, generator=generator)
-    return ask_latents.decode(pipe, latents, **asked.call)
+        with torch.compiler.set_stance("force_eager"):  # one picture is not worth compiling for
+            latents = ask_latents.final_latents(pipe, **asked.call, **kwargs, generator=generator)
+    pipe.transformer = None
+    release_memory()
+    return ask_latents.decode(asked.vae and asked.vae.to(device), latents, asked.layout)
 
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
+    if args.dry_run:
+        cli.set_up_logging()
+        print(dry_run(args))
+        return
     image, caption, size = load_pair(args)
     resume = None
     if args.resume_from_checkpoint:
@@ -395,8 +508,8 @@ def main(argv: list[str] | None = None):
         state = resume if phase == resumed else None
         train_phase(args, accelerator, asked, recipe, number * args.max_train_steps, state)
         if accelerator.is_main_process:
-            logger.info(f"Saved {glance.save_lora(asked.pipe.transformer, phase, folders[phase], recipe)}")
-        asked.pipe.transformer.unload_lora()  # the base is as it was, for the next phase
+            logger.info(f"Saved {glance.save_lora(asked.pipe.transformer, ADAPTER, folders[phase], recipe)}")
+    asked.pipe.transformer.unload_lora()  # the base is as it was
     accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:

@@ -23,7 +23,7 @@ train_phase = train_glance_lora.train_phase
 
 def train_and_keep(args, accelerator, asked, recipe, *rest):
     train_phase(args, accelerator, asked, recipe, *rest)
-    lora = get_peft_model_state_dict(asked.pipe.transformer, adapter_name=recipe["phase"])
+    lora = get_peft_model_state_dict(asked.pipe.transformer, adapter_name=train_glance_lora.ADAPTER)
     torch.save(lora, Path(args.output_dir) / f"{recipe['phase']}-rank-{accelerator.process_index}.pt")
 
 

@@ -281,7 +281,8 @@ def test_encoded_images_are_in_the_familys_own_layout(base, size, dtype, asked, 
 def test_round_trip_through_the_stock_decode_path(base, size, asked, stock, monkeypatch):
     pipe, call = asked(base, height=size[0], width=size[1])
     image = random_image(*size)
-    latents = encode_image(pipe, image, ask_layout(pipe, **call), **call)
+    layout = ask_layout(pipe, **call)
+    latents = encode_image(pipe, image, layout, **call)
 
     unasked, decoded = stock(base), []
     own = unasked.vae.decode
@@ -291,7 +292,8 @@ def test_round_trip_through_the_stock_decode_path(base, size, asked, stock, monk
     picture = unasked(**call, latents=latents, num_inference_steps=2).images[0]
     assert (decoded[0] - encoded(unasked, image)).abs().max() <= 1e-5
     assert picture.size == (size[1], size[0])
-    assert decode(pipe, latents, **call).tobytes() == picture.tobytes()
+    difference = np.asarray(picture).astype(int) - np.asarray(decode(pipe.vae, latents, layout))
+    assert abs(difference).max() <= 1  # it divides and adds in another order
 
 
 def test_a_quarter_of_a_million_latents_keep_their_places(base, asked):
@@ -381,7 +383,7 @@ QUESTIONS = {
     "dry step": lambda pipe, call: ask.dry_step(pipe, **call),
     "layout": lambda pipe, call: ask_layout(pipe, **call),
     "image": lambda pipe, call: encode_image(pipe, random_image(32, 32), ask_layout(pipe, **call), **call),
-    "decode": lambda pipe, call: decode(pipe, torch.zeros(ask_layout(pipe, **call).latents_shape), **call),
+    "takes_timesteps": lambda pipe, call: ask.takes_timesteps(pipe, **call),
     "velocity": lambda pipe, call: ask.PipelineVelocity(pipe, **call | ask.ask_single_branch(pipe, **call))(
         torch.zeros(ask_layout(pipe, **call).latents_shape), 0.5
     ),
@@ -638,9 +640,10 @@ def test_a_picture_survives_its_latents(asked, pair):
     """Encoded and decoded by the questions, or by the VAE alone: the same picture."""
     pipe, call = asked("flux")
     pixels = VaeImageProcessor(do_resize=False).preprocess(Image.open(pair).resize((32, 32)))
-    latents = encode_image(pipe, pixels, ask_layout(pipe, **call), **call)
+    layout = ask_layout(pipe, **call)
+    latents = encode_image(pipe, pixels, layout, **call)
     with torch.no_grad():
         own = pipe.vae.decode(encoded(pipe, pixels)).sample
     own = pipe.image_processor.postprocess(own, output_type="pil")[0]
-    difference = np.asarray(own).astype(int) - np.asarray(decode(pipe, latents, **call))
+    difference = np.asarray(own).astype(int) - np.asarray(decode(pipe.vae, latents, layout))
     assert abs(difference).max() <= 1

@@ -101,7 +101,7 @@ def test_files_load_in_stock_diffusers_at_the_trained_strength(base, factor, tra
 
     def watched(args, accelerator, asked, recipe, *rest):
         train_phase(args, accelerator, asked, recipe, *rest)
-        trained_deltas[recipe["phase"]] = deltas(asked.pipe.transformer, recipe["phase"])
+        trained_deltas[recipe["phase"]] = deltas(asked.pipe.transformer, train_glance_lora.ADAPTER)
 
     monkeypatch.setattr(train_glance_lora, "train_phase", watched)
     folder = train(base, lora_alpha=4 * factor, rank=4, learning_rate=1e-2, max_train_steps=2)

@@ -1,0 +1,100 @@
+"""Load the frozen base so that it fits: quantized while it is read, offloaded by groups, straight onto its device."""
+
+import contextlib
+
+import torch
+from diffusers import BitsAndBytesConfig
+from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
+from torch.utils.checkpoint import checkpoint
+
+from ask_pipeline import loading
+from glance_utils import InputError, replaced
+
+
+QUANTIZATIONS = ("none", "nf4", "int8", "fp8")
+
+
+def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """bitsandbytes' config where it does the work: 4-bit NormalFloat, computing in `dtype`, or LLM.int8()."""
+    if quantization == "nf4":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
+
+
+@contextlib.contextmanager
+def bitsandbytes_on_any_device(device: torch.device):
+    """bitsandbytes computes on CPUs too; diffusers' check for a GPU is from before it did."""
+    with contextlib.ExitStack() as stack:
+        if device.type == "cpu":
+            for quantizer in (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer):
+                stack.enter_context(replaced(quantizer, "validate_environment", lambda *args, **kwargs: None))
+        yield
+
+
+def load_transformer(
+    kind: type,
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str = "none",
+    group_offload: bool = False,
+    **where,
+) -> torch.nn.Module:
+    """The transformer of the pipeline at `path`, frozen: shard by shard onto `device`, each quantized as it is read.
+
+    nf4 and int8 are bitsandbytes' layers; fp8 keeps the linear layers' weights in float8_e4m3 and computes in `dtype`
+    (diffusers' layerwise casting). With `group_offload` the weights stay in host memory and visit the device a layer
+    at a time, the next one on its way while this one computes.
+    """
+    check_combination(quantization, group_offload)
+    target = torch.device("cpu") if group_offload or quantization == "fp8" else device
+    with loading(path), bitsandbytes_on_any_device(target):
+        transformer = kind.from_pretrained(
+            path,
+            subfolder="transformer",
+            dtype=dtype,
+            quantization_config=quantization_config(quantization, dtype),
+            device_map={"": target},
+            **where,
+        )
+    transformer.requires_grad_(False)
+    if quantization == "nf4":
+        # In eval mode bitsandbytes repacks weights on a CPU for a kernel without backward. No layer has dropout.
+        for layer in transformer.modules():
+            if type(layer).__name__ == "Linear4bit":
+                layer.train()
+    if quantization == "fp8":
+        transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+        transformer.to(device)
+    if group_offload:
+        streams = device.type == "cuda"
+        transformer.enable_group_offload(device, torch.device("cpu"), "leaf_level", use_stream=streams)
+    return transformer
+
+
+def enable_gradient_checkpointing(transformer: torch.nn.Module) -> None:
+    """Keep each block's input alone and compute the block again for its gradients.
+
+    The same as diffusers' default but for keyword arguments, which some of its models give and that does not take.
+    """
+
+    def checkpointed(block, *args, **kwargs):
+        return checkpoint(block.__call__, *args, use_reentrant=False, **kwargs)
+
+    transformer.enable_gradient_checkpointing(checkpointed)
+
+
+def compile_blocks(transformer: torch.nn.Module) -> None:
+    """Compile the blocks that repeat, once for all of them; InputError where the model does not name them."""
+    try:
+        transformer.compile_repeated_blocks()
+    except ValueError as error:
+        raise InputError(f"--compile: {type(transformer).__name__} cannot be compiled by blocks ({error})") from error
+
+
+def check_combination(quantization: str, group_offload: bool) -> None:
+    if group_offload and quantization != "none":
+        raise InputError(
+            f"--enable_group_offload moves full weights; it does not go with --quantization {quantization}: "
+            "leave one of the two out"
+        )
