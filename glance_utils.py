@@ -211,7 +211,8 @@ def fused_adapters(transformer):
         for layer, weight, copy in zip(layers, weights, copies):
             if name in layer.lora_A:
                 layer.set_scale(name, scale)
-                weight.copy_(copy.to(weight.device).float() + layer.get_delta_weight(name).float())
+                down, up = (part[name].weight.to(weight) for part in (layer.lora_A, layer.lora_B))
+                torch.addmm(copy.to(weight), up, down, alpha=layer.scaling[name], out=weight)
             else:
                 weight.copy_(copy)
 
