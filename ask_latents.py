@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ask_pipeline import Answer, Probe, first_picture, replaced, run_pipeline
-from glance_utils import InputError
+from glance_utils import InputError, denoiser
 
 
 @dataclass
@@ -44,7 +44,7 @@ def _decode_input(pipe: DiffusionPipeline, final_latents, **kwargs) -> torch.Ten
     probe = Probe([1.0], lambda index, model_output, sample: final_latents(sample))
     with replaced(*decoder, decode), torch.no_grad():
         try:
-            run_pipeline(pipe, probe, num_inference_steps=1, output_type="np", **kwargs)
+            run_pipeline(pipe, probe, output_type="np", **kwargs)
         except Answer as answer:
             return answer.args[0]
     raise InputError(f"{type(pipe).__name__}: asked how it decodes its latents, but it never called {decoder[1]}")
@@ -115,7 +115,7 @@ def ask_noise_scale(pipe: DiffusionPipeline, **kwargs) -> float:
     starts = []
     probe = Probe([1.0], lambda index, model_output, sample: starts.append(sample) or sample)
     with torch.no_grad():
-        run_pipeline(pipe, probe, num_inference_steps=1, **kwargs)
+        run_pipeline(pipe, probe, **kwargs)
     standard = torch.randn(starts[0].numel(), generator=torch.Generator().manual_seed(0))
     scale = round((starts[0].float().norm().cpu() / standard.norm()).item(), 2)
     return scale if abs(scale - 1) > 0.1 else 1.0
@@ -159,8 +159,8 @@ def final_latents(pipe: DiffusionPipeline, **kwargs) -> torch.Tensor:
 
 def decode(pipe: DiffusionPipeline, latents: torch.Tensor, **kwargs) -> Image.Image:
     """The picture of final latents (1, ...), by the pipeline's own decode path."""
-    dtype = (pipe.components.get("vae") or pipe.transformer).dtype
+    dtype = (pipe.components.get("vae") or denoiser(pipe)).dtype
     probe = Probe([1.0], lambda index, model_output, sample: latents.to(dtype))
     with torch.no_grad():
         kwargs |= {"output_type": "pil", "return_dict": False}
-        return first_picture(run_pipeline(pipe, probe, num_inference_steps=1, **kwargs))
+        return first_picture(run_pipeline(pipe, probe, **kwargs))

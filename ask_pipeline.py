@@ -6,7 +6,6 @@ needs computing, its transformer bypassed. Training through the pipeline sees ex
 """
 
 import contextlib
-import importlib
 import inspect
 
 import numpy as np
@@ -18,14 +17,22 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from PIL import Image
 
-from glance_utils import FixedSigmaScheduler, InputError, first_line
+from glance_utils import (
+    FixedSigmaScheduler,
+    InputError,
+    component_class,
+    counts_image,
+    denoiser,
+    denoiser_name,
+    first_line,
+)
 
 
 class Probe(FixedSigmaScheduler):
     """A schedule whose step is a function (index, model_output, sample) -> next sample."""
 
-    def __init__(self, sigmas: list[float], on_step, told: list[float] | None = None):
-        super().__init__(sigmas, told)
+    def __init__(self, sigmas: list[float], on_step, told: list[float] | None = None, like=None):
+        super().__init__(sigmas, told, like=like)
         self.on_step = on_step
         self.calls = 0
 
@@ -68,7 +75,7 @@ def loading(path: str):
         yield
     except InputError:
         raise
-    except (OSError, ValueError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, ImportError, AttributeError, NameError) as error:
         raise InputError(f"{path}: cannot be loaded ({first_line(error)})") from error
 
 
@@ -106,26 +113,21 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **load_kwargs) 
     flow-matching transformer.
     """
     config = read_model_index(path, **load_kwargs)
-    library, name = config.get("transformer") or (None, None)
-    if library is None:
-        raise InputError(f"{path}: {config.get('_class_name')} has no transformer; Glance needs a flow-matching one")
+    kind, denoisers = config.get(denoiser_name(config)), {}
+    if not kind or not config.get("scheduler"):
+        raise InputError(f"{path}: {config.get('_class_name')} has no transformer or no scheduler; Glance needs both")
     with loading(path):
-        transformer_class, denoisers = getattr(importlib.import_module(library), name), {}
-        for part in [part for part, kind in config.items() if kind == config["transformer"]]:
+        scheduler_class, transformer_class = component_class(config["scheduler"]), component_class(kind)
+        settings = scheduler_class.load_config(path, subfolder="scheduler", **load_kwargs)
+        if "FlowMatch" not in scheduler_class.__name__ and not settings.get("use_flow_sigmas"):
+            raise InputError(f"{path}: {scheduler_class.__name__} is not a flow-matching scheduler; Glance needs one")
+        for part in [part for part in config if config[part] == kind]:
             with init_empty_weights():
                 denoisers[part] = transformer_class.from_config(
                     transformer_class.load_config(path, subfolder=part, **load_kwargs)
                 ).to(dtype)
-        pipe = DiffusionPipeline.from_pretrained(
-            path,
-            **denoisers,
-            dtype={"vae": torch.float32, "default": dtype},
-            **load_kwargs,
-        )
-    scheduler = pipe.scheduler
-    if "FlowMatch" not in type(scheduler).__name__ and not scheduler.config.get("use_flow_sigmas"):
-        raise InputError(f"{path}: {type(scheduler).__name__} is not a flow-matching scheduler; Glance needs one")
-    return pipe
+        dtypes = {"vae": torch.float32, "default": dtype}
+        return DiffusionPipeline.from_pretrained(path, **denoisers, dtype=dtypes, **load_kwargs)
 
 
 def call_arguments(pipe: DiffusionPipeline, prompt, height, width, guidance_scale, extra: dict) -> dict:
@@ -156,8 +158,8 @@ def check_call(pipe: DiffusionPipeline, **kwargs) -> None:
 
 def further_denoisers(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     """Models of the transformer's class beside it: some pipelines keep one for guidance."""
-    kind = type(pipe.transformer)
-    return {name: part for name, part in pipe.components.items() if type(part) is kind and name != "transformer"}
+    first = denoiser(pipe)
+    return {name: part for name, part in pipe.components.items() if type(part) is type(first) and part is not first}
 
 
 @contextlib.contextmanager
@@ -173,6 +175,17 @@ def guiders_off(pipe: DiffusionPipeline):
             guider.enable()
 
 
+@contextlib.contextmanager
+def somewhere(pipe: DiffusionPipeline):
+    """Let the pipeline work where its other models are, if it would be nowhere: where its transformer without weights
+    is and comes first among its components."""
+    models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    places = [model.device for model in models if model.device.type != "meta"]
+    nowhere = pipe._execution_device.type == "meta" and places
+    with replaced(type(pipe), "_execution_device", places[0]) if nowhere else contextlib.nullcontext():
+        yield
+
+
 def run_pipeline(pipe, scheduler, forward=_no_prediction, further_forward=_no_prediction, guiders=True, **kwargs):
     """The pipeline's own `__call__` without its no_grad, with this scheduler and this transformer forward; further
     denoisers have no say, unless `further_forward` is given."""
@@ -180,13 +193,19 @@ def run_pipeline(pipe, scheduler, forward=_no_prediction, further_forward=_no_pr
     if call is None:
         raise InputError(f"{type(pipe).__name__}.__call__ is not wrapped in torch.no_grad: gradients cannot pass")
     pipe.set_progress_bar_config(disable=True)
-    kwargs = {"output_type": "latent", "generator": torch.Generator().manual_seed(0)} | kwargs
+    # A probe has the steps that it has; some pipelines compute a schedule first, and cannot for a single step.
+    kwargs = {
+        "num_inference_steps": 2,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(0),
+    } | kwargs
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.nullcontext() if guiders else guiders_off(pipe))
+        stack.enter_context(somewhere(pipe))
         stack.enter_context(replaced(pipe, "scheduler", scheduler))
-        stack.enter_context(replaced(pipe.transformer, "forward", forward))
-        for denoiser in further_denoisers(pipe).values():
-            stack.enter_context(replaced(denoiser, "forward", further_forward))
+        stack.enter_context(replaced(denoiser(pipe), "forward", forward))
+        for further in further_denoisers(pipe).values():
+            stack.enter_context(replaced(further, "forward", further_forward))
         return call(pipe, **kwargs)
 
 
@@ -194,12 +213,12 @@ def dry_step(pipe: DiffusionPipeline, forward=_no_prediction, **kwargs) -> None:
     """One step of the pipeline in which nothing is computed but what comes before it: the prompt's encoding."""
     probe = Probe([1.0], lambda index, model_output, sample: sample)
     with torch.no_grad():
-        run_pipeline(pipe, probe, forward, num_inference_steps=1, **kwargs)
+        run_pipeline(pipe, probe, forward, **kwargs)
 
 
 def freeable_components(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     """Every model but the denoisers."""
-    kept = {"transformer", *further_denoisers(pipe)}
+    kept = {denoiser_name(pipe.config), *further_denoisers(pipe)}
     models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     return {name: part for name, part in models.items() if name not in kept}
 
@@ -274,7 +293,7 @@ def check_instantaneous(pipe: DiffusionPipeline, **kwargs) -> None:
         told.append([])
         probe = Probe([1.0, end], lambda index, model_output, sample: sample)
         with torch.no_grad():
-            run_pipeline(pipe, probe, forward, num_inference_steps=2, **kwargs)
+            run_pipeline(pipe, probe, forward, **kwargs)
     for name, value in told[0][0].items():
         if not torch.equal(value, told[1][0][name]):
             raise InputError(
@@ -288,25 +307,37 @@ def ask_told(pipe: DiffusionPipeline, num_steps: int, **kwargs):
     Some pipelines shift the sigmas of their schedule, but not the timesteps that go with them.
     """
     walk = _ask_walk(pipe, num_steps, **kwargs)
-    if all(timestep == told for timestep, told in walk):
+    if all(told is None for _, told in walk):
         return lambda sigmas: None
-    timesteps, told = zip(*sorted({(0.0, 0.0), (1000.0, 1000.0), *walk}))
+    points = {(timestep, timestep if told is None else told) for timestep, told in walk}
+    timesteps, told = zip(*sorted({(0.0, 0.0), (1000.0, 1000.0), *points}))
     return lambda sigmas: np.interp([1000 * sigma for sigma in sigmas], timesteps, told).tolist()
 
 
-def _ask_walk(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[tuple[float, float]]:
-    """(1000 * sigma, what the model is told) of each of `num_steps` steps, from a dry run of the pipeline."""
+def _ask_walk(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[tuple[float, float | None]]:
+    """1000 * sigma of each of `num_steps` steps, from a dry run of the pipeline, and what the model is told there if
+    that is another number than FixedSigmaScheduler tells."""
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    walked = []
+    unit, acted, walked = 1000 / scheduler.config.num_train_timesteps, set(), []
+
+    def forward(*args, **kwargs):
+        acted.add(len(walked))
+        return _no_prediction(*args, **kwargs)
 
     def step(model_output, timestep, sample, *args, **kwargs):
         told, timestep = float(timestep), 1000 * float(scheduler.sigmas[len(walked)])
-        walked.append((told if abs(told - timestep) < 1 else timestep, told))  # some round it
+        same = abs(unit * told - timestep) < 1  # some round it
+        timestep = unit * told if same else timestep
+        timestep = 1000 - timestep if counts_image(scheduler) else timestep
+        if len(walked) not in acted:
+            name = denoiser_name(pipe.config)
+            raise InputError(f"{type(pipe).__name__}: at timestep {timestep:.0f} another model than its {name} acts")
+        walked.append((timestep, None if same else told))
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample)
 
     scheduler.step = step
     with torch.no_grad():
-        run_pipeline(pipe, scheduler, num_inference_steps=num_steps, **kwargs)
+        run_pipeline(pipe, scheduler, forward, num_inference_steps=num_steps, **kwargs)
     return walked
 
 
@@ -354,7 +385,7 @@ def _made_up_step(pipe: DiffusionPipeline, changed: int | None, **kwargs) -> tup
         return sample
 
     with torch.no_grad():
-        run_pipeline(pipe, Probe([1.0], on_step), forward, forward, num_inference_steps=1, **kwargs)
+        run_pipeline(pipe, Probe([1.0], on_step), forward, forward, **kwargs)
     return batches, velocities[0]
 
 
@@ -370,7 +401,7 @@ class PipelineVelocity(torch.nn.Module):
         super().__init__()
         self.pipe = pipe
         self.told = told
-        self.transformer = pipe.transformer  # a submodule, so that DDP and FSDP see its parameters
+        self.transformer = denoiser(pipe)  # a submodule, so that DDP and FSDP see its parameters
         self.kwargs = kwargs
 
     def forward(self, noisy: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -382,14 +413,15 @@ class PipelineVelocity(torch.nn.Module):
                 return noisy.to(sample)
             raise Answer(model_output)  # what some pipelines do to the final latents needs the VAE, which was freed
 
-        probe, predict = Probe([sigma, sigma], on_step, self.told([sigma, sigma])), self.transformer.forward
+        probe = Probe([sigma, sigma], on_step, self.told([sigma, sigma]), self.pipe.scheduler)
+        predict = self.transformer.forward
 
         def forward(*args, **kwargs):
             nonlocal asked
             asked = probe.calls > 0
             return (predict if asked else _no_prediction)(*args, **kwargs)
 
-        batch = {batch_argument(self.pipe): len(noisy), "num_inference_steps": 2}
+        batch = {batch_argument(self.pipe): len(noisy)}
         try:
             run_pipeline(self.pipe, probe, forward, **batch, **self.kwargs)
         except Answer as answer:
@@ -399,4 +431,4 @@ class PipelineVelocity(torch.nn.Module):
         if velocity is None or velocity.shape != noisy.shape:
             found = "nothing" if velocity is None else tuple(velocity.shape)
             raise InputError(f"{type(self.pipe).__name__}: asked the velocity of {tuple(noisy.shape)}, got {found}")
-        return velocity
+        return -velocity if counts_image(self.pipe.scheduler) else velocity

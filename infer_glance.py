@@ -178,9 +178,9 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> Diffusi
             args.pretrained_model_name_or_path, dtype=DTYPES[args.dtype], **load_arguments(args)
         )
     for phase, path in paths.items():
-        check_fits(pipe.transformer, path)
+        check_fits(pipe, path)
         glance.load_lora(pipe, path, phase)
-    glance.activate_adapter(pipe.transformer, None)
+    glance.activate_adapter(glance.denoiser(pipe), None)
     if args.enable_vae_tiling:
         pipe.vae.enable_tiling()
     if args.enable_sequential_cpu_offload:
@@ -193,8 +193,9 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> Diffusi
     return pipe
 
 
-def check_fits(transformer, path: Path) -> None:
+def check_fits(pipe, path: Path) -> None:
     """Raise InputError where a LoRA file names a layer that the transformer lacks, or has another shape for it."""
+    prefix, transformer = glance.denoiser_name(pipe.config), glance.denoiser(pipe)
     layers = dict(transformer.named_modules())
     with safe_open(path, framework="pt") as file:
         for name in file.keys():
@@ -202,7 +203,7 @@ def check_fits(transformer, path: Path) -> None:
                 raise InputError(
                     f"{path}: it holds {name}, which diffusers ignores for some models; fold it into lora_B"
                 )
-            layer, _, kind = name.removeprefix("transformer.").partition(".lora_")
+            layer, _, kind = name.removeprefix(f"{prefix}.").partition(".lora_")
             module = layers.get(layer)
             module = getattr(module, "base_layer", module)
             if not isinstance(module, torch.nn.Linear):
@@ -218,7 +219,7 @@ class Counter:
 
     def __init__(self, pipe):
         self.calls = 0
-        for denoiser in (pipe.transformer, *ask.further_denoisers(pipe).values()):
+        for denoiser in (glance.denoiser(pipe), *ask.further_denoisers(pipe).values()):
             denoiser.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, module, args, kwargs):

@@ -166,9 +166,10 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
     for component in ask.freeable_components(pipe).values():
         component.to(accelerator.device)
     call = ask.call_arguments(pipe, caption, *size, args.guidance_scale, args.pipeline_kwargs)
-    layers = glance.lora_layers(pipe.transformer, args.lora_layers)
-    if args.gradient_checkpointing and not pipe.transformer._supports_gradient_checkpointing:
-        raise InputError(f"--gradient_checkpointing: {type(pipe.transformer).__name__} has none, so leave it out")
+    name, transformer = glance.denoiser_name(pipe.config), glance.denoiser(pipe)
+    layers = glance.lora_layers(transformer, args.lora_layers)
+    if args.gradient_checkpointing and not transformer._supports_gradient_checkpointing:
+        raise InputError(f"--gradient_checkpointing: {type(transformer).__name__} has none, so leave it out")
     ask.remember_prompts(pipe)
     ask.check_call(pipe, **call)
     ask.check_instantaneous(pipe, **call)
@@ -189,15 +190,16 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
     latents = ask_latents.encode_image(pipe, pixels, layout, **call)
     noise_scale = ask_latents.ask_noise_scale(pipe, **call)
     ask.dry_step(pipe, **train_call, **{ask.batch_argument(pipe): args.train_batch_size})  # remembers its prompt
-    vae, transformer_class = getattr(pipe, "vae", None), type(pipe.transformer)
+    vae = getattr(pipe, "vae", None)
     ask.free_components(pipe)
     with ask.loading(args.pretrained_model_name_or_path):
-        pipe.transformer = transformer_class.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="transformer", dtype=dtype, **where
+        transformer = type(transformer).from_pretrained(
+            args.pretrained_model_name_or_path, subfolder=name, dtype=dtype, **where
         )
-    glance.with_adapters(pipe.transformer).requires_grad_(False)
+    setattr(pipe, name, transformer)
+    glance.with_adapters(transformer).requires_grad_(False)
     if args.gradient_checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
+        transformer.enable_gradient_checkpointing()
     vae = vae and vae.cpu()
     return Asked(pipe, where, call, train_call, schedule, told, latents, noise_scale, layers, vae)
 
@@ -231,7 +233,7 @@ def resume_settings(args, recipe: dict) -> dict:
 def add_adapter(args, asked: Asked, phase: str) -> list[torch.nn.Parameter]:
     """Add a fresh float32 LoRA and return its parameters."""
     torch.manual_seed(args.seed)  # the LoRA starts alike on every process
-    transformer = asked.pipe.transformer
+    transformer = glance.denoiser(asked.pipe)
     lora = {"r": args.rank, "lora_alpha": args.lora_alpha, "target_modules": asked.layers}
     transformer.add_adapter(LoraConfig(**lora, init_lora_weights="gaussian"), phase)
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
@@ -264,7 +266,7 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
 
     `done` steps were trained in earlier phases; `resume` is a checkpoint of this phase.
     """
-    phase, transformer, latents = recipe["phase"], asked.pipe.transformer, asked.latents
+    phase, transformer, latents = recipe["phase"], glance.denoiser(asked.pipe), asked.latents
     parameters = add_adapter(args, asked, phase)
     optimizer, lr_scheduler = make_optimizer(args, parameters)
     model, optimizer = accelerator.prepare(ask.PipelineVelocity(asked.pipe, asked.told, **asked.train_call), optimizer)
@@ -320,14 +322,14 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
 
 def draw_preview(args, asked) -> Image.Image:
     """The caption in ten steps, with the LoRA files just written."""
-    pipe = asked.pipe
+    pipe, transformer = asked.pipe, glance.denoiser(asked.pipe)
     if asked.vae is not None:
-        pipe.vae = asked.vae.to(pipe.transformer.device)
+        pipe.vae = asked.vae.to(transformer.device)
     for name, denoiser in ask.further_denoisers(pipe).items():
         loaded = type(denoiser).from_pretrained(
-            args.pretrained_model_name_or_path, subfolder=name, dtype=pipe.transformer.dtype, **asked.where
+            args.pretrained_model_name_or_path, subfolder=name, dtype=transformer.dtype, **asked.where
         )
-        setattr(pipe, name, loaded.to(pipe.transformer.device))
+        setattr(pipe, name, loaded.to(transformer.device))
     for phase in asked.schedule:
         glance.load_lora(pipe, Path(args.output_dir) / phase / glance.WEIGHT_NAME, phase)
     with glance.glance_inference(pipe, asked.schedule, told=asked.told) as kwargs:
@@ -395,8 +397,9 @@ def main(argv: list[str] | None = None):
         state = resume if phase == resumed else None
         train_phase(args, accelerator, asked, recipe, number * args.max_train_steps, state)
         if accelerator.is_main_process:
-            logger.info(f"Saved {glance.save_lora(asked.pipe.transformer, phase, folders[phase], recipe)}")
-        asked.pipe.transformer.unload_lora()  # the base is as it was, for the next phase
+            name = glance.denoiser_name(asked.pipe.config)
+            logger.info(f"Saved {glance.save_lora(glance.denoiser(asked.pipe), phase, folders[phase], recipe, name)}")
+        glance.denoiser(asked.pipe).unload_lora()  # the base is as it was, for the next phase
     accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:

@@ -157,8 +157,7 @@ def test_a_broken_model_index_is_an_input_error(tmp_path):
 
 @pytest.mark.parametrize("transformer", [None, [None, None]])
 def test_a_pipeline_without_a_transformer_is_an_input_error(transformer, changed):
-    unet = ["diffusers", "UNet2DConditionModel"]
-    folder = changed("flux", _class_name="StableDiffusionPipeline", transformer=transformer, unet=unet)
+    folder = changed("flux", _class_name="StableDiffusionPipeline", transformer=transformer)
     with pytest.raises(InputError, match="StableDiffusionPipeline has no transformer"):
         ask.load_pipeline(str(folder))
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tiny_families_1 import FAMILIES as FAMILIES_1
 from tiny_families_2 import FAMILIES as FAMILIES_2
 from tiny_families_3 import FAMILIES as FAMILIES_3
+from tiny_families_4 import FAMILIES as FAMILIES_4
 from tiny_pipelines import PIPELINES
 
 import ask_latents
@@ -29,7 +30,8 @@ import glance_utils as glance
 
 
 # name: (make, height and width, what the command line needs beside the defaults)
-FAMILIES = {name: (make, 32, {}) for name, make in PIPELINES.items()} | FAMILIES_1 | FAMILIES_2 | FAMILIES_3
+FAMILIES = {name: (make, 32, {}) for name, make in PIPELINES.items()}
+FAMILIES |= FAMILIES_1 | FAMILIES_2 | FAMILIES_3 | FAMILIES_4
 RESULTS = ROOT / "output" / "families"
 
 
@@ -44,8 +46,10 @@ def stock_walk(pipe, steps, call, off) -> list[tuple]:
     seen, step = [], pipe.scheduler.step
 
     def spy(model_output, timestep, sample, *args, **kwargs):
-        sigma = 1000 * float(pipe.scheduler.sigmas[len(seen)])
-        seen.append((model_output.clone(), sigma, float(timestep), sample.clone()))
+        sigma, sign = 1000 * float(pipe.scheduler.sigmas[len(seen)]), 1
+        if pipe.scheduler.config.get("invert_sigmas"):
+            sigma, sign = 1000 - sigma, -1
+        seen.append((sign * model_output, sigma, float(timestep), sample.clone()))
         return step(model_output, timestep, sample, *args, **kwargs)
 
     stock = {key: value for key, value in off.items() if key != "guiders"}
@@ -58,7 +62,7 @@ def guidance_kind(pipe, call, off) -> str:
     """How guidance works by default, as the transformer's calls show it."""
     batches, _ = ask._made_up_step(pipe, None, **call)
     if off == {} and batches == [1]:
-        return "embedded" if getattr(pipe.transformer.config, "guidance_embeds", False) else "none"
+        return "embedded" if glance.denoiser(pipe).config.get("guidance_embeds") else "none"
     kind = "two calls" if len(batches) == 2 else "batch of two"
     return f"{kind}, off by {', '.join(f'{key}={value}' for key, value in off.items()) or 'itself'}"
 
@@ -101,8 +105,10 @@ def test_family(name, pair, infer, tmp_path):
     walked = ask.ask_timesteps(pipe, 50, **call)
     stock = stock_walk(pipe, 50, call, {})
     np.testing.assert_allclose(walked, [sigma for _, sigma, _, _ in stock], atol=1)  # some round what they tell
-    asked_told = told(glance.timesteps_to_sigmas(walked)) or walked
-    np.testing.assert_allclose(asked_told, [timestep for _, _, timestep, _ in stock], atol=1e-3)
+    sigmas = glance.timesteps_to_sigmas(walked)
+    fixed = glance.FixedSigmaScheduler(sigmas, told(sigmas), like=pipe.scheduler)
+    fixed.set_timesteps()
+    np.testing.assert_allclose(fixed.timesteps, [timestep for _, _, timestep, _ in stock], atol=1e-3)
 
     layout = ask_latents.ask_layout(pipe, **call)
     pixels = VaeImageProcessor(do_resize=False).preprocess(Image.open(pair).convert("RGB").resize((size, size)))
@@ -113,7 +119,7 @@ def test_family(name, pair, infer, tmp_path):
 
     model, error = ask.PipelineVelocity(pipe, told, **call | off), 0.0
     for velocity, sigma, timestep, sample in stock_walk(pipe, 50, call, off)[3::23]:
-        timestep = timestep if abs(timestep - sigma) < 1 else sigma
+        timestep = timestep if abs(timestep - sigma) < 1 else sigma  # some round what they tell
         found = model(sample, timestep / 1000)
         assert found.requires_grad
         error = max(error, (found - velocity).abs().max().item())

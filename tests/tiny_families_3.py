@@ -510,6 +510,7 @@ def _chat_processor():
 
 
 FAMILIES = {
+    "dreamlite": (make_dreamlite, 32, {}),
     "ernie": (make_ernie, 32, {}),
     "nucleus": (make_nucleus, 32, {}),
     "longcat": (make_longcat, 32, {"pipeline_kwargs": {"enable_prompt_rewrite": False}}),
