@@ -60,12 +60,18 @@ def replaced(owner, name: str, value):
             setattr(owner, name, before)
 
 
-def _no_prediction(*args, hidden_states=None, **kwargs):
-    """A transformer's forward that computes nothing: zeros in the shape of its input."""
-    hidden_states = args[0] if hidden_states is None else hidden_states
-    if isinstance(hidden_states, torch.Tensor):
-        return Transformer2DModelOutput(sample=torch.zeros_like(hidden_states))
-    return Transformer2DModelOutput(sample=[torch.zeros_like(item) for item in hidden_states])
+def model_input(args: tuple, kwargs: dict) -> torch.Tensor | list:
+    """What a denoiser was called with: samples, as a tensor or a list; "hidden_states" or whatever comes first."""
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else [*args, *kwargs.values()][0]
+
+
+def _no_prediction(*args, **kwargs):
+    """A transformer's forward that computes nothing: zeros in the shape of its input, the last of several images."""
+    samples = model_input(args, kwargs)
+    if isinstance(samples, torch.Tensor):
+        return Transformer2DModelOutput(sample=torch.zeros_like(samples))
+    samples = [sample[-1] if isinstance(sample, list) else sample for sample in samples]
+    return Transformer2DModelOutput(sample=[torch.zeros_like(sample) for sample in samples])
 
 
 @contextlib.contextmanager

@@ -223,7 +223,7 @@ class Counter:
             denoiser.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, module, args, kwargs):
-        self.calls += len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+        self.calls += len(ask.model_input(args, kwargs))
 
 
 def timed(pipe, counter, call: dict, seed: int, **kwargs):

@@ -7,26 +7,69 @@ from types import SimpleNamespace
 
 import torch
 from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLLTXVideo,
+    AutoencoderKLMagvit,
     AutoencoderKLMochi,
+    ClassifierFreeGuidance,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    DreamLiteMobilePipeline,
+    EasyAnimatePipeline,
+    EasyAnimateTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinKVPipeline,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    Kandinsky5T2VPipeline,
+    Kandinsky5Transformer3DModel,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     MochiPipeline,
     MochiTransformer3DModel,
     OmniGenPipeline,
     OmniGenTransformer2DModel,
+    SanaVideoPipeline,
+    SanaVideoTransformer3DModel,
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    ZImageOmniPipeline,
 )
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from diffusers.pipelines.omnigen import pipeline_omnigen, processor_omnigen
+from tiny_families_1 import make_flux2_klein, make_z_image
+from tiny_families_2 import _gemma, _wan_vae
+from tiny_families_3 import _chat_tokenizer, _umt5, _wan21_vae, make_dreamlite, make_kandinsky5, make_wan
 from tiny_pipelines import (
     LATENT_CHANNELS,
     PAD,
     VOCAB_SIZE,
+    _clip,
+    _qwen_vl,
     _save,
     _t5,
+    _text_config,
     _tokenizer,
     _vae8,
     _without_zeros,
+)
+from transformers import (
+    ByT5Tokenizer,
+    CLIPTextModel,
+    LlamaConfig,
+    LlamaModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Siglip2ImageProcessorPil,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    T5Config,
+    T5EncoderModel,
 )
 
 
@@ -138,8 +181,242 @@ def make_ltx(directory, seed=0):
     return _save(pipe, directory)
 
 
+def make_dreamlite_mobile(directory, seed=0):
+    """Save a `DreamLiteMobilePipeline` (the same parts, no guidance); height and width must be multiples of 8."""
+    return _save(DreamLiteMobilePipeline(**_loaded(make_dreamlite, directory, seed).components), directory)
+
+
+def make_flux2_klein_kv(directory, seed=0):
+    """Save a `Flux2KleinKVPipeline` (the same parts, no guidance); height and width must be multiples of 4."""
+    return _save(Flux2KleinKVPipeline(**_loaded(make_flux2_klein, directory, seed).components), directory)
+
+
+def make_z_image_omni(directory, seed=0):
+    """Save a `ZImageOmniPipeline` (VAE factor 2, doubled batch); height and width must be multiples of 4.
+
+    SigLIP looks at the images to edit, of which text alone has none.
+    """
+    parts = _loaded(make_z_image, directory, seed, siglip_feat_dim=16).components
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        siglip = Siglip2VisionModel(Siglip2VisionConfig(**vision, num_patches=16, patch_size=4)).eval()
+    pipe = ZImageOmniPipeline(**parts, siglip=siglip, siglip_processor=Siglip2ImageProcessorPil())
+    return _save(pipe, directory)
+
+
+def make_hunyuan_video(directory, seed=0):
+    """Save a `HunyuanVideoPipeline` (VAE factor 8, embedded guidance); size a multiple of 16, `num_frames=1`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = HunyuanVideoTransformer3DModel(
+            in_channels=LATENT_CHANNELS,
+            out_channels=LATENT_CHANNELS,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=16,
+            pooled_projection_dim=16,
+            rope_axes_dim=(4, 6, 6),
+        )
+        pipe = HunyuanVideoPipeline(
+            transformer=_without_zeros(transformer),
+            vae=_hunyuan_video_vae(),
+            text_encoder=LlamaModel(LlamaConfig(**_text_config(num_hidden_layers=4))).eval(),
+            tokenizer=_tokenizer("<|start|> $A", max_length=1024, corpus=[DEFAULT_PROMPT_TEMPLATE["template"]]),
+            text_encoder_2=_clip(CLIPTextModel),
+            tokenizer_2=_tokenizer("<|start|> $A <|end|>", max_length=77),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        )
+    return _save(pipe, directory)
+
+
+def make_hunyuan_video15(directory, seed=0):
+    """Save a `HunyuanVideo15Pipeline` (VAE factor 4, two calls by a guider); size a multiple of 4, `num_frames=1`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = HunyuanVideo15Transformer3DModel(
+            in_channels=2 * LATENT_CHANNELS + 1,
+            out_channels=LATENT_CHANNELS,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=16,
+            text_embed_2_dim=16,
+            image_embed_dim=16,
+            rope_axes_dim=(4, 6, 6),
+            target_size=64,
+            task_type="t2v",
+        )
+        vae = AutoencoderKLHunyuanVideo15(
+            latent_channels=LATENT_CHANNELS,
+            block_out_channels=(32, 32, 32),
+            layers_per_block=1,
+            spatial_compression_ratio=4,
+            temporal_compression_ratio=4,
+        )
+        byt5 = T5Config(
+            vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+        )
+        pipe = HunyuanVideo15Pipeline(
+            transformer=_without_zeros(transformer),
+            vae=vae,
+            text_encoder=_qwen_vl().model.language_model,
+            tokenizer=_chat_tokenizer(),
+            text_encoder_2=T5EncoderModel(byt5).eval(),
+            tokenizer_2=ByT5Tokenizer(),
+            guider=ClassifierFreeGuidance(guidance_scale=6.0),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        )
+    return _save(pipe, directory)
+
+
+def make_skyreels(directory, seed=0):
+    """Save a `SkyReelsV2Pipeline` (VAE factor 4, two calls, UniPC); size a multiple of 16, `num_frames=1`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = SkyReelsV2Transformer3DModel(
+            in_channels=LATENT_CHANNELS,
+            out_channels=LATENT_CHANNELS,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            text_dim=16,
+            freq_dim=32,
+            ffn_dim=64,
+            rope_max_seq_len=32,
+        )
+        pipe = SkyReelsV2Pipeline(
+            transformer=_without_zeros(transformer),
+            vae=_wan21_vae(),
+            text_encoder=_umt5(),
+            tokenizer=_tokenizer("$A <|end|>", max_length=512),
+            scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0),
+        )
+    return _save(pipe, directory)
+
+
+def make_wan22(directory, seed=0):
+    """Save a `WanPipeline` as Wan 2.2's 5B is (VAE factor 16, a timestep for each token); `num_frames=1`."""
+    parts = _loaded(make_wan, directory, seed).components
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts["vae"] = _wan_vae()
+    parts["scheduler"] = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    return _save(WanPipeline(**parts, expand_timesteps=True), directory)
+
+
+def make_sana_video(directory, seed=0):
+    """Save a `SanaVideoPipeline` (VAE factor 8 told, 4 real, doubled batch); size a multiple of 32, `frames=1`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = SanaVideoTransformer3DModel(
+            in_channels=LATENT_CHANNELS,
+            out_channels=LATENT_CHANNELS,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=16,
+            cross_attention_dim=32,
+            caption_channels=16,
+            rope_max_seq_len=32,
+        )
+        pipe = SanaVideoPipeline(
+            transformer=_without_zeros(transformer),
+            vae=_wan21_vae(),
+            text_encoder=_gemma(),
+            tokenizer=_tokenizer("<|start|> $A", max_length=2048),
+            scheduler=DPMSolverMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0, solver_order=2
+            ),
+        )
+    return _save(pipe, directory)
+
+
+def make_easyanimate(directory, seed=0):
+    """Save an `EasyAnimatePipeline` (VAE factor 4, doubled batch); size a multiple of 16, `num_frames=1`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = EasyAnimateTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=LATENT_CHANNELS,
+            out_channels=LATENT_CHANNELS,
+            patch_size=2,
+            num_layers=2,
+            mmdit_layers=1,
+            time_embed_dim=16,
+            text_embed_dim=16,
+        )
+        vae = AutoencoderKLMagvit(
+            latent_channels=LATENT_CHANNELS,
+            block_out_channels=(8, 8, 8),
+            down_block_types=("SpatialDownBlock3D", "SpatialTemporalDownBlock3D", "SpatialTemporalDownBlock3D"),
+            up_block_types=("SpatialUpBlock3D", "SpatialTemporalUpBlock3D", "SpatialTemporalUpBlock3D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+        )
+        pipe = EasyAnimatePipeline(
+            transformer=_without_zeros(transformer),
+            vae=vae,
+            text_encoder=_qwen2_vl(),
+            tokenizer=_chat_tokenizer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        )
+    return _save(pipe, directory)
+
+
+def make_kandinsky5_video(directory, seed=0):
+    """Save a `Kandinsky5T2VPipeline` (VAE factor 8, two calls); size a multiple of 128, `num_frames=1`."""
+    parts = _loaded(make_kandinsky5, directory, seed).components
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts["vae"] = _hunyuan_video_vae()
+        transformer = Kandinsky5Transformer3DModel.from_config(parts["transformer"].config, visual_cond=True)
+        parts["transformer"] = _without_zeros(transformer)
+    return _save(Kandinsky5T2VPipeline(**parts), directory)
+
+
+def _loaded(make, directory, seed, **overrides):
+    return DiffusionPipeline.from_pretrained(make(directory, seed, **overrides))
+
+
+def _hunyuan_video_vae():
+    return AutoencoderKLHunyuanVideo(
+        latent_channels=LATENT_CHANNELS,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
+
+
+def _qwen2_vl():
+    text = _text_config() | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2}
+    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision)).eval()
+
+
 FAMILIES = {
+    "dreamlite_mobile": (make_dreamlite_mobile, 32, {}),
+    "flux2_klein_kv": (make_flux2_klein_kv, 32, {}),
+    "z_image_omni": (make_z_image_omni, 32, {}),
     "omnigen": (make_omnigen, 32, {}),
     "mochi": (make_mochi, 32, {"pipeline_kwargs": {"num_frames": 1}}),
     "ltx": (make_ltx, 32, {"pipeline_kwargs": {"num_frames": 1}}),
+    "hunyuan_video": (make_hunyuan_video, 32, {"pipeline_kwargs": {"num_frames": 1}}),
+    "hunyuan_video15": (make_hunyuan_video15, 32, {"pipeline_kwargs": {"num_frames": 1}}),
+    "skyreels": (make_skyreels, 32, {"pipeline_kwargs": {"num_frames": 1}}),
+    "wan22": (make_wan22, 64, {"pipeline_kwargs": {"num_frames": 1}}),
+    "sana_video": (make_sana_video, 32, {"pipeline_kwargs": {"frames": 1, "use_resolution_binning": False}}),
+    "easyanimate": (make_easyanimate, 32, {"pipeline_kwargs": {"num_frames": 1, "negative_prompt": ""}}),
+    "kandinsky5_video": (make_kandinsky5_video, 128, {"pipeline_kwargs": {"num_frames": 1}}),
 }
