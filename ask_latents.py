@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ask_pipeline import Answer, Probe, first_picture, replaced, run_pipeline
+from ask_pipeline import Answer, Probe, dry_run, first_picture, replaced
 from glance_utils import InputError, denoiser
 
 
@@ -42,9 +42,9 @@ def _decode_input(pipe: DiffusionPipeline, final_latents, **kwargs) -> torch.Ten
         raise Answer(z.float())
 
     probe = Probe([1.0], lambda index, model_output, sample: final_latents(sample))
-    with replaced(*decoder, decode), torch.no_grad():
+    with replaced(*decoder, decode):
         try:
-            run_pipeline(pipe, probe, output_type="np", **kwargs)
+            dry_run(pipe, probe, output_type="np", **kwargs)
         except Answer as answer:
             return answer.args[0]
     raise InputError(f"{type(pipe).__name__}: asked how it decodes its latents, but it never called {decoder[1]}")
@@ -114,8 +114,7 @@ def ask_noise_scale(pipe: DiffusionPipeline, **kwargs) -> float:
     """
     starts = []
     probe = Probe([1.0], lambda index, model_output, sample: starts.append(sample) or sample)
-    with torch.no_grad():
-        run_pipeline(pipe, probe, **kwargs)
+    dry_run(pipe, probe, **kwargs)
     standard = torch.randn(starts[0].numel(), generator=torch.Generator().manual_seed(0))
     scale = round((starts[0].float().norm().cpu() / standard.norm()).item(), 2)
     return scale if abs(scale - 1) > 0.1 else 1.0
@@ -161,6 +160,4 @@ def decode(pipe: DiffusionPipeline, latents: torch.Tensor, **kwargs) -> Image.Im
     """The picture of final latents (1, ...), by the pipeline's own decode path."""
     dtype = (pipe.components.get("vae") or denoiser(pipe)).dtype
     probe = Probe([1.0], lambda index, model_output, sample: latents.to(dtype))
-    with torch.no_grad():
-        kwargs |= {"output_type": "pil", "return_dict": False}
-        return first_picture(run_pipeline(pipe, probe, **kwargs))
+    return first_picture(dry_run(pipe, probe, **kwargs | {"output_type": "pil", "return_dict": False}))

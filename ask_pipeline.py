@@ -7,6 +7,7 @@ needs computing, its transformer bypassed. Training through the pipeline sees ex
 
 import contextlib
 import inspect
+import re
 
 import numpy as np
 import torch
@@ -40,6 +41,9 @@ class Probe(FixedSigmaScheduler):
         sample = self.on_step(self.calls, model_output, sample)
         self.calls += 1
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample)  # serves [0] and .prev_sample alike
+
+    def __deepcopy__(self, memo):
+        return self  # some pipelines copy their scheduler for each frame
 
 
 class Answer(BaseException):
@@ -152,16 +156,6 @@ def call_arguments(pipe: DiffusionPipeline, prompt, height, width, guidance_scal
     return {key: value for key, value in ours.items() if value is not None} | arguments
 
 
-def check_call(pipe: DiffusionPipeline, **kwargs) -> None:
-    """Try the call in a dry step; what the pipeline's own checks refuse is an InputError."""
-    try:
-        dry_step(pipe, **kwargs)
-    except InputError:
-        raise
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{type(pipe).__name__} refuses the call: {first_line(error)}") from error
-
-
 def further_denoisers(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     """Models of the transformer's class beside it: some pipelines keep one for guidance."""
     first = denoiser(pipe)
@@ -215,11 +209,22 @@ def run_pipeline(pipe, scheduler, forward=_no_prediction, further_forward=_no_pr
         return call(pipe, **kwargs)
 
 
+def dry_run(pipe: DiffusionPipeline, scheduler, *forwards, **kwargs):
+    """run_pipeline to ask a question: no gradients, and what the pipeline's own code refuses is an InputError."""
+    try:
+        with torch.no_grad():
+            return run_pipeline(pipe, scheduler, *forwards, **kwargs)
+    except InputError:
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        wanted = [name for name in accepted_arguments(pipe) if re.search("^(?!.*adapter).*(images?|video)$", name)]
+        hint = f" (Glance gives it no {' and no '.join(wanted)})" if wanted else ""
+        raise InputError(f"{type(pipe).__name__} refuses the call: {first_line(error)}{hint}") from error
+
+
 def dry_step(pipe: DiffusionPipeline, forward=_no_prediction, **kwargs) -> None:
     """One step of the pipeline in which nothing is computed but what comes before it: the prompt's encoding."""
-    probe = Probe([1.0], lambda index, model_output, sample: sample)
-    with torch.no_grad():
-        run_pipeline(pipe, probe, forward, **kwargs)
+    dry_run(pipe, Probe([1.0], lambda index, model_output, sample: sample), forward, **kwargs)
 
 
 def freeable_components(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
@@ -298,8 +303,7 @@ def check_instantaneous(pipe: DiffusionPipeline, **kwargs) -> None:
     for end in (0.5, 0.25):
         told.append([])
         probe = Probe([1.0, end], lambda index, model_output, sample: sample)
-        with torch.no_grad():
-            run_pipeline(pipe, probe, forward, **kwargs)
+        dry_run(pipe, probe, forward, **kwargs)
     for name, value in told[0][0].items():
         if not torch.equal(value, told[1][0][name]):
             raise InputError(
@@ -342,8 +346,7 @@ def _ask_walk(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[tuple[f
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample)
 
     scheduler.step = step
-    with torch.no_grad():
-        run_pipeline(pipe, scheduler, forward, num_inference_steps=num_steps, **kwargs)
+    dry_run(pipe, scheduler, forward, num_inference_steps=num_steps, **kwargs)
     return walked
 
 
@@ -364,7 +367,12 @@ def ask_single_branch(pipe: DiffusionPipeline, **kwargs) -> dict:
     ):
         if not set(off) <= accepted:
             continue
-        batches, velocity = _made_up_step(pipe, None, **kwargs | off)
+        try:
+            batches, velocity = _made_up_step(pipe, None, **kwargs | off)
+        except InputError:
+            if not off:
+                raise
+            continue  # a value that it does not take
         samples = sum(batches) if batches != [1] else 0
         changes = [_made_up_step(pipe, index, **kwargs | off)[1] - velocity for index in range(samples)]
         if batches == [1] or sum(bool(change.abs().max() > 0.1) for change in changes) == 1:
@@ -390,8 +398,9 @@ def _made_up_step(pipe: DiffusionPipeline, changed: int | None, **kwargs) -> tup
         velocities.append(model_output.float())
         return sample
 
-    with torch.no_grad():
-        run_pipeline(pipe, Probe([1.0], on_step), forward, forward, **kwargs)
+    dry_run(pipe, Probe([1.0], on_step), forward, forward, **kwargs)
+    if not velocities:
+        raise InputError(f"{type(pipe).__name__}: asked for one step, but it never called scheduler.step")
     return batches, velocities[0]
 
 

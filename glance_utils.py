@@ -194,8 +194,9 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
             self.timesteps = torch.tensor(self.told, dtype=torch.float32, device=device)
         self.before_step(0)
 
-    def step(self, *args, **kwargs):
-        result = super().step(*args, **kwargs)
+    def step(self, model_output, timestep, sample, *args, **kwargs):
+        timestep = self.timesteps[self.step_index or 0]  # some pipelines round it to an integer
+        result = super().step(model_output, timestep, sample, *args, **kwargs)
         self.before_step(self.step_index)
         return result
 

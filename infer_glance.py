@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None):
     extra = recipe["pipeline_kwargs"] | args.pipeline_kwargs
     jobs = [(prompt, args.seed + image) for prompt in args.prompts for image in range(args.num_images)]
     calls = [ask.call_arguments(pipe, prompt, height, width, guidance, extra) for prompt, _ in jobs]
-    ask.check_call(pipe, **calls[0])
+    ask.dry_step(pipe, **calls[0])
     if schedule is None:
         schedule = glance.derive_timesteps(ask.ask_timesteps(pipe, recipe["num_base_steps"], **calls[0]))
     told = ask.ask_told(pipe, recipe["num_base_steps"], **calls[0])

@@ -171,7 +171,7 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
     if args.gradient_checkpointing and not transformer._supports_gradient_checkpointing:
         raise InputError(f"--gradient_checkpointing: {type(transformer).__name__} has none, so leave it out")
     ask.remember_prompts(pipe)
-    ask.check_call(pipe, **call)
+    ask.dry_step(pipe, **call)
     ask.check_instantaneous(pipe, **call)
     train_call = call | ask.ask_single_branch(pipe, **call)
     derived = glance.derive_timesteps(ask.ask_timesteps(pipe, args.num_base_steps, **call))

@@ -26,6 +26,7 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
     Kandinsky5T2VPipeline,
     Kandinsky5Transformer3DModel,
+    LTXConditionPipeline,
     LTXPipeline,
     LTXVideoTransformer3DModel,
     MochiPipeline,
@@ -34,6 +35,7 @@ from diffusers import (
     OmniGenTransformer2DModel,
     SanaVideoPipeline,
     SanaVideoTransformer3DModel,
+    SkyReelsV2DiffusionForcingPipeline,
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
     UniPCMultistepScheduler,
@@ -299,6 +301,17 @@ def make_skyreels(directory, seed=0):
     return _save(pipe, directory)
 
 
+def make_skyreels_forcing(directory, seed=0):
+    """Save a `SkyReelsV2DiffusionForcingPipeline` (the same parts, a scheduler for each frame); `num_frames=1`."""
+    return _save(SkyReelsV2DiffusionForcingPipeline(**_loaded(make_skyreels, directory, seed).components), directory)
+
+
+def make_ltx_condition(directory, seed=0):
+    """Save an `LTXConditionPipeline` (the same parts, no dynamic shift); `num_frames=1`."""
+    parts = _loaded(make_ltx, directory, seed).components | {"scheduler": FlowMatchEulerDiscreteScheduler()}
+    return _save(LTXConditionPipeline(**parts), directory)
+
+
 def make_wan22(directory, seed=0):
     """Save a `WanPipeline` as Wan 2.2's 5B is (VAE factor 16, a timestep for each token); `num_frames=1`."""
     parts = _loaded(make_wan, directory, seed).components
@@ -415,6 +428,8 @@ FAMILIES = {
     "hunyuan_video": (make_hunyuan_video, 32, {"pipeline_kwargs": {"num_frames": 1}}),
     "hunyuan_video15": (make_hunyuan_video15, 32, {"pipeline_kwargs": {"num_frames": 1}}),
     "skyreels": (make_skyreels, 32, {"pipeline_kwargs": {"num_frames": 1}}),
+    "skyreels_forcing": (make_skyreels_forcing, 32, {"pipeline_kwargs": {"num_frames": 1}}),
+    "ltx_condition": (make_ltx_condition, 32, {"pipeline_kwargs": {"num_frames": 1}}),
     "wan22": (make_wan22, 64, {"pipeline_kwargs": {"num_frames": 1}}),
     "sana_video": (make_sana_video, 32, {"pipeline_kwargs": {"frames": 1, "use_resolution_binning": False}}),
     "easyanimate": (make_easyanimate, 32, {"pipeline_kwargs": {"num_frames": 1, "negative_prompt": ""}}),
