@@ -276,6 +276,9 @@ class _Freed:
     def __init__(self, model: torch.nn.Module):
         self.dtype, self.device, self.config = model.dtype, model.device, getattr(model, "config", None)
 
+    def __getattr__(self, name):
+        raise AttributeError(f"{name} of a model that was freed, because an image and a prompt are encoded but once")
+
 
 def free_components(pipe: DiffusionPipeline) -> None:
     """Drop every model but the transformer: what they had to say is known."""

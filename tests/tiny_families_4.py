@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import torch
 from diffusers import (
+    AdaptiveProjectedGuidance,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
     AutoencoderKLLTXVideo,
@@ -31,6 +32,8 @@ from diffusers import (
     LTXVideoTransformer3DModel,
     MochiPipeline,
     MochiTransformer3DModel,
+    MotifVideoPipeline,
+    MotifVideoTransformer3DModel,
     OmniGenPipeline,
     OmniGenTransformer2DModel,
     SanaVideoPipeline,
@@ -50,6 +53,7 @@ from tiny_families_3 import _chat_tokenizer, _umt5, _wan21_vae, make_dreamlite, 
 from tiny_pipelines import (
     LATENT_CHANNELS,
     PAD,
+    SPECIAL_TOKENS,
     VOCAB_SIZE,
     _clip,
     _qwen_vl,
@@ -73,6 +77,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+from transformers.models.t5gemma2.configuration_t5gemma2 import T5Gemma2EncoderConfig
+from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2Encoder
 
 
 if not hasattr(processor_omnigen, "transforms"):
@@ -271,7 +277,7 @@ def make_hunyuan_video15(directory, seed=0):
             text_encoder_2=T5EncoderModel(byt5).eval(),
             tokenizer_2=ByT5Tokenizer(),
             guider=ClassifierFreeGuidance(guidance_scale=6.0),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         )
     return _save(pipe, directory)
 
@@ -385,6 +391,37 @@ def make_easyanimate(directory, seed=0):
     return _save(pipe, directory)
 
 
+def make_motif_video(directory, seed=0):
+    """Save a `MotifVideoPipeline` (VAE factor 4, two calls by a guider); size a multiple of 8, `num_frames=1`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = MotifVideoTransformer3DModel(
+            in_channels=2 * LATENT_CHANNELS + 1,
+            out_channels=LATENT_CHANNELS,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=1,
+            num_single_layers=1,
+            text_embed_dim=16,
+            rope_axes_dim=(4, 6, 6),
+        )
+        vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        text_config = T5Gemma2EncoderConfig(
+            text_config=_text_config(head_dim=8, dropout_rate=0.0),
+            vision_config=vision | {"image_size": 16, "patch_size": 4},
+            image_token_index=SPECIAL_TOKENS.index("<|image_pad|>"),
+        )
+        pipe = MotifVideoPipeline(
+            transformer=_without_zeros(transformer),
+            vae=_wan21_vae(),
+            text_encoder=T5Gemma2Encoder(text_config).eval(),
+            tokenizer=_tokenizer("$A <|end|>", max_length=512),
+            guider=AdaptiveProjectedGuidance(guidance_scale=8.0),
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        )
+    return _save(pipe, directory)
+
+
 def make_kandinsky5_video(directory, seed=0):
     """Save a `Kandinsky5T2VPipeline` (VAE factor 8, two calls); size a multiple of 128, `num_frames=1`."""
     parts = _loaded(make_kandinsky5, directory, seed).components
@@ -433,5 +470,6 @@ FAMILIES = {
     "wan22": (make_wan22, 64, {"pipeline_kwargs": {"num_frames": 1}}),
     "sana_video": (make_sana_video, 32, {"pipeline_kwargs": {"frames": 1, "use_resolution_binning": False}}),
     "easyanimate": (make_easyanimate, 32, {"pipeline_kwargs": {"num_frames": 1, "negative_prompt": ""}}),
+    "motif_video": (make_motif_video, 32, {"pipeline_kwargs": {"num_frames": 1}}),
     "kandinsky5_video": (make_kandinsky5_video, 128, {"pipeline_kwargs": {"num_frames": 1}}),
 }
