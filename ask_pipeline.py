@@ -26,6 +26,7 @@ from glance_utils import (
     denoiser,
     denoiser_name,
     first_line,
+    timesteps_to_sigmas,
 )
 
 
@@ -405,6 +406,22 @@ def _made_up_step(pipe: DiffusionPipeline, changed: int | None, **kwargs) -> tup
     if not velocities:
         raise InputError(f"{type(pipe).__name__}: asked for one step, but it never called scheduler.step")
     return batches, velocities[0]
+
+
+def ask_velocity_shares(pipe: DiffusionPipeline, timesteps: list[float], told, **kwargs) -> list[float]:
+    """How much of the velocity (noisy - image) / sigma a pipeline takes at each timestep, where its model predicts the
+    image; near 0 some divide by more than sigma. 1 where the model predicts the velocity itself."""
+    shares = []
+    for sigma in timesteps_to_sigmas(timesteps):
+        velocities = []
+
+        def on_step(index, model_output, sample, velocities=velocities):
+            velocities.append(model_output)
+            return torch.ones_like(sample)
+
+        dry_run(pipe, Probe([sigma, sigma], on_step, told([sigma, sigma]), pipe.scheduler), **kwargs)
+        shares.append(sigma * velocities[1].float().mean().item() or 1.0)  # the prediction is all zeros
+    return shares
 
 
 class PipelineVelocity(torch.nn.Module):

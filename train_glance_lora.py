@@ -157,6 +157,23 @@ class Asked:
     vae: torch.nn.Module | None  # on the CPU, for the preview
 
 
+def warn_of_schedule(pipe, schedule, derived, told, train_call) -> None:
+    """Warn of timesteps that are far from the model's own, and of those at which it gives less than the velocity."""
+    for phase, timesteps in schedule.items():
+        far = max(abs(a - b) for a, b in zip(timesteps, derived[phase]))
+        if len(timesteps) == len(derived[phase]) and far > 10:
+            own = ",".join(f"{timestep:.4f}" for timestep in derived[phase])
+            logger.warning(
+                f"--flow_custom_timesteps: {phase} is up to {far:.0f} timesteps off this model's own: {own}"
+            )
+        for timestep, share in zip(timesteps, ask.ask_velocity_shares(pipe, timesteps, told, **train_call)):
+            if share < 0.99:
+                logger.warning(
+                    f"{phase}: at timestep {timestep:.1f} this pipeline takes only {share:.2f} of the velocity to the "
+                    "image that its model predicts; give --flow_custom_timesteps that end above"
+                )
+
+
 def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
     """Ask the pipeline everything, free its encoders, load the transformer; peak memory is the larger of the two."""
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
@@ -176,15 +193,8 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
     train_call = call | ask.ask_single_branch(pipe, **call)
     derived = glance.derive_timesteps(ask.ask_timesteps(pipe, args.num_base_steps, **call))
     told = ask.ask_told(pipe, args.num_base_steps, **call)
-    schedule = {}
-    for phase, custom in args.custom_timesteps.items():
-        schedule[phase] = custom or derived[phase]
-        far = max(abs(a - b) for a, b in zip(schedule[phase], derived[phase]))
-        if len(schedule[phase]) == len(derived[phase]) and far > 10:
-            own = ",".join(f"{timestep:.4f}" for timestep in derived[phase])
-            logger.warning(
-                f"--flow_custom_timesteps: {phase} is up to {far:.0f} timesteps off this model's own: {own}"
-            )
+    schedule = {phase: custom or derived[phase] for phase, custom in args.custom_timesteps.items()}
+    warn_of_schedule(pipe, schedule, derived, told, train_call)
     layout = ask_latents.ask_layout(pipe, **call)
     pixels = VaeImageProcessor(do_resize=False).preprocess(image)
     latents = ask_latents.encode_image(pipe, pixels, layout, **call)

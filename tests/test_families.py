@@ -147,6 +147,20 @@ def test_a_pipeline_that_changes_models_is_refused(pair, tmp_path, capsys):
     refuse(capsys, tmp_path / "two", pair, tmp_path / "output", match, **extra)
 
 
+def test_less_than_the_velocity_is_told(train, tmp_path, caplog):
+    """PRX's pixel model predicts the image, and its pipeline divides by 0.05 where sigma is less."""
+    make, size, settings = FAMILIES["prx_pixel"]
+    settings = {"pipeline_kwargs": json.dumps(settings["pipeline_kwargs"]), "resolution": size, "max_train_steps": 1}
+    for timesteps, expected in (
+        ("1000,900;800,25", ["at timestep 25.0 this pipeline takes only 0.50"]),
+        ("900,50", []),
+    ):
+        caplog.clear()
+        train(make(tmp_path / "pixel"), flow_custom_timesteps=timesteps, **settings)
+        told = [record.getMessage() for record in caplog.records if "of the velocity" in record.getMessage()]
+        assert len(told) == len(expected) and all(part in line for part, line in zip(expected, told))
+
+
 def test_an_average_velocity_is_refused(train, tmp_path):
     """HunyuanImage's distilled form is told where each step ends; nothing else would notice."""
     base = FAMILIES["hunyuan_image"][0](tmp_path / "meanflow")
