@@ -180,7 +180,7 @@ def guiders_off(pipe: DiffusionPipeline):
 def somewhere(pipe: DiffusionPipeline):
     """Let the pipeline work where its other models are, if it would be nowhere: where its transformer without weights
     is and comes first among its components."""
-    models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module | _Freed)]
     places = [model.device for model in models if model.device.type != "meta"]
     nowhere = pipe._execution_device.type == "meta" and places
     with replaced(type(pipe), "_execution_device", places[0]) if nowhere else contextlib.nullcontext():
@@ -281,10 +281,18 @@ class _Freed:
         raise AttributeError(f"{name} of a model that was freed, because an image and a prompt are encoded but once")
 
 
-def free_components(pipe: DiffusionPipeline) -> None:
-    """Drop every model but the transformer: what they had to say is known."""
+def free_components(pipe: DiffusionPipeline, **kwargs) -> None:
+    """Drop every model but the transformer: what they had to say is known. With the call's arguments given, an
+    InputError where the pipeline needs one of them in its loop after all."""
     for name, component in freeable_components(pipe).items():
         setattr(pipe, name, _Freed(component))
+
+    def on_step(index, model_output, sample):
+        raise Answer
+
+    if kwargs:
+        with contextlib.suppress(Answer):
+            dry_run(pipe, Probe([1.0], on_step), **kwargs)
 
 
 def ask_timesteps(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[float]:

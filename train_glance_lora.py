@@ -201,8 +201,7 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
     noise_scale = ask_latents.ask_noise_scale(pipe, **call)
     ask.dry_step(pipe, **train_call, **{ask.batch_argument(pipe): args.train_batch_size})  # remembers its prompt
     vae = getattr(pipe, "vae", None)
-    ask.free_components(pipe)
-    ask.dry_step(pipe, **train_call)  # it still runs
+    ask.free_components(pipe, **train_call)
     with ask.loading(args.pretrained_model_name_or_path):
         transformer = type(transformer).from_pretrained(
             args.pretrained_model_name_or_path, subfolder=name, dtype=dtype, **where
