@@ -126,7 +126,10 @@ def load_pipeline(path: str, dtype: torch.dtype = torch.float32, **load_kwargs) 
     config = read_model_index(path, **load_kwargs)
     kind, denoisers = config.get(denoiser_name(config)), {}
     if not kind or not config.get("scheduler"):
-        raise InputError(f"{path}: {config.get('_class_name')} has no transformer or no scheduler; Glance needs both")
+        raise InputError(
+            f"{path}: {config.get('_class_name')} has no transformer that takes a timestep, or no scheduler; Glance "
+            "needs both"
+        )
     with loading(path):
         scheduler_class, transformer_class = component_class(config["scheduler"]), component_class(kind)
         settings = scheduler_class.load_config(path, subfolder="scheduler", **load_kwargs)
@@ -180,8 +183,8 @@ def guiders_off(pipe: DiffusionPipeline):
 def somewhere(pipe: DiffusionPipeline):
     """Let the pipeline work where its other models are, if it would be nowhere: where its transformer without weights
     is and comes first among its components."""
-    models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module | _Freed)]
-    places = [model.device for model in models if model.device.type != "meta"]
+    places = [part.device for part in pipe.components.values() if hasattr(part, "device")]  # also of freed ones
+    places = [place for place in places if place.type != "meta"]
     nowhere = pipe._execution_device.type == "meta" and places
     with replaced(type(pipe), "_execution_device", places[0]) if nowhere else contextlib.nullcontext():
         yield
@@ -233,66 +236,6 @@ def freeable_components(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     kept = {denoiser_name(pipe.config), *further_denoisers(pipe)}
     models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     return {name: part for name, part in models.items() if name not in kept}
-
-
-def remember_prompts(pipe: DiffusionPipeline) -> None:
-    """Let the pipeline encode each prompt once, without gradients, and hand the result back ever after.
-
-    Every method of the pipeline that uses a text encoder, to encode a prompt or to rewrite it, remembers what it
-    answered. The text encoders can then be freed; a prompt that was never seen before raises RuntimeError.
-    """
-    encoders = set(freeable_components(pipe)) - {"vae"}
-    for kind in reversed(type(pipe).__mro__):
-        if issubclass(kind, DiffusionPipeline) and kind is not DiffusionPipeline:
-            for name, method in vars(kind).items():
-                method = inspect.unwrap(method) if inspect.isfunction(method) else None
-                if method and not name.startswith("__") and encoders & set(method.__code__.co_names):
-                    setattr(pipe, name, _remembered(pipe, getattr(pipe, name)))
-
-
-def _remembered(pipe: DiffusionPipeline, method):
-    known = {}
-
-    def remembered(*args, **kwargs):
-        arguments = inspect.signature(method).bind(*args, **kwargs).arguments
-        if any(isinstance(value, torch.Tensor) for value in arguments.values()):
-            return method(*args, **kwargs)
-        key = repr(sorted((name, value) for name, value in arguments.items() if name not in ("device", "generator")))
-        if key not in known:
-            try:
-                with torch.no_grad():
-                    known[key] = method(*args, **kwargs)
-            except (TypeError, AttributeError) as error:
-                if any(isinstance(part, _Freed) for part in pipe.components.values()):
-                    raise RuntimeError("this prompt was not encoded before the text encoders were freed") from error
-                raise
-        return known[key]
-
-    return remembered
-
-
-class _Freed:
-    """Stands where a model was that has been freed: pipelines still ask whether it is there, and its dtype."""
-
-    def __init__(self, model: torch.nn.Module):
-        self.dtype, self.device, self.config = model.dtype, model.device, getattr(model, "config", None)
-
-    def __getattr__(self, name):
-        raise AttributeError(f"{name} of a model that was freed, because an image and a prompt are encoded but once")
-
-
-def free_components(pipe: DiffusionPipeline, **kwargs) -> None:
-    """Drop every model but the transformer: what they had to say is known. With the call's arguments given, an
-    InputError where the pipeline needs one of them in its loop after all."""
-    for name, component in freeable_components(pipe).items():
-        setattr(pipe, name, _Freed(component))
-
-    def on_step(index, model_output, sample):
-        raise Answer
-
-    if kwargs:
-        with contextlib.suppress(Answer):
-            dry_run(pipe, Probe([1.0], on_step), **kwargs)
 
 
 def ask_timesteps(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[float]:

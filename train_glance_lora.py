@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 import ask_latents
 import ask_pipeline as ask
+import ask_prompts
 import command_line as cli
 import glance_utils as glance
 from checkpoints import check_settings, load_checkpoint, save_checkpoint
@@ -187,7 +188,7 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
     layers = glance.lora_layers(transformer, args.lora_layers)
     if args.gradient_checkpointing and not transformer._supports_gradient_checkpointing:
         raise InputError(f"--gradient_checkpointing: {type(transformer).__name__} has none, so leave it out")
-    ask.remember_prompts(pipe)
+    ask_prompts.remember_prompts(pipe)
     ask.dry_step(pipe, **call)
     ask.check_instantaneous(pipe, **call)
     train_call = call | ask.ask_single_branch(pipe, **call)
@@ -201,7 +202,7 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
     noise_scale = ask_latents.ask_noise_scale(pipe, **call)
     ask.dry_step(pipe, **train_call, **{ask.batch_argument(pipe): args.train_batch_size})  # remembers its prompt
     vae = getattr(pipe, "vae", None)
-    ask.free_components(pipe, **train_call)
+    ask_prompts.free_components(pipe, **train_call)
     with ask.loading(args.pretrained_model_name_or_path):
         transformer = type(transformer).from_pretrained(
             args.pretrained_model_name_or_path, subfolder=name, dtype=dtype, **where

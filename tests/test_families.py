@@ -223,12 +223,9 @@ def test_family(name, pair, infer, tmp_path):
     defaults = {"pretrained_model_name_or_path": base, "instance_image": pair, "output_dir": tmp_path / "output"}
     defaults |= {"pipeline_kwargs": json.dumps(extra)} if extra else {}
     output = run_train(defaults, {"resolution": size, "max_train_steps": 6, "learning_rate": 1e-2})
-    moved = [
-        value.abs().max() > 1e-4
-        for phase in glance.PHASES
-        for key, value in load_file(output / phase / glance.WEIGHT_NAME).items()
-        if "lora_B" in key
-    ]
+    lora = [item for phase in glance.PHASES for item in load_file(output / phase / glance.WEIGHT_NAME).items()]
+    assert all(key.startswith(f"{glance.denoiser_name(pipe.config)}.") for key, _ in lora)
+    moved = [value.abs().max() > 1e-4 for key, value in lora if "lora_B" in key]
     assert len(moved) >= 4 and sum(moved) > 0.75 * len(moved)  # not experts that were not chosen
     preview = np.asarray(Image.open(output / "glance.png"))
     picture = np.asarray(Image.open(infer(base, lora=output)))
