@@ -183,8 +183,8 @@ def guiders_off(pipe: DiffusionPipeline):
 def somewhere(pipe: DiffusionPipeline):
     """Let the pipeline work where its other models are, if it would be nowhere: where its transformer without weights
     is and comes first among its components."""
-    places = [part.device for part in pipe.components.values() if hasattr(part, "device")]  # also of freed ones
-    places = [place for place in places if place.type != "meta"]
+    places = [getattr(part, "device", None) for part in pipe.components.values()]  # also of freed ones
+    places = [place for place in places if isinstance(place, torch.device) and place.type != "meta"]
     nowhere = pipe._execution_device.type == "meta" and places
     with replaced(type(pipe), "_execution_device", places[0]) if nowhere else contextlib.nullcontext():
         yield

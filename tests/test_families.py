@@ -137,6 +137,17 @@ def test_another_scheduler_is_refused_before_anything_is_loaded(scheduler, pair,
     refuse(capsys, tmp_path / "base", pair, tmp_path / "output", f"{scheduler} is not a flow-matching scheduler")
 
 
+def test_a_model_without_a_timestep_is_refused(pair, tmp_path, capsys):
+    """Cosmos 3's transformer packs text, picture and sound into one sequence."""
+    index = {"_class_name": "Cosmos3OmniPipeline", "_diffusers_version": diffusers.__version__}
+    index |= {"transformer": ["diffusers", "Cosmos3OmniTransformer"], "vae": ["diffusers", "AutoencoderKLWan"]}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model_index.json").write_text(
+        json.dumps(index | {"scheduler": ["diffusers", "UniPCMultistepScheduler"]})
+    )
+    refuse(capsys, tmp_path / "base", pair, tmp_path / "output", "has no transformer that takes a timestep")
+
+
 def test_a_pipeline_that_changes_models_is_refused(pair, tmp_path, capsys):
     """Wan 2.2's larger form has one transformer for the high noise levels and one for the low ones."""
     parts = load(FAMILIES["wan"][0](tmp_path / "wan")).components
