@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from ask_pipeline import Answer, Probe, run_pipeline
+from ask_pipeline import Answer, Probe, dry_run
 from glance_utils import InputError, replaced
 
 
@@ -48,9 +48,9 @@ def _decode_input(pipe: DiffusionPipeline, final_latents, **kwargs) -> torch.Ten
         raise Answer(z.float())
 
     probe = Probe([1.0], lambda index, model_output, sample: final_latents(sample))
-    with replaced(*decoder, decode), torch.no_grad():
+    with replaced(*decoder, decode):
         try:
-            run_pipeline(pipe, probe, num_inference_steps=1, output_type="np", **kwargs)
+            dry_run(pipe, probe, output_type="np", **kwargs)
         except Answer as answer:
             return answer.args[0]
     raise InputError(f"{type(pipe).__name__}: asked how it decodes its latents, but it never called {decoder[1]}")
@@ -120,8 +120,7 @@ def ask_noise_scale(pipe: DiffusionPipeline, **kwargs) -> float:
     """
     starts = []
     probe = Probe([1.0], lambda index, model_output, sample: starts.append(sample) or sample)
-    with torch.no_grad():
-        run_pipeline(pipe, probe, num_inference_steps=1, **kwargs)
+    dry_run(pipe, probe, **kwargs)
     standard = torch.randn(starts[0].numel(), generator=torch.Generator().manual_seed(0))
     scale = round((starts[0].float().norm().cpu() / standard.norm()).item(), 2)
     return scale if abs(scale - 1) > 0.1 else 1.0

@@ -6,9 +6,9 @@ needs computing, its transformer bypassed. Training through the pipeline sees ex
 """
 
 import contextlib
-import importlib
 import inspect
 import itertools
+import re
 
 import numpy as np
 import torch
@@ -20,14 +20,24 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from PIL import Image
 from torch.utils._pytree import tree_leaves
 
-from glance_utils import FixedSigmaScheduler, InputError, first_line, replaced
+from glance_utils import (
+    FixedSigmaScheduler,
+    InputError,
+    component_class,
+    counts_image,
+    denoiser,
+    denoiser_name,
+    first_line,
+    replaced,
+    timesteps_to_sigmas,
+)
 
 
 class Probe(FixedSigmaScheduler):
     """A schedule whose step is a function (index, model_output, sample) -> next sample."""
 
-    def __init__(self, sigmas: list[float], on_step, told: list[float] | None = None):
-        super().__init__(sigmas, told)
+    def __init__(self, sigmas: list[float], on_step, told: list[float] | None = None, like=None):
+        super().__init__(sigmas, told, like=like)
         self.on_step = on_step
         self.calls = 0
 
@@ -36,17 +46,26 @@ class Probe(FixedSigmaScheduler):
         self.calls += 1
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample)  # serves [0] and .prev_sample alike
 
+    def __deepcopy__(self, memo):
+        return self  # some pipelines copy their scheduler for each frame
+
 
 class Answer(BaseException):
     """Carries an answer out of a pipeline's call and ends it."""
 
 
-def _no_prediction(*args, hidden_states=None, **kwargs):
-    """A transformer's forward that computes nothing: zeros in the shape of its input."""
-    hidden_states = args[0] if hidden_states is None else hidden_states
-    if isinstance(hidden_states, torch.Tensor):
-        return Transformer2DModelOutput(sample=torch.zeros_like(hidden_states))
-    return Transformer2DModelOutput(sample=[torch.zeros_like(item) for item in hidden_states])
+def model_input(args: tuple, kwargs: dict) -> torch.Tensor | list:
+    """What a denoiser was called with: samples, as a tensor or a list; "hidden_states" or whatever comes first."""
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else [*args, *kwargs.values()][0]
+
+
+def _no_prediction(*args, **kwargs):
+    """A transformer's forward that computes nothing: zeros in the shape of its input, the last of several images."""
+    samples = model_input(args, kwargs)
+    if isinstance(samples, torch.Tensor):
+        return Transformer2DModelOutput(sample=torch.zeros_like(samples))
+    samples = [sample[-1] if isinstance(sample, list) else sample for sample in samples]
+    return Transformer2DModelOutput(sample=[torch.zeros_like(sample) for sample in samples])
 
 
 @contextlib.contextmanager
@@ -56,7 +75,7 @@ def loading(path: str):
         yield
     except InputError:
         raise
-    except (OSError, ValueError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, ImportError, AttributeError, NameError) as error:
         raise InputError(f"{path}: cannot be loaded ({first_line(error)})") from error
 
 
@@ -86,14 +105,16 @@ def read_model_index(path: str, **load_kwargs) -> dict:
         ) from None
 
 
-def transformer_class(path: str, **load_kwargs) -> type:
-    """The class of the pipeline's transformer; InputError where it has none."""
+def find_denoiser(path: str, **load_kwargs) -> tuple[str, type]:
+    """The name and the class of the pipeline's model that denoises; InputError where it has none."""
     config = read_model_index(path, **load_kwargs)
-    library, name = config.get("transformer") or (None, None)
-    if library is None:
-        raise InputError(f"{path}: {config.get('_class_name')} has no transformer; Glance needs a flow-matching one")
-    with loading(path):
-        return getattr(importlib.import_module(library), name)
+    name = denoiser_name(config)
+    if name is None or not config.get("scheduler"):
+        raise InputError(
+            f"{path}: {config.get('_class_name')} has no transformer that takes a timestep, or no scheduler; Glance "
+            "needs both"
+        )
+    return name, component_class(config[name])
 
 
 def load_pipeline(
@@ -105,22 +126,20 @@ def load_pipeline(
     precision costs latents accuracy; the rest is `dtype`. `components` are taken for those of their names. InputError
     where `path` is not a diffusers pipeline with a flow-matching transformer.
     """
-    config = read_model_index(path, **load_kwargs)
-    kind, components = transformer_class(path, **load_kwargs), dict(components or {})
+    config, components = read_model_index(path, **load_kwargs), dict(components or {})
+    name, transformer_class = find_denoiser(path, **load_kwargs)
     with loading(path):
-        for part in [part for part, named in config.items() if named == config["transformer"]]:
+        scheduler_class = component_class(config["scheduler"])
+        settings = scheduler_class.load_config(path, subfolder="scheduler", **load_kwargs)
+        if "FlowMatch" not in scheduler_class.__name__ and not settings.get("use_flow_sigmas"):
+            raise InputError(f"{path}: {scheduler_class.__name__} is not a flow-matching scheduler; Glance needs one")
+        for part in [part for part in config if config[part] == config[name]]:
             with init_empty_weights():
-                components[part] = kind.from_config(kind.load_config(path, subfolder=part, **load_kwargs)).to(dtype)
-        pipe = DiffusionPipeline.from_pretrained(
-            path,
-            **components,
-            dtype={"vae": torch.float32, "default": dtype},
-            **load_kwargs,
-        )
-    scheduler = pipe.scheduler
-    if "FlowMatch" not in type(scheduler).__name__ and not scheduler.config.get("use_flow_sigmas"):
-        raise InputError(f"{path}: {type(scheduler).__name__} is not a flow-matching scheduler; Glance needs one")
-    return pipe
+                components[part] = transformer_class.from_config(
+                    transformer_class.load_config(path, subfolder=part, **load_kwargs)
+                ).to(dtype)
+        dtypes = {"vae": torch.float32, "default": dtype}
+        return DiffusionPipeline.from_pretrained(path, **components, dtype=dtypes, **load_kwargs)
 
 
 def call_arguments(pipe: DiffusionPipeline, prompt, height, width, guidance_scale, extra: dict) -> dict:
@@ -139,20 +158,10 @@ def call_arguments(pipe: DiffusionPipeline, prompt, height, width, guidance_scal
     return {key: value for key, value in ours.items() if value is not None} | arguments
 
 
-def check_call(pipe: DiffusionPipeline, **kwargs) -> None:
-    """Try the call in a dry step; what the pipeline's own checks refuse is an InputError."""
-    try:
-        dry_step(pipe, **kwargs)
-    except InputError:
-        raise
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{type(pipe).__name__} refuses the call: {first_line(error)}") from error
-
-
 def further_denoisers(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     """Models of the transformer's class beside it: some pipelines keep one for guidance."""
-    kind = type(pipe.transformer)
-    return {name: part for name, part in pipe.components.items() if type(part) is kind and name != "transformer"}
+    first = denoiser(pipe)
+    return {name: part for name, part in pipe.components.items() if type(part) is type(first) and part is not first}
 
 
 @contextlib.contextmanager
@@ -168,6 +177,17 @@ def guiders_off(pipe: DiffusionPipeline):
             guider.enable()
 
 
+@contextlib.contextmanager
+def somewhere(pipe: DiffusionPipeline):
+    """Let the pipeline work where its other models are, if it would be nowhere: where its transformer without weights
+    is and comes first among its components."""
+    places = [getattr(part, "device", None) for part in pipe.components.values()]  # also of freed ones
+    places = [place for place in places if isinstance(place, torch.device) and place.type != "meta"]
+    nowhere = pipe._execution_device.type == "meta" and places
+    with replaced(type(pipe), "_execution_device", places[0]) if nowhere else contextlib.nullcontext():
+        yield
+
+
 def run_pipeline(pipe, scheduler, forward=_no_prediction, further_forward=_no_prediction, guiders=True, **kwargs):
     """The pipeline's own `__call__` without its no_grad, with this scheduler and this transformer forward; further
     denoisers have no say, unless `further_forward` is given."""
@@ -175,77 +195,45 @@ def run_pipeline(pipe, scheduler, forward=_no_prediction, further_forward=_no_pr
     if call is None:
         raise InputError(f"{type(pipe).__name__}.__call__ is not wrapped in torch.no_grad: gradients cannot pass")
     pipe.set_progress_bar_config(disable=True)
-    kwargs = {"output_type": "latent", "generator": torch.Generator().manual_seed(0)} | kwargs
+    # A probe has the steps that it has; some pipelines compute a schedule first, and cannot for a single step.
+    kwargs = {
+        "num_inference_steps": 2,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(0),
+    } | kwargs
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.nullcontext() if guiders else guiders_off(pipe))
+        stack.enter_context(somewhere(pipe))
         stack.enter_context(replaced(pipe, "scheduler", scheduler))
-        stack.enter_context(replaced(pipe.transformer, "forward", forward))
-        for denoiser in further_denoisers(pipe).values():
-            stack.enter_context(replaced(denoiser, "forward", further_forward))
+        stack.enter_context(replaced(denoiser(pipe), "forward", forward))
+        for further in further_denoisers(pipe).values():
+            stack.enter_context(replaced(further, "forward", further_forward))
         return call(pipe, **kwargs)
+
+
+def dry_run(pipe: DiffusionPipeline, scheduler, *forwards, **kwargs):
+    """run_pipeline to ask a question: no gradients, and what the pipeline's own code refuses is an InputError."""
+    try:
+        with torch.no_grad():
+            return run_pipeline(pipe, scheduler, *forwards, **kwargs)
+    except InputError:
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        wanted = [name for name in accepted_arguments(pipe) if re.search("^(?!.*adapter).*(images?|video)$", name)]
+        hint = f" (Glance gives it no {' and no '.join(wanted)})" if wanted else ""
+        raise InputError(f"{type(pipe).__name__} refuses the call: {first_line(error)}{hint}") from error
 
 
 def dry_step(pipe: DiffusionPipeline, forward=_no_prediction, **kwargs) -> None:
     """One step of the pipeline in which nothing is computed but what comes before it: the prompt's encoding."""
-    probe = Probe([1.0], lambda index, model_output, sample: sample)
-    with torch.no_grad():
-        run_pipeline(pipe, probe, forward, num_inference_steps=1, **kwargs)
+    dry_run(pipe, Probe([1.0], lambda index, model_output, sample: sample), forward, **kwargs)
 
 
 def freeable_components(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     """Every model but the denoisers."""
-    kept = {"transformer", *further_denoisers(pipe)}
+    kept = {denoiser_name(pipe.config), *further_denoisers(pipe)}
     models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     return {name: part for name, part in models.items() if name not in kept}
-
-
-def remember_prompts(pipe: DiffusionPipeline) -> None:
-    """Let the pipeline encode each prompt once, without gradients, and hand the result back ever after.
-
-    Every method of the pipeline that uses a text encoder, to encode a prompt or to rewrite it, remembers what it
-    answered. The text encoders can then be freed; a prompt that was never seen before raises RuntimeError.
-    """
-    encoders = set(freeable_components(pipe)) - {"vae"}
-    for kind in reversed(type(pipe).__mro__):
-        if issubclass(kind, DiffusionPipeline) and kind is not DiffusionPipeline:
-            for name, method in vars(kind).items():
-                method = inspect.unwrap(method) if inspect.isfunction(method) else None
-                if method and not name.startswith("__") and encoders & set(method.__code__.co_names):
-                    setattr(pipe, name, _remembered(pipe, getattr(pipe, name)))
-
-
-def _remembered(pipe: DiffusionPipeline, method):
-    known = {}
-
-    def remembered(*args, **kwargs):
-        arguments = inspect.signature(method).bind(*args, **kwargs).arguments
-        if any(isinstance(value, torch.Tensor) for value in arguments.values()):
-            return method(*args, **kwargs)
-        key = repr(sorted((name, value) for name, value in arguments.items() if name not in ("device", "generator")))
-        if key not in known:
-            try:
-                with torch.no_grad():
-                    known[key] = method(*args, **kwargs)
-            except (TypeError, AttributeError) as error:
-                if any(isinstance(part, _Freed) for part in pipe.components.values()):
-                    raise RuntimeError("this prompt was not encoded before the text encoders were freed") from error
-                raise
-        return known[key]
-
-    return remembered
-
-
-class _Freed:
-    """Stands where a model was that has been freed: pipelines still ask whether it is there, and its dtype."""
-
-    def __init__(self, model: torch.nn.Module):
-        self.dtype, self.device, self.config = model.dtype, model.device, getattr(model, "config", None)
-
-
-def free_components(pipe: DiffusionPipeline) -> None:
-    """Drop every model but the transformer: what they had to say is known."""
-    for name, component in freeable_components(pipe).items():
-        setattr(pipe, name, _Freed(component))
 
 
 def ask_timesteps(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[float]:
@@ -268,8 +256,7 @@ def check_instantaneous(pipe: DiffusionPipeline, **kwargs) -> None:
     for end in (0.5, 0.25):
         told.append([])
         probe = Probe([1.0, end], lambda index, model_output, sample: sample)
-        with torch.no_grad():
-            run_pipeline(pipe, probe, forward, num_inference_steps=2, **kwargs)
+        dry_run(pipe, probe, forward, **kwargs)
     for name, value in told[0][0].items():
         if not torch.equal(value, told[1][0][name]):
             raise InputError(
@@ -283,25 +270,36 @@ def ask_told(pipe: DiffusionPipeline, num_steps: int, **kwargs):
     Some pipelines shift the sigmas of their schedule, but not the timesteps that go with them.
     """
     walk = _ask_walk(pipe, num_steps, **kwargs)
-    if all(timestep == told for timestep, told in walk):
+    if all(told is None for _, told in walk):
         return lambda sigmas: None
-    timesteps, told = zip(*sorted({(0.0, 0.0), (1000.0, 1000.0), *walk}))
+    points = {(timestep, timestep if told is None else told) for timestep, told in walk}
+    timesteps, told = zip(*sorted({(0.0, 0.0), (1000.0, 1000.0), *points}))
     return lambda sigmas: np.interp([1000 * sigma for sigma in sigmas], timesteps, told).tolist()
 
 
-def _ask_walk(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[tuple[float, float]]:
-    """(1000 * sigma, what the model is told) of each of `num_steps` steps, from a dry run of the pipeline."""
+def _ask_walk(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[tuple[float, float | None]]:
+    """1000 * sigma of each of `num_steps` steps, from a dry run of the pipeline, and what the model is told there if
+    that is another number than FixedSigmaScheduler tells."""
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    walked = []
+    unit, acted, walked = 1000 / scheduler.config.num_train_timesteps, set(), []
+
+    def forward(*args, **kwargs):
+        acted.add(len(walked))
+        return _no_prediction(*args, **kwargs)
 
     def step(model_output, timestep, sample, *args, **kwargs):
         told, timestep = float(timestep), 1000 * float(scheduler.sigmas[len(walked)])
-        walked.append((told if abs(told - timestep) < 1 else timestep, told))  # some round it
+        same = abs(unit * told - timestep) < 1  # some round it
+        timestep = unit * told if same else timestep
+        timestep = 1000 - timestep if counts_image(scheduler) else timestep
+        if len(walked) not in acted:
+            name = denoiser_name(pipe.config)
+            raise InputError(f"{type(pipe).__name__}: at timestep {timestep:.0f} another model than its {name} acts")
+        walked.append((timestep, None if same else told))
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample)
 
     scheduler.step = step
-    with torch.no_grad():
-        run_pipeline(pipe, scheduler, num_inference_steps=num_steps, **kwargs)
+    dry_run(pipe, scheduler, forward, num_inference_steps=num_steps, **kwargs)
     return walked
 
 
@@ -322,7 +320,12 @@ def ask_single_branch(pipe: DiffusionPipeline, **kwargs) -> dict:
     ):
         if not set(off) <= accepted:
             continue
-        batches, velocity = _made_up_step(pipe, None, **kwargs | off)
+        try:
+            batches, velocity = _made_up_step(pipe, None, **kwargs | off)
+        except InputError:
+            if not off:
+                raise
+            continue  # a value that it does not take
         samples = sum(batches) if batches != [1] else 0
         changes = [_made_up_step(pipe, index, **kwargs | off)[1] - velocity for index in range(samples)]
         if batches == [1] or sum(bool(change.abs().max() > 0.1) for change in changes) == 1:
@@ -348,9 +351,26 @@ def _made_up_step(pipe: DiffusionPipeline, changed: int | None, **kwargs) -> tup
         velocities.append(model_output.float())
         return sample
 
-    with torch.no_grad():
-        run_pipeline(pipe, Probe([1.0], on_step), forward, forward, num_inference_steps=1, **kwargs)
+    dry_run(pipe, Probe([1.0], on_step), forward, forward, **kwargs)
+    if not velocities:
+        raise InputError(f"{type(pipe).__name__}: asked for one step, but it never called scheduler.step")
     return batches, velocities[0]
+
+
+def ask_velocity_shares(pipe: DiffusionPipeline, timesteps: list[float], told, **kwargs) -> list[float]:
+    """How much of the velocity (noisy - image) / sigma a pipeline takes at each timestep, where its model predicts the
+    image; near 0 some divide by more than sigma. 1 where the model predicts the velocity itself."""
+    shares = []
+    for sigma in timesteps_to_sigmas(timesteps):
+        velocities = []
+
+        def on_step(index, model_output, sample, velocities=velocities):
+            velocities.append(model_output)
+            return torch.ones_like(sample)
+
+        dry_run(pipe, Probe([sigma, sigma], on_step, told([sigma, sigma]), pipe.scheduler), **kwargs)
+        shares.append(sigma * velocities[1].float().mean().item() or 1.0)  # the prediction is all zeros
+    return shares
 
 
 def takes_timesteps(pipe: DiffusionPipeline, **kwargs) -> bool:
@@ -368,15 +388,13 @@ def takes_timesteps(pipe: DiffusionPipeline, **kwargs) -> bool:
             found.extend(value for value in tree_leaves((args, inputs)) if isinstance(value, torch.Tensor))
             return _no_prediction(*args, **inputs)
 
-        probe = Probe([1.0], lambda index, model_output, sample: sample, [list(timesteps)])
-        batch = {batch_argument(pipe): len(timesteps), "num_inference_steps": 1}
-        with torch.no_grad():
-            run_pipeline(pipe, probe, forward, **kwargs | batch)
+        probe = Probe([1.0], lambda index, model_output, sample: sample, [list(timesteps)], pipe.scheduler)
+        dry_run(pipe, probe, forward, **kwargs | {batch_argument(pipe): len(timesteps)})
         return found
 
     try:
         both, high, low = told(750.0, 250.0), told(750.0, 750.0), told(250.0, 250.0)
-    except (RuntimeError, ValueError, TypeError, IndexError):  # it wanted a number
+    except (InputError, RuntimeError):  # it wanted a number
         return False
     changed = [not torch.equal(one, other) for one, other in zip(high, low)]
     return any(changed) and all(
@@ -398,7 +416,7 @@ class PipelineVelocity(torch.nn.Module):
         self.pipe = pipe
         self.told = told
         self.takes_timesteps = takes_timesteps
-        self.transformer = pipe.transformer  # a submodule, so that DDP and FSDP see its parameters
+        self.transformer = denoiser(pipe)  # a submodule, so that DDP and FSDP see its parameters
         self.kwargs = kwargs
 
     def forward(self, noisy: torch.Tensor, sigmas: float | list[float]) -> torch.Tensor:
@@ -411,9 +429,15 @@ class PipelineVelocity(torch.nn.Module):
         parts = noisy.split([len(run) for run in runs])
         return torch.cat([self._velocity(part, run) for part, run in zip(parts, runs)])
 
+    def _timesteps(self, sigmas: list[float]) -> list[float]:
+        """What the model is told at `sigmas`, in the scheduler's own arithmetic."""
+        schedule = FixedSigmaScheduler(sigmas, self.told(sigmas), like=self.pipe.scheduler)
+        schedule.set_timesteps()
+        return schedule.timesteps.tolist()
+
     def _velocity(self, noisy: torch.Tensor, sigmas: list[float]) -> torch.Tensor:
         velocity, asked = None, False
-        told = self.told(sigmas) or (torch.tensor(sigmas) * 1000).tolist()  # float32, as the scheduler computes it
+        told = self._timesteps(sigmas)
         told = told[0] if len(set(sigmas)) == 1 else told
 
         def on_step(index, model_output, sample):
@@ -421,14 +445,15 @@ class PipelineVelocity(torch.nn.Module):
                 return noisy.to(sample)
             raise Answer(model_output)  # what some pipelines do to the final latents needs the VAE, which was freed
 
-        probe, predict = Probe([sigmas[0]] * 2, on_step, [told, told]), self.transformer.forward
+        probe = Probe([sigmas[0]] * 2, on_step, [told, told], self.pipe.scheduler)
+        predict = self.transformer.forward
 
         def forward(*args, **kwargs):
             nonlocal asked
             asked = probe.calls > 0
             return (predict if asked else _no_prediction)(*args, **kwargs)
 
-        batch = {batch_argument(self.pipe): len(noisy), "num_inference_steps": 2}
+        batch = {batch_argument(self.pipe): len(noisy)}
         try:
             run_pipeline(self.pipe, probe, forward, **batch, **self.kwargs)
         except Answer as answer:
@@ -440,4 +465,4 @@ class PipelineVelocity(torch.nn.Module):
         if velocity is None or velocity.shape != noisy.shape:
             found = "nothing" if velocity is None else tuple(velocity.shape)
             raise InputError(f"{type(self.pipe).__name__}: asked the velocity of {tuple(noisy.shape)}, got {found}")
-        return velocity
+        return -velocity if counts_image(self.pipe.scheduler) else velocity

@@ -4,7 +4,6 @@ The transformer runs for real, forward and backward, on tensors that have a shap
 FakeTensorMode), called by the pipeline as in training. What it would have allocated and multiplied is counted.
 """
 
-import importlib
 import time
 import weakref
 from dataclasses import dataclass
@@ -129,9 +128,10 @@ def without_content(mode: FakeTensorMode):
 def load_without_weights(path: str, dtype: torch.dtype, **where):
     """The pipeline at `path` with configs, tokenizers and scheduler as they are, and models that have no weights."""
     mode, models = FakeTensorMode(allow_non_fake_inputs=True), {}
-    for part, named in ask.read_model_index(path, **where).items():
+    config = ask.read_model_index(path, **where)
+    for part, named in config.items():
         kind = model_class(named)
-        if kind is not None and part != "transformer":
+        if kind is not None and part != glance.denoiser_name(config):
             with ask.loading(path), init_empty_weights():
                 if issubclass(kind, ModelMixin):
                     models[part] = kind.from_config(kind.load_config(path, subfolder=part, **where))
@@ -144,7 +144,7 @@ def load_without_weights(path: str, dtype: torch.dtype, **where):
 def model_class(named) -> type | None:
     """The class behind an entry of model_index.json, ["library", "class name"], if it is a model's."""
     try:
-        kind = getattr(importlib.import_module(named[0]), named[1])
+        kind = glance.component_class(named)
     except (TypeError, ValueError, ImportError, AttributeError):
         return None  # another kind of entry, or a class of the pipeline's own module
     return kind if isinstance(kind, type) and issubclass(kind, torch.nn.Module) else None
@@ -164,7 +164,7 @@ def encode_without_weights(module: torch.nn.Module, mode: FakeTensorMode) -> Non
 
 def run_step(pipe, mode: FakeTensorMode, counter, call: dict) -> None:
     """One step of the pipeline, forward and backward, inside `counter`; its transformer is `weightless`."""
-    transformer, convert = pipe.transformer, without_content(mode)
+    transformer, convert = glance.denoiser(pipe), without_content(mode)
     predict = transformer.forward
 
     def forward(*args, **kwargs):
@@ -183,8 +183,8 @@ def run_step(pipe, mode: FakeTensorMode, counter, call: dict) -> None:
 
 def measure_step(pipe, mode: FakeTensorMode, gradient_checkpointing: bool, call: dict) -> Step:
     if gradient_checkpointing:
-        enable_gradient_checkpointing(pipe.transformer)
-    memory = PeakMemory(pipe.transformer)
+        enable_gradient_checkpointing(glance.denoiser(pipe))
+    memory = PeakMemory(glance.denoiser(pipe))
     run_step(pipe, mode, memory, call)
     operations = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)  # not both: it keeps tensors alive
     run_step(pipe, mode, operations, call)
@@ -212,7 +212,7 @@ def estimate(pipe, layers: list[str], rank: int, call: dict, checkpointing=(Fals
 
     The transformer is of no other use afterwards. InputError where it decides by numbers that are not there.
     """
-    transformer, mode = pipe.transformer, FakeTensorMode(allow_non_fake_inputs=True)
+    transformer, mode = glance.denoiser(pipe), FakeTensorMode(allow_non_fake_inputs=True)
     glance.with_adapters(transformer).requires_grad_(False)
     base = {quantization: base_bytes(transformer, quantization) for quantization in QUANTIZATIONS}
     parameters = sum(parameter.numel() for parameter in transformer.parameters())

@@ -12,6 +12,8 @@ What only the pipeline knows (its schedule, its latents' layout, its velocity) i
 """
 
 import contextlib
+import importlib
+import inspect
 import json
 import math
 import os
@@ -153,6 +155,34 @@ def flow_matching_loss(velocity: torch.Tensor, latents: torch.Tensor, noise: tor
 # The sampler: exactly the sigmas it is given, whatever the pipeline asks for
 
 
+def component_class(kind: tuple[str, str]) -> type:
+    """The class that a pipeline's config names for a component, as (library, class)."""
+    return getattr(importlib.import_module(kind[0]), kind[1])
+
+
+def denoiser_name(config: dict) -> str | None:
+    """Which of a pipeline's components denoises: the first by name whose forward takes a timestep, None if none does.
+
+    `config` is the content of a model_index.json, or a pipeline's own `config`, which is the same.
+    """
+    for name, kind in sorted(config.items()):
+        if isinstance(kind, list | tuple) and len(kind) == 2 and all(kind):
+            with contextlib.suppress(ImportError, AttributeError):  # as a part of a pipeline's own module
+                if {"t", "timestep", "timesteps"} & set(inspect.signature(component_class(kind).forward).parameters):
+                    return name
+    return None
+
+
+def denoiser(pipe: DiffusionPipeline) -> torch.nn.Module:
+    """The model that predicts the velocity, a transformer in nearly every pipeline."""
+    return getattr(pipe, denoiser_name(pipe.config))
+
+
+def counts_image(scheduler) -> bool:
+    """Whether its sigmas are the image's share, 1 - sigma: they ascend, and the model predicts latents - noise."""
+    return bool(scheduler.config.get("invert_sigmas"))
+
+
 class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
     """Euler over a fixed list of sigmas, then 0. Whatever steps, sigmas or mu a pipeline requests are ignored.
 
@@ -161,10 +191,14 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
     pipelines that take `sigmas`.
     """
 
-    def __init__(self, sigmas: list[float], told: list[float] | None = None, before_step=lambda index: None):
+    def __init__(
+        self, sigmas: list[float], told: list[float] | None = None, before_step=lambda index: None, like=None
+    ):
         """`told` are the timesteps told to the model where they are not 1000 * sigma; `before_step(index)` is called
-        before each step's model calls."""
-        super().__init__()
+        before each step's model calls; `like` is a scheduler that may count the image's share instead of the noise's,
+        or timesteps to another number than 1000."""
+        kept = {"invert_sigmas", "num_train_timesteps"} & set(like.config if like is not None else ())
+        super().__init__(**{key: like.config[key] for key in kept})
         self.fixed_sigmas = list(sigmas)
         self.told = told
         self.init_noise_sigma = 1.0
@@ -176,8 +210,9 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
             self.timesteps = torch.tensor(self.told, dtype=torch.float32, device=device)
         self.before_step(0)
 
-    def step(self, *args, **kwargs):
-        result = super().step(*args, **kwargs)
+    def step(self, model_output, timestep, sample, *args, **kwargs):
+        timestep = self.timesteps[self.step_index or 0]  # some pipelines round it to an integer
+        result = super().step(model_output, timestep, sample, *args, **kwargs)
         self.before_step(self.step_index)
         return result
 
@@ -247,19 +282,20 @@ def glance_inference(
         first_steps[step] = name
         step += len(part)
 
-    with fused_adapters(pipe.transformer) if fuse else contextlib.nullcontext(activate_adapter) as activate:
+    model = denoiser(pipe)
+    with fused_adapters(model) if fuse else contextlib.nullcontext(activate_adapter) as activate:
 
         def switch(step):
             if name := first_steps.get(step):
-                activate(pipe.transformer, name, scales.get(name, 1.0))
+                activate(model, name, scales.get(name, 1.0))
 
         sigmas = timesteps_to_sigmas(timesteps)
-        pipe.scheduler = FixedSigmaScheduler(sigmas, told(sigmas), switch)
+        pipe.scheduler = FixedSigmaScheduler(sigmas, told(sigmas), switch, scheduler)
         try:
             yield {"num_inference_steps": len(timesteps)}
         finally:
             pipe.scheduler = scheduler
-            activate(pipe.transformer, None)
+            activate(model, None)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -312,19 +348,20 @@ def with_adapters(transformer):
 
 
 def load_lora(pipe: DiffusionPipeline, path: Path, adapter: str) -> None:
-    """Load a LoRA file into the transformer, by the pipeline's own loader where it has one."""
-    own = "transformer" in getattr(pipe, "_lora_loadable_modules", ())
-    loader = pipe.load_lora_weights if own else with_adapters(pipe.transformer).load_lora_adapter
-
+    """Load a LoRA file into the denoiser, by the pipeline's own loader where it has one."""
+    prefix, where = denoiser_name(pipe.config), {"weight_name": path.name, "adapter_name": adapter}
     own_place = BaseTunerLayer._get_base_layer_device_and_dtype
 
     def place(layer, base_layer):
         """peft puts an adapter into its layer's dtype, but 8 bits are for storing the base alone."""
         device, dtype = own_place(layer, base_layer)
-        return device, pipe.transformer.dtype if dtype == torch.float8_e4m3fn else dtype
+        return device, denoiser(pipe).dtype if dtype == torch.float8_e4m3fn else dtype
 
     with replaced(BaseTunerLayer, "_get_base_layer_device_and_dtype", place):
-        loader(path.parent, weight_name=path.name, adapter_name=adapter)
+        if prefix in getattr(pipe, "_lora_loadable_modules", ()):
+            pipe.load_lora_weights(path.parent, **where)
+        else:
+            with_adapters(denoiser(pipe)).load_lora_adapter(path.parent, prefix=prefix, **where)
 
 
 def replace_file(path: Path, write) -> None:
@@ -339,9 +376,10 @@ def replace_file(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_lora(transformer, adapter: str, directory: str | Path, recipe: dict) -> Path:
+def save_lora(transformer, adapter: str, directory: str | Path, recipe: dict, prefix: str = "transformer") -> Path:
     """Write one adapter as `directory`/pytorch_lora_weights.safetensors and return the path.
 
+    `prefix` is the transformer's name in its pipeline, with which diffusers' keys begin.
     alpha / rank is folded into lora_B, so the file has alpha = rank: every loader, whether it reads alpha or not,
     applies the strength that was trained. The recipe goes into the header under "glance".
     """
@@ -349,12 +387,12 @@ def save_lora(transformer, adapter: str, directory: str | Path, recipe: dict) ->
     state = {}
     for name, value in get_peft_model_state_dict(transformer, adapter_name=adapter).items():
         scale = config.lora_alpha / config.r if "lora_B" in name else 1.0
-        state[f"transformer.{name}"] = (value.detach().float() * scale).cpu().contiguous()
-    modules = sorted({name.removeprefix("transformer.").split(".lora_")[0] for name in state})
+        state[f"{prefix}.{name}"] = (value.detach().float() * scale).cpu().contiguous()
+    modules = sorted({name.removeprefix(f"{prefix}.").split(".lora_")[0] for name in state})
     adapter_metadata = {"r": config.r, "lora_alpha": config.r, "target_modules": modules, "bias": "none"}
     header = {
         "format": "pt",
-        "lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in adapter_metadata.items()}),
+        "lora_adapter_metadata": json.dumps({f"{prefix}.{key}": value for key, value in adapter_metadata.items()}),
         "glance": json.dumps(recipe),
     }
     Path(directory).mkdir(parents=True, exist_ok=True)

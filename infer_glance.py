@@ -196,20 +196,15 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> Diffusi
     """The base with both adapters loaded and none active."""
     base, dtype, where = args.pretrained_model_name_or_path, DTYPES[args.dtype], load_arguments(args)
     offload = args.enable_model_cpu_offload or args.enable_group_offload or args.enable_sequential_cpu_offload
-    transformer = load_base.load_transformer(
-        ask.transformer_class(base, **where),
-        base,
-        dtype,
-        torch.device("cpu") if offload else device,
-        args.quantization,
-        **where,
-    )
+    place = torch.device("cpu") if offload else device
+    transformer = load_base.load_transformer(base, dtype, place, args.quantization, **where)
+    name, _ = ask.find_denoiser(base, **where)
     with ask.loading(base):
-        pipe = DiffusionPipeline.from_pretrained(base, transformer=transformer, dtype=dtype, **where)
+        pipe = DiffusionPipeline.from_pretrained(base, **{name: transformer}, dtype=dtype, **where)
     for phase, path in paths.items():
-        check_fits(pipe.transformer, path)
+        check_fits(pipe, path)
         glance.load_lora(pipe, path, phase)
-    glance.activate_adapter(pipe.transformer, None)
+    glance.activate_adapter(glance.denoiser(pipe), None)
     if args.enable_vae_tiling:
         pipe.vae.enable_tiling()
     if args.enable_sequential_cpu_offload:
@@ -222,13 +217,14 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> Diffusi
     else:
         pipe.to(device)
     if args.compile:
-        load_base.compile_blocks(pipe.transformer)
+        load_base.compile_blocks(glance.denoiser(pipe))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def check_fits(transformer, path: Path) -> None:
+def check_fits(pipe, path: Path) -> None:
     """Raise InputError where a LoRA file names a layer that the transformer lacks, or has another shape for it."""
+    prefix, transformer = glance.denoiser_name(pipe.config), glance.denoiser(pipe)
     layers = dict(transformer.named_modules())
     with safe_open(path, framework="pt") as file:
         for name in file.keys():
@@ -236,7 +232,7 @@ def check_fits(transformer, path: Path) -> None:
                 raise InputError(
                     f"{path}: it holds {name}, which diffusers ignores for some models; fold it into lora_B"
                 )
-            layer, _, kind = name.removeprefix("transformer.").partition(".lora_")
+            layer, _, kind = name.removeprefix(f"{prefix}.").partition(".lora_")
             module = layers.get(layer)
             module = getattr(module, "base_layer", module)
             if not isinstance(module, torch.nn.Linear):
@@ -252,11 +248,11 @@ class Counter:
 
     def __init__(self, pipe):
         self.calls = 0
-        for denoiser in (pipe.transformer, *ask.further_denoisers(pipe).values()):
+        for denoiser in (glance.denoiser(pipe), *ask.further_denoisers(pipe).values()):
             denoiser.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, module, args, kwargs):
-        self.calls += len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+        self.calls += len(ask.model_input(args, kwargs))
 
 
 def timed(pipe, counter, call: dict, seed: int, **kwargs):
@@ -326,7 +322,7 @@ def main(argv: list[str] | None = None):
     extra = recipe["pipeline_kwargs"] | args.pipeline_kwargs
     jobs = [(prompt, args.seed + image) for prompt in args.prompts for image in range(args.num_images)]
     calls = [ask.call_arguments(pipe, prompt, height, width, guidance, extra) for prompt, _ in jobs]
-    ask.check_call(pipe, **calls[0])
+    ask.dry_step(pipe, **calls[0])
     if schedule is None:
         schedule = glance.derive_timesteps(ask.ask_timesteps(pipe, recipe["num_base_steps"], **calls[0]))
     told = ask.ask_told(pipe, recipe["num_base_steps"], **calls[0])

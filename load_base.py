@@ -7,7 +7,7 @@ from diffusers import BitsAndBytesConfig
 from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 from torch.utils.checkpoint import checkpoint
 
-from ask_pipeline import loading
+from ask_pipeline import find_denoiser, loading
 from glance_utils import InputError, replaced
 
 
@@ -32,7 +32,6 @@ def bitsandbytes_on_any_device(device: torch.device):
 
 
 def load_transformer(
-    kind: type,
     path: str,
     dtype: torch.dtype,
     device: torch.device,
@@ -40,7 +39,7 @@ def load_transformer(
     group_offload: bool = False,
     **where,
 ) -> torch.nn.Module:
-    """The transformer of the pipeline at `path`, frozen: shard by shard onto `device`, each quantized as it is read.
+    """The denoiser of the pipeline at `path`, frozen: shard by shard onto `device`, each quantized as it is read.
 
     nf4 and int8 are bitsandbytes' layers; fp8 keeps the linear layers' weights in float8_e4m3 and computes in `dtype`
     (diffusers' layerwise casting). With `group_offload` the weights stay in host memory and visit the device a layer
@@ -48,10 +47,11 @@ def load_transformer(
     """
     check_combination(quantization, group_offload)
     target = torch.device("cpu") if group_offload or quantization == "fp8" else device
+    name, kind = find_denoiser(path, **where)
     with loading(path), bitsandbytes_on_any_device(target):
         transformer = kind.from_pretrained(
             path,
-            subfolder="transformer",
+            subfolder=name,
             dtype=dtype,
             quantization_config=quantization_config(quantization, dtype),
             device_map={"": target},

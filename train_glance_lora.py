@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 
 import ask_latents
 import ask_pipeline as ask
+import ask_prompts
 import command_line as cli
 import estimate
 import glance_utils as glance
@@ -192,14 +193,32 @@ def load_arguments(args) -> dict:
     return {key: value for key in ("revision", "variant") if (value := getattr(args, key))}
 
 
+def warn_of_schedule(pipe, schedule, derived, told, train_call) -> None:
+    """Warn of timesteps that are far from the model's own, and of those at which it gives less than the velocity."""
+    for phase, timesteps in schedule.items():
+        far = max(abs(a - b) for a, b in zip(timesteps, derived[phase]))
+        if len(timesteps) == len(derived[phase]) and far > 10:
+            own = ",".join(f"{timestep:.4f}" for timestep in derived[phase])
+            logger.warning(
+                f"--flow_custom_timesteps: {phase} is up to {far:.0f} timesteps off this model's own: {own}"
+            )
+        for timestep, share in zip(timesteps, ask.ask_velocity_shares(pipe, timesteps, told, **train_call)):
+            if share < 0.99:
+                logger.warning(
+                    f"{phase}: at timestep {timestep:.1f} this pipeline takes only {share:.2f} of the velocity to the "
+                    "image that its model predicts; give --flow_custom_timesteps that end above"
+                )
+
+
 def ask_call(args, pipe, caption, size) -> tuple[dict, dict, list[str]]:
     """The call's arguments at inference, the same in training, and the layers to adapt; or InputError."""
     call = ask.call_arguments(pipe, caption, *size, args.guidance_scale, args.pipeline_kwargs)
-    layers = glance.lora_layers(pipe.transformer, args.lora_layers)
-    if args.gradient_checkpointing and not pipe.transformer._supports_gradient_checkpointing:
-        raise InputError(f"--gradient_checkpointing: {type(pipe.transformer).__name__} has none, so leave it out")
-    ask.remember_prompts(pipe)
-    ask.check_call(pipe, **call)
+    transformer = glance.denoiser(pipe)
+    layers = glance.lora_layers(transformer, args.lora_layers)
+    if args.gradient_checkpointing and not transformer._supports_gradient_checkpointing:
+        raise InputError(f"--gradient_checkpointing: {type(transformer).__name__} has none, so leave it out")
+    ask_prompts.remember_prompts(pipe)
+    ask.dry_step(pipe, **call)
     ask.check_instantaneous(pipe, **call)
     return call, call | ask.ask_single_branch(pipe, **call), layers
 
@@ -218,15 +237,8 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
     call, train_call, layers = ask_call(args, pipe, caption, size)
     derived = glance.derive_timesteps(ask.ask_timesteps(pipe, args.num_base_steps, **call))
     told = ask.ask_told(pipe, args.num_base_steps, **call)
-    schedule = {}
-    for phase, custom in args.custom_timesteps.items():
-        schedule[phase] = custom or derived[phase]
-        far = max(abs(a - b) for a, b in zip(schedule[phase], derived[phase]))
-        if len(schedule[phase]) == len(derived[phase]) and far > 10:
-            own = ",".join(f"{timestep:.4f}" for timestep in derived[phase])
-            logger.warning(
-                f"--flow_custom_timesteps: {phase} is up to {far:.0f} timesteps off this model's own: {own}"
-            )
+    schedule = {phase: custom or derived[phase] for phase, custom in args.custom_timesteps.items()}
+    warn_of_schedule(pipe, schedule, derived, told, train_call)
     layout = ask_latents.ask_layout(pipe, **call)
     pixels = VaeImageProcessor(do_resize=False).preprocess(image)
     latents = ask_latents.encode_image(pipe, pixels, layout, **call)
@@ -234,23 +246,16 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
     takes_timesteps = args.timesteps_per_step > 1 and ask.takes_timesteps(pipe, **train_call)
     for batch in {args.train_batch_size, args.train_batch_size * args.timesteps_per_step}:
         ask.dry_step(pipe, **train_call | {ask.batch_argument(pipe): batch})  # remembers its prompt
-    vae, transformer_class = getattr(pipe, "vae", None), type(pipe.transformer)
+    vae = getattr(pipe, "vae", None)
     checkpointing = choose_checkpointing(args, accelerator, pipe, layers, train_call)
-    ask.free_components(pipe)
+    ask_prompts.free_components(pipe, **train_call)
     vae = vae and vae.cpu()
     accelerator.free_memory()
-    pipe.transformer = load_base.load_transformer(
-        transformer_class,
-        args.pretrained_model_name_or_path,
-        dtype,
-        accelerator.device,
-        args.quantization,
-        args.enable_group_offload,
-        **where,
-    )
-    glance.with_adapters(pipe.transformer)
+    base, device, offload = args.pretrained_model_name_or_path, accelerator.device, args.enable_group_offload
+    transformer = load_base.load_transformer(base, dtype, device, args.quantization, offload, **where)
+    setattr(pipe, glance.denoiser_name(pipe.config), glance.with_adapters(transformer))
     if checkpointing:
-        load_base.enable_gradient_checkpointing(pipe.transformer)
+        load_base.enable_gradient_checkpointing(transformer)
     return Asked(
         pipe, where, call, train_call, schedule, told, latents, noise_scale, layers, takes_timesteps, layout, vae
     )
@@ -261,7 +266,7 @@ def choose_checkpointing(args, accelerator, pipe, layers, train_call) -> bool:
 
     Where weights are unpacked or moved for every layer, the graph would keep them all: there it is always on.
     """
-    if args.gradient_checkpointing is not None or not pipe.transformer._supports_gradient_checkpointing:
+    if args.gradient_checkpointing is not None or not glance.denoiser(pipe)._supports_gradient_checkpointing:
         return bool(args.gradient_checkpointing)
     if args.enable_group_offload or args.quantization == "fp8":
         return True
@@ -361,7 +366,7 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
 
     `done` steps were trained in earlier phases; `resume` is a checkpoint of this phase.
     """
-    phase, transformer, latents = recipe["phase"], asked.pipe.transformer, asked.latents
+    phase, transformer, latents = recipe["phase"], glance.denoiser(asked.pipe), asked.latents
     parameters = fresh_adapter(args, accelerator, transformer, asked.layers)
     optimizer, lr_scheduler = make_optimizer(args, parameters)
     model = ask.PipelineVelocity(asked.pipe, asked.told, asked.takes_timesteps, **asked.train_call)
@@ -427,20 +432,21 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
 
 def draw_preview(args, asked) -> Image.Image:
     """The caption in ten steps, with the LoRA files just written; the VAE follows when the transformer has gone."""
-    pipe = asked.pipe
-    device = pipe._execution_device
+    pipe, name = asked.pipe, glance.denoiser_name(asked.pipe.config)
+    transformer, device = glance.denoiser(pipe), pipe._execution_device
     for name, denoiser in ask.further_denoisers(pipe).items():
         loaded = type(denoiser).from_pretrained(
-            args.pretrained_model_name_or_path, subfolder=name, dtype=pipe.transformer.dtype, **asked.where
+            args.pretrained_model_name_or_path, subfolder=name, dtype=transformer.dtype, **asked.where
         )
-        setattr(pipe, name, loaded.to(pipe.transformer.device))
+        setattr(pipe, name, loaded.to(transformer.device))
     for phase in asked.schedule:
         glance.load_lora(pipe, Path(args.output_dir) / phase / glance.WEIGHT_NAME, phase)
     with glance.glance_inference(pipe, asked.schedule, told=asked.told) as kwargs:
         generator = torch.Generator().manual_seed(args.seed)
         with torch.compiler.set_stance("force_eager"):  # one picture is not worth compiling for
             latents = ask_latents.final_latents(pipe, **asked.call, **kwargs, generator=generator)
-    pipe.transformer = None
+    del transformer
+    setattr(pipe, name, None)
     release_memory()
     return ask_latents.decode(asked.vae and asked.vae.to(device), latents, asked.layout)
 
@@ -508,8 +514,9 @@ def main(argv: list[str] | None = None):
         state = resume if phase == resumed else None
         train_phase(args, accelerator, asked, recipe, number * args.max_train_steps, state)
         if accelerator.is_main_process:
-            logger.info(f"Saved {glance.save_lora(asked.pipe.transformer, ADAPTER, folders[phase], recipe)}")
-    asked.pipe.transformer.unload_lora()  # the base is as it was
+            name, transformer = glance.denoiser_name(asked.pipe.config), glance.denoiser(asked.pipe)
+            logger.info(f"Saved {glance.save_lora(transformer, ADAPTER, folders[phase], recipe, name)}")
+    glance.denoiser(asked.pipe).unload_lora()  # the base is as it was
     accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:

@@ -22,6 +22,7 @@ import ask_pipeline as ask  # noqa: E402
 import estimate  # noqa: E402
 import glance_utils as glance  # noqa: E402
 import load_base  # noqa: E402
+from ask_prompts import remember_prompts  # noqa: E402
 
 
 def small_flux(**overrides) -> FluxTransformer2DModel:
@@ -57,9 +58,7 @@ def watched():
 
 def load(pipeline: str, quantization: str) -> dict:
     with watched() as samples:
-        transformer = load_base.load_transformer(
-            FluxTransformer2DModel, pipeline, torch.bfloat16, torch.device("cpu"), quantization
-        )
+        transformer = load_base.load_transformer(pipeline, torch.bfloat16, torch.device("cpu"), quantization)
     model = sum(value.numel() * value.element_size() for value in transformer.state_dict().values())
     return {"peak": max(samples), "model": model}
 
@@ -70,7 +69,7 @@ def step(pipeline: str, checkpointing: str) -> dict:
     with init_empty_weights():
         pipe.transformer = small_flux()
     call = ask.call_arguments(pipe, "a red ring", 96, 96, None, {})
-    ask.remember_prompts(pipe)
+    remember_prompts(pipe)
     layers = glance.lora_layers(pipe.transformer)
     found = estimate.estimate(pipe, layers, 16, call, [checkpointing])
     with watched() as samples:

@@ -13,4 +13,4 @@ CONFIGS = [*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/simpletuner/glance-
 def test_config_is_understood(path):
     args = train_glance_lora.parse_args([f"--config={path}", "--seed=7"])
     assert args.pretrained_model_name_or_path and args.seed == 7
-    assert len(CONFIGS) >= 29
+    assert len(CONFIGS) >= 40

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, flags, run_train
+from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -85,7 +86,9 @@ def bad(tmp_path_factory, pipelines, pair):
     (root / "broken-index" / "model_index.json").write_text("{")
     (root / "unet").mkdir()
     index = {"_class_name": "DDPMPipeline", "_diffusers_version": "0.42.1", "unet": ["diffusers", "UNet2DModel"]}
+    index["scheduler"] = ["diffusers", "DDPMScheduler"]
     (root / "unet" / "model_index.json").write_text(json.dumps(index))
+    DDPMScheduler().save_pretrained(root / "unet" / "scheduler")
     (root / "checkpoint-9").mkdir()
     (root / "checkpoint-7").mkdir()
     torch.save({"weights": torch.ones(1)}, root / "checkpoint-7" / "training_state.pt")
@@ -153,7 +156,7 @@ TRAINING = {
     "base is a transformer": ({"pretrained_model_name_or_path": "{flux}/transformer"}, "not a diffusers pipeline"),
     "base is a file": ({"pretrained_model_name_or_path": "{bad}/file"}, "not a diffusers pipeline"),
     "base index broken": ({"pretrained_model_name_or_path": "{bad}/broken-index"}, "broken-index"),
-    "base has a UNet": ({"pretrained_model_name_or_path": "{bad}/unet"}, "transformer"),
+    "base is no flow model": ({"pretrained_model_name_or_path": "{bad}/unet"}, "DDPMScheduler is not a flow-matching"),
     "base incomplete": ({"pretrained_model_name_or_path": "{bad}/incomplete"}, "incomplete"),
     # numbers and names
     "layers unknown": ({"lora_layers": "to_nothing"}, "to_nothing"),

@@ -1,11 +1,13 @@
 """Every flow-matching text-to-image family of diffusers: a tiny pipeline of its real classes, asked and trained.
 
-    python -m pytest -n 2 tests/test_families.py && python tests/family_table.py
+    python -m pytest -n 2 -m families && python tests/family_table.py
 
 Each result goes to output/families; tests/family_table.py makes README.md's table of them.
 """
 
+import inspect
 import json
+import re
 import shutil
 from contextlib import nullcontext
 
@@ -14,22 +16,28 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_train
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, WanPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_families_1 import FAMILIES as FAMILIES_1
 from tiny_families_2 import FAMILIES as FAMILIES_2
 from tiny_families_3 import FAMILIES as FAMILIES_3
+from tiny_families_3 import _chat_processor
+from tiny_families_4 import FAMILIES as FAMILIES_4
 from tiny_pipelines import PIPELINES
 
 import ask_latents
 import ask_pipeline as ask
+import command_line as cli
 import glance_utils as glance
 
 
+pytestmark = pytest.mark.families
+
 # name: (make, height and width, what the command line needs beside the defaults)
-FAMILIES = {name: (make, 32, {}) for name, make in PIPELINES.items()} | FAMILIES_1 | FAMILIES_2 | FAMILIES_3
+FAMILIES = {name: (make, 32, {}) for name, make in PIPELINES.items()}
+FAMILIES |= FAMILIES_1 | FAMILIES_2 | FAMILIES_3 | FAMILIES_4
 RESULTS = ROOT / "output" / "families"
 
 
@@ -44,8 +52,10 @@ def stock_walk(pipe, steps, call, off) -> list[tuple]:
     seen, step = [], pipe.scheduler.step
 
     def spy(model_output, timestep, sample, *args, **kwargs):
-        sigma = 1000 * float(pipe.scheduler.sigmas[len(seen)])
-        seen.append((model_output.clone(), sigma, float(timestep), sample.clone()))
+        sigma, sign = 1000 * float(pipe.scheduler.sigmas[len(seen)]), 1
+        if pipe.scheduler.config.get("invert_sigmas"):
+            sigma, sign = 1000 - sigma, -1
+        seen.append((sign * model_output, sigma, float(timestep), sample.clone()))
         return step(model_output, timestep, sample, *args, **kwargs)
 
     stock = {key: value for key, value in off.items() if key != "guiders"}
@@ -58,9 +68,108 @@ def guidance_kind(pipe, call, off) -> str:
     """How guidance works by default, as the transformer's calls show it."""
     batches, _ = ask._made_up_step(pipe, None, **call)
     if off == {} and batches == [1]:
-        return "embedded" if getattr(pipe.transformer.config, "guidance_embeds", False) else "none"
+        return "embedded" if glance.denoiser(pipe).config.get("guidance_embeds") else "none"
     kind = "two calls" if len(batches) == 2 else "batch of two"
     return f"{kind}, off by {', '.join(f'{key}={value}' for key, value in off.items()) or 'itself'}"
+
+
+# class: (whose parts it is made of, a phrase of the one-line error)
+REFUSED = {
+    "StableDiffusion3PAGPipeline": ("sd3", "guidance cannot be switched off"),
+    "SanaPAGPipeline": ("sana", "guidance cannot be switched off"),
+    "FluxImg2ImgPipeline": ("flux", "gives it no image"),
+    "FluxInpaintPipeline": ("flux", "gives it no image and no mask_image"),
+    "FluxFillPipeline": ("flux", "gives it no image and no mask_image"),
+    "FluxControlPipeline": ("flux", "gives it no control_image"),
+    "FluxKontextInpaintPipeline": ("flux", "gives it no image"),
+    "StableDiffusion3Img2ImgPipeline": ("sd3", "gives it no image"),
+    "StableDiffusion3InpaintPipeline": ("sd3", "gives it no image"),
+    "QwenImageImg2ImgPipeline": ("qwen", "gives it no image"),
+    "QwenImageEditPipeline": ("qwen", "gives it no image"),
+    "QwenImageEditPlusPipeline": ("qwen", "gives it no image"),
+    "QwenImageLayeredPipeline": ("qwen", "takes no 'height'|no image|unexpected keyword argument 'height'"),
+    "ChromaImg2ImgPipeline": ("chroma", "gives it no image"),
+    "CogView4ControlPipeline": ("cogview4", "gives it no control_image"),
+    "ZImageImg2ImgPipeline": ("z_image", "gives it no image"),
+    "Flux2KleinInpaintPipeline": ("flux2_klein", "gives it no image"),
+    "LongCatImageEditPipeline": ("longcat", "unexpected keyword argument 'height'"),
+    "BriaFiboEditPipeline": ("bria_fibo", "edit JSON"),
+    "WanImageToVideoPipeline": ("wan", "gives it no image"),
+    "WanVideoToVideoPipeline": ("wan", "gives it no video"),
+    "LTXI2VLongMultiPromptPipeline": ("ltx", "never called scheduler.step"),
+}
+
+
+def refuse(capsys, base, pair, output, match, **settings) -> None:
+    """The command line ends with exit code 2 and one line, and nothing is written."""
+    defaults = {"pretrained_model_name_or_path": base, "instance_image": pair, "output_dir": output}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        cli.run(lambda: run_train(defaults, settings))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    assert exit.value.code == 2 and re.search(match, line) and not output.exists()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_needs_more_than_a_prompt_is_refused(name, pair, tmp_path, capsys):
+    base, match = REFUSED[name]
+    make, size, settings = FAMILIES[base]
+    parts, pipeline_class = load(make(tmp_path / "parts")).components, getattr(diffusers, name)
+    needed = {key for key in inspect.signature(pipeline_class.__init__).parameters if key != "self"}
+    parts |= {"processor": _chat_processor()}
+    pipeline_class(**{key: part for key, part in parts.items() if key in needed}).save_pretrained(tmp_path / name)
+    extra = {
+        key: value
+        for key, value in settings.get("pipeline_kwargs", {}).items()
+        if key in inspect.signature(pipeline_class.__call__).parameters
+    }
+    extra = {"pipeline_kwargs": json.dumps(extra)} if extra else {}
+    refuse(capsys, tmp_path / name, pair, tmp_path / "output", match, resolution=size, **extra)
+
+
+@pytest.mark.parametrize("scheduler", ["SCMScheduler", "FlowMapEulerDiscreteScheduler", "EulerDiscreteScheduler"])
+def test_another_scheduler_is_refused_before_anything_is_loaded(scheduler, pair, tmp_path, capsys):
+    """SanaSprint's, AnyFlow's, and Stable Diffusion's; only the index and the scheduler are there."""
+    getattr(diffusers, scheduler)().save_pretrained(tmp_path / "base" / "scheduler")
+    index = {"_class_name": "SanaSprintPipeline", "_diffusers_version": diffusers.__version__}
+    index |= {"transformer": ["diffusers", "SanaTransformer2DModel"], "scheduler": ["diffusers", scheduler]}
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
+    refuse(capsys, tmp_path / "base", pair, tmp_path / "output", f"{scheduler} is not a flow-matching scheduler")
+
+
+def test_a_model_without_a_timestep_is_refused(pair, tmp_path, capsys):
+    """Cosmos 3's transformer packs text, picture and sound into one sequence."""
+    index = {"_class_name": "Cosmos3OmniPipeline", "_diffusers_version": diffusers.__version__}
+    index |= {"transformer": ["diffusers", "Cosmos3OmniTransformer"], "vae": ["diffusers", "AutoencoderKLWan"]}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model_index.json").write_text(
+        json.dumps(index | {"scheduler": ["diffusers", "UniPCMultistepScheduler"]})
+    )
+    refuse(capsys, tmp_path / "base", pair, tmp_path / "output", "has no transformer that takes a timestep")
+
+
+def test_a_pipeline_that_changes_models_is_refused(pair, tmp_path, capsys):
+    """Wan 2.2's larger form has one transformer for the high noise levels and one for the low ones."""
+    parts = load(FAMILIES["wan"][0](tmp_path / "wan")).components
+    parts |= {"transformer_2": parts["transformer"], "boundary_ratio": 0.875}
+    WanPipeline(**parts).save_pretrained(tmp_path / "two")
+    extra = {"pipeline_kwargs": json.dumps({"num_frames": 1})}
+    match = "at timestep 8.. another model than its transformer acts"
+    refuse(capsys, tmp_path / "two", pair, tmp_path / "output", match, **extra)
+
+
+def test_less_than_the_velocity_is_told(train, tmp_path, caplog):
+    """PRX's pixel model predicts the image, and its pipeline divides by 0.05 where sigma is less."""
+    make, size, settings = FAMILIES["prx_pixel"]
+    settings = {"pipeline_kwargs": json.dumps(settings["pipeline_kwargs"]), "resolution": size, "max_train_steps": 1}
+    for timesteps, expected in (
+        ("1000,900;800,25", ["at timestep 25.0 this pipeline takes only 0.50"]),
+        ("900,50", []),
+    ):
+        caplog.clear()
+        train(make(tmp_path / "pixel"), flow_custom_timesteps=timesteps, **settings)
+        told = [record.getMessage() for record in caplog.records if "of the velocity" in record.getMessage()]
+        assert len(told) == len(expected) and all(part in line for part, line in zip(expected, told))
 
 
 def test_an_average_velocity_is_refused(train, tmp_path):
@@ -101,8 +210,10 @@ def test_family(name, pair, infer, tmp_path):
     walked = ask.ask_timesteps(pipe, 50, **call)
     stock = stock_walk(pipe, 50, call, {})
     np.testing.assert_allclose(walked, [sigma for _, sigma, _, _ in stock], atol=1)  # some round what they tell
-    asked_told = told(glance.timesteps_to_sigmas(walked)) or walked
-    np.testing.assert_allclose(asked_told, [timestep for _, _, timestep, _ in stock], atol=1e-3)
+    sigmas = glance.timesteps_to_sigmas(walked)
+    fixed = glance.FixedSigmaScheduler(sigmas, told(sigmas), like=pipe.scheduler)
+    fixed.set_timesteps()
+    np.testing.assert_allclose(fixed.timesteps, [timestep for _, _, timestep, _ in stock], atol=1e-3)
 
     layout = ask_latents.ask_layout(pipe, **call)
     pixels = VaeImageProcessor(do_resize=False).preprocess(Image.open(pair).convert("RGB").resize((size, size)))
@@ -113,7 +224,7 @@ def test_family(name, pair, infer, tmp_path):
 
     model, error = ask.PipelineVelocity(pipe, told, **call | off), 0.0
     for velocity, sigma, timestep, sample in stock_walk(pipe, 50, call, off)[3::23]:
-        timestep = timestep if abs(timestep - sigma) < 1 else sigma
+        timestep = timestep if abs(timestep - sigma) < 1 else sigma  # some round what they tell
         found = model(sample, timestep / 1000)
         assert found.requires_grad
         error = max(error, (found - velocity).abs().max().item())
@@ -123,12 +234,9 @@ def test_family(name, pair, infer, tmp_path):
     defaults = {"pretrained_model_name_or_path": base, "instance_image": pair, "output_dir": tmp_path / "output"}
     defaults |= {"pipeline_kwargs": json.dumps(extra)} if extra else {}
     output = run_train(defaults, {"resolution": size, "max_train_steps": 6, "learning_rate": 1e-2})
-    moved = [
-        value.abs().max() > 1e-4
-        for phase in glance.PHASES
-        for key, value in load_file(output / phase / glance.WEIGHT_NAME).items()
-        if "lora_B" in key
-    ]
+    lora = [item for phase in glance.PHASES for item in load_file(output / phase / glance.WEIGHT_NAME).items()]
+    assert all(key.startswith(f"{glance.denoiser_name(pipe.config)}.") for key, _ in lora)
+    moved = [value.abs().max() > 1e-4 for key, value in lora if "lora_B" in key]
     assert len(moved) >= 4 and sum(moved) > 0.75 * len(moved)  # not experts that were not chosen
     preview = np.asarray(Image.open(output / "glance.png"))
     picture = np.asarray(Image.open(infer(base, lora=output)))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 import ask_pipeline as ask
+import ask_prompts
 import glance_utils as glance
 from glance_utils import FixedSigmaScheduler, InputError
 
@@ -46,7 +47,7 @@ def derive(pipelines):
     def call(base, height, width, num_base_steps=50):
         if base not in loaded:
             loaded[base] = ask.load_pipeline(str(pipelines[base]))
-            ask.remember_prompts(loaded[base])
+            ask_prompts.remember_prompts(loaded[base])
         arguments = ask.call_arguments(loaded[base], "a red ring", height, width, None, {})
         return glance.derive_timesteps(ask.ask_timesteps(loaded[base], num_base_steps, **arguments))
 

@@ -7,7 +7,6 @@ import torch
 from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
-    AutoencoderKL,
     ChromaPipeline,
     ChromaTransformer2DModel,
     CogView4Pipeline,
@@ -39,6 +38,7 @@ from tiny_pipelines import (
     _text_config,
     _tokenizer,
     _vae,
+    _vae8,
     _without_zeros,
 )
 from transformers import (
@@ -362,21 +362,6 @@ def _flux2_transformer(**overrides):
         "axes_dims_rope": (4, 4, 4, 4),
     }
     return _lively(_without_zeros(Flux2Transformer2DModel(**{**config, **overrides})))
-
-
-def _vae8(scaling_factor, shift_factor):
-    """An `AutoencoderKL` with the factor 8 that some pipelines take for granted."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 16),
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=4,
-        sample_size=64,
-        scaling_factor=scaling_factor,
-        shift_factor=shift_factor,
-    )
 
 
 def _qwen3(**overrides):

@@ -348,25 +348,28 @@ def make_wan(directory, seed=0, **overrides):
             "ffn_dim": 64,
             "rope_max_seq_len": 32,
         }
-        vae = AutoencoderKLWan(
-            base_dim=8,
-            z_dim=LATENT_CHANNELS,
-            dim_mult=[1, 1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False, True],
-            latents_mean=[-0.3, 0.1, 0.2, -0.1],
-            latents_std=[1.5, 0.8, 1.2, 2.0],
-            scale_factor_temporal=2,
-            scale_factor_spatial=4,
-        )
         pipe = WanPipeline(
             transformer=_without_zeros(WanTransformer3DModel(**{**config, **overrides})),
-            vae=vae,
+            vae=_wan21_vae(),
             text_encoder=_umt5(),
             tokenizer=_tokenizer("$A <|end|>", max_length=512),
             scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         )
     return _save(pipe, directory)
+
+
+def _wan21_vae():
+    return AutoencoderKLWan(
+        base_dim=8,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[-0.3, 0.1, 0.2, -0.1],
+        latents_std=[1.5, 0.8, 1.2, 2.0],
+        scale_factor_temporal=2,
+        scale_factor_spatial=4,
+    )
 
 
 def _dynamic_scheduler(**overrides):
@@ -510,6 +513,7 @@ def _chat_processor():
 
 
 FAMILIES = {
+    "dreamlite": (make_dreamlite, 32, {}),
     "ernie": (make_ernie, 32, {}),
     "nucleus": (make_nucleus, 32, {}),
     "longcat": (make_longcat, 32, {"pipeline_kwargs": {"enable_prompt_rewrite": False}}),

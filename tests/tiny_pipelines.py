@@ -176,6 +176,21 @@ def _vae(scaling_factor, shift_factor):
     )
 
 
+def _vae8(scaling_factor, shift_factor):
+    """An `AutoencoderKL` with the factor 8 that some pipelines take for granted."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 16),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
+    )
+
+
 def _flux2_vae():
     """The batch norm's statistics are those of trained latents: a mean and a variance for each channel."""
     vae = AutoencoderKLFlux2(
