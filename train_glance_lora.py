@@ -237,6 +237,7 @@ def add_adapter(args, asked: Asked, phase: str) -> list[torch.nn.Parameter]:
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
+    glance.compute_as_saved(transformer)
     return parameters
 
 
@@ -353,14 +354,12 @@ def main(argv: list[str] | None = None):
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, str(output_dir / args.logging_dir)),
-        # No autocast: base and activations run in --mixed_precision's dtype, as at inference, and peft keeps the
-        # LoRA's own products in float32. Accelerate still brings fp16's loss scaling. Unused parameters: the last
-        # block of some transformers makes text tokens that nothing reads.
+        # No autocast: base, activations and the LoRA's products run in --mixed_precision's dtype, as at inference.
+        # Accelerate still brings fp16's loss scaling. Unused parameters: the last block of some transformers makes
+        # text tokens that nothing reads.
         kwargs_handlers=[AutocastKwargs(enabled=False), DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     cli.set_up_logging()
-    if accelerator.device.type == "cuda" and args.mixed_precision != "no":
-        torch.set_float32_matmul_precision("high")  # TF32 for the LoRA's float32 products
 
     asked = prepare_pipeline(args, accelerator, image, caption, size)
     recipes = {phase: make_recipe(args, asked, phase, size) for phase in asked.schedule}
