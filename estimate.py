@@ -221,6 +221,7 @@ def estimate(pipe, layers: list[str], rank: int, call: dict, checkpointing=(Fals
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
+    glance.compute_as_saved(transformer)
     weightless(transformer, mode)
     if not transformer._supports_gradient_checkpointing:
         checkpointing = [choice for choice in checkpointing if not choice]

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import types
 from pathlib import Path
 
 import torch
@@ -345,6 +346,27 @@ def with_adapters(transformer):
         kind = type(transformer)
         transformer.__class__ = type(kind.__name__, (kind, PeftAdapterMixin), {"__module__": kind.__module__})
     return transformer
+
+
+def compute_as_saved(transformer) -> None:
+    """Let the LoRAs compute in their input's dtype and with alpha / rank in lora_B, as the saved file will.
+
+    Training then sees, to the last bit, what inference in that dtype sees. peft computes in the dtype of the LoRA's
+    weights, which are float32 while training: slower, and every input is kept once more in float32 for backward.
+    """
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            layer.forward = types.MethodType(_forward_as_saved, layer)
+
+
+def _forward_as_saved(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
+    result = layer.base_layer(x)
+    for name in [] if layer.disable_adapters else layer.active_adapters:
+        if name in layer.lora_A:
+            lora_B = layer.lora_B[name].weight * layer.scaling[name]
+            low_rank = F.linear(x, layer.lora_A[name].weight.to(x.dtype))
+            result = result + F.linear(low_rank, lora_B.to(x.dtype))
+    return result
 
 
 def load_lora(pipe: DiffusionPipeline, path: Path, adapter: str) -> None:

@@ -9,12 +9,14 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, flags
+from diffusers import DiffusionPipeline
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors import safe_open
@@ -214,6 +216,29 @@ def test_bf16_trains_float32_lora_on_a_bf16_base(train, around_phase):
         assert all(value.isfinite().all() for value in weights.values())
         # float32 steps of Adam, not multiples of what bfloat16 can hold
         assert any(not torch.equal(value, value.bfloat16().float()) for value in weights.values())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_training_sees_what_the_saved_lora_gives(dtype, pipelines, tmp_path):
+    """Also in half precision, to the last bit, and where alpha is not the rank."""
+    torch.manual_seed(0)
+    call = {"prompt": "a red ring", "height": 32, "width": 32}
+    pipe = DiffusionPipeline.from_pretrained(pipelines["flux"], dtype=dtype)
+    settings = train_glance_lora.parse_args(flags(pretrained_model_name_or_path="-", rank=4, lora_alpha=12))
+    here, layers = SimpleNamespace(device=torch.device("cpu")), glance.lora_layers(pipe.transformer)
+    for parameter in train_glance_lora.fresh_adapter(settings, here, pipe.transformer, layers):
+        parameter.data.normal_(std=0.1)
+    noisy = torch.randn(1, 64, 16)
+    with torch.no_grad():
+        trained = ask.PipelineVelocity(pipe, **call)(noisy, 0.9)
+        path = glance.save_lora(pipe.transformer, train_glance_lora.ADAPTER, tmp_path, {})
+        pipe.transformer.unload_lora()
+        base = ask.PipelineVelocity(pipe, **call)(noisy, 0.9)
+        glance.load_lora(pipe, path, "slow")
+        assert {parameter.dtype for parameter in pipe.transformer.parameters()} == {dtype}
+        error = (trained - ask.PipelineVelocity(pipe, **call)(noisy, 0.9)).abs().max()
+        assert error <= (1e-6 if dtype == torch.float32 else 0)
+    assert (trained - base).abs().max() > 0.1
 
 
 def test_fp16_run_is_finite(train, around_phase):

@@ -1,0 +1,298 @@
+"""Shared by the benchmarks: pipelines to time, and how time, model FLOPs and memory are measured.
+
+A pipeline is loaded from a directory, or built at a named shape with random weights, without any download: its
+transformer is made on the device itself, what its text encoders would say is random, and it has no VAE.
+"""
+
+import json
+import math
+import platform
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import diffusers
+import peft
+import torch
+from accelerate import init_empty_weights
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch.overrides import TorchFunctionMode
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import ask_pipeline as ask  # noqa: E402
+import command_line as cli  # noqa: E402
+import glance_utils as glance  # noqa: E402
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Pipeline, transformer and what differs from its config's defaults; the defaults are FLUX.1-schnell's, SD3 medium's
+# and Qwen-Image's. `resolution` is the default of the benchmarks: 4,096 image tokens, "small" 1,024.
+SHAPES = {
+    "flux-dev": (FluxPipeline, FluxTransformer2DModel, {"guidance_embeds": True}),
+    "qwen-image": (QwenImagePipeline, QwenImageTransformer2DModel, {}),
+    "sd3.5-large": (
+        StableDiffusion3Pipeline,
+        SD3Transformer2DModel,
+        {
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "in_channels": 16,
+            "out_channels": 16,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+    ),
+    "small": (
+        FluxPipeline,
+        FluxTransformer2DModel,
+        {"guidance_embeds": True, "num_layers": 2, "num_single_layers": 6, "num_attention_heads": 6},
+    ),
+}
+
+
+def parser(description: str) -> cli.Parser:
+    """The options that all benchmarks share."""
+    parser = cli.Parser(description=description)
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", help="a diffusers pipeline: folder or hub id")
+    add("--shape", choices=tuple(SHAPES), help="or: random weights of this shape; small unless something is said")
+    add("--resolution", type=cli.positive(int), help="height and width; 1024, for --shape small 512")
+    add("--batch_size", type=cli.positive(int), default=1)
+    add("--text_tokens", type=cli.positive(int), default=512, help="length of a shape's random prompt")
+    add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of the frozen base")
+    add("--rank", type=cli.positive(int), default=32)
+    add("--steps", type=cli.positive(int), default=7, help="timed steps; the median is reported")
+    add("--warmup", type=int, default=2, help="steps before them")
+    add("--gradient_checkpointing", action="store_true")
+    add("--compile", action="store_true", help="regional compilation of the transformer's repeated blocks")
+    add("--process_time", action="store_true", help="count the processor's seconds: for a CPU shared with other work")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--json", help="write the result here as well")
+    return parser
+
+
+def parse(parser: cli.Parser, argv: list[str] | None = None):
+    args = parser.parse(argv)
+    if args.pretrained_model_name_or_path and args.shape:
+        raise glance.InputError("give --pretrained_model_name_or_path or --shape, not both")
+    if not args.pretrained_model_name_or_path:
+        args.shape = args.shape or "small"
+    args.resolution = args.resolution or (512 if args.shape == "small" else 1024)
+    cli.set_up_logging()
+    return args
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The pipeline
+
+
+def make_pipeline(args) -> tuple[DiffusionPipeline, dict, torch.Tensor]:
+    """(pipeline as training has it, arguments of its call without guidance, latents (B, ...) float32)."""
+    dtype = DTYPES[args.dtype]
+    if args.shape:
+        pipe = random_pipeline(args.shape, args.text_tokens, dtype, args.device)
+    else:
+        pipe = ask.load_pipeline(args.pretrained_model_name_or_path, dtype)
+        for component in ask.freeable_components(pipe).values():
+            component.to(args.device)
+        ask.remember_prompts(pipe)
+    call = {"prompt": "a red ring", "height": args.resolution, "width": args.resolution}
+    ask.check_call(pipe, **call)
+    call |= ask.ask_single_branch(pipe, **call)
+    call |= {ask.batch_argument(pipe): args.batch_size}
+    latents = loop_latents(pipe, **call)
+    if not args.shape:
+        kind = type(pipe.transformer)
+        ask.free_components(pipe)
+        pipe.transformer = kind.from_pretrained(
+            args.pretrained_model_name_or_path, subfolder="transformer", dtype=dtype
+        ).to(args.device)
+    glance.with_adapters(pipe.transformer).requires_grad_(False)
+    if args.gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+    return pipe, call, latents
+
+
+def random_pipeline(shape: str, text_tokens: int, dtype: torch.dtype, device: str) -> DiffusionPipeline:
+    pipeline, transformer, config = SHAPES[shape]
+    transformer = random_transformer(transformer, config, dtype, device)
+    parts = dict.fromkeys(name for name in pipeline._get_signature_types() if name != "self")
+    pipe = pipeline(**parts | {"transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler()})
+    config, random = transformer.config, {"dtype": dtype, "device": device}
+    prompt = torch.randn(1, text_tokens, config.joint_attention_dim, **random)
+    pooled = torch.randn(1, config.get("pooled_projection_dim", 1), **random)
+
+    def encode_prompt(*args, num_images_per_prompt=1, **kwargs):
+        prompts, pooleds = prompt.repeat(num_images_per_prompt, 1, 1), pooled.repeat(num_images_per_prompt, 1)
+        if pipeline is FluxPipeline:
+            return prompts, pooleds, torch.zeros(text_tokens, 3, **random)
+        return (prompts, None) if pipeline is QwenImagePipeline else (prompts, prompts, pooleds, pooleds)
+
+    pipe.encode_prompt = encode_prompt  # as ask.remember_prompts leaves it, with the encoders freed
+    return pipe
+
+
+def random_transformer(kind, config: dict, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """A transformer whose weights are made on the device, in `dtype`: no second copy of 20 billion anywhere."""
+    with init_empty_weights():
+        transformer = kind(**config)
+    generator = torch.Generator(device).manual_seed(0)
+    for module in transformer.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            value = torch.empty(parameter.shape, dtype=dtype, device=device)
+            if value.ndim > 1:
+                value.normal_(0, 1 / math.sqrt(value[0].numel()), generator=generator)
+            else:
+                value.fill_(float(name == "weight"))  # of norms; biases are 0
+            setattr(module, name, torch.nn.Parameter(value))
+    return transformer.to(device).eval()
+
+
+def loop_latents(pipe: DiffusionPipeline, **call) -> torch.Tensor:
+    """Random latents in the layout of the pipeline's loop, float32."""
+
+    def on_step(index, model_output, sample):
+        raise ask.Answer(sample)
+
+    try:
+        with torch.no_grad():
+            ask.run_pipeline(pipe, ask.Probe([1.0], on_step), num_inference_steps=1, **call)
+    except ask.Answer as answer:
+        return answer.args[0].float()
+
+
+def compile_blocks(transformer) -> None:
+    """Regional compilation, as `--compile` of the scripts: each kind of block is compiled once."""
+    transformer.compile_repeated_blocks(fullgraph=False)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is measured
+
+
+class CountFlops(TorchFunctionMode):
+    """Counts a forward pass: `linear` for products with weights (2 * parameters * tokens), `attention` for QK' and PV.
+
+    Counted where torch is called, so that a quantized layer or any attention backend counts alike.
+    """
+
+    linear = attention = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            inputs = (kwargs or {}) | dict(zip(("query", "key", "value"), args))
+            self.attention += 4 * inputs["query"].numel() * inputs["key"].shape[-2]
+        output = function(*args, **kwargs or {})
+        if function is torch.nn.functional.linear:
+            self.linear += 2 * output.numel() * args[0].shape[-1]
+        elif function in (torch.conv2d, torch.conv3d):
+            self.linear += 2 * output.numel() * args[1][0].numel()
+        return output
+
+
+def count_flops(forward) -> CountFlops:
+    with torch.no_grad(), CountFlops() as counted:
+        forward()
+    return counted
+
+
+def training_flops(counted: CountFlops) -> int:
+    """Forward and backward without weight gradients of the frozen base: 4 * parameters * tokens plus attention."""
+    return 2 * counted.linear + 3 * counted.attention
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def seconds(function, args) -> float:
+    clock = time.process_time if args.process_time else time.perf_counter
+    synchronize(args.device)
+    start = clock()
+    function()
+    synchronize(args.device)
+    return clock() - start
+
+
+def in_turns(functions: dict, args) -> dict[str, list[float]]:
+    """Seconds of each function in each of --steps rounds, in turns, so that other work on the machine hits all."""
+    for _ in range(args.warmup):
+        for function in functions.values():
+            function()
+    times = {name: [] for name in functions}
+    for _ in range(args.steps):
+        for name, function in functions.items():
+            times[name].append(seconds(function, args))
+    return times
+
+
+def ratio(times: list[float], others: list[float]) -> float:
+    """Median over the rounds of the ratio within a round."""
+    return statistics.median(time / other for time, other in zip(times, others))
+
+
+def matmul_rate(args) -> float:
+    """FLOP/s of a square matrix product in --dtype, the median of nine."""
+    device, dtype = args.device, DTYPES[args.dtype]
+    size = 8192 if device.startswith("cuda") else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    for _ in range(2):
+        a @ b
+    return 2 * size**3 / statistics.median(seconds(lambda: a @ b, args) for _ in range(9))
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: what torch held on the accelerator at most, or this process's largest resident set on a CPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+
+
+def machine(device: str) -> dict:
+    cuda = device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "peft": peft.__version__,
+    }
+
+
+def model_facts(args, pipe, latents) -> dict:
+    return {
+        "model": args.shape or Path(args.pretrained_model_name_or_path).name,
+        "parameters": sum(p.numel() for name, p in pipe.transformer.named_parameters() if ".lora_" not in name),
+        "resolution": args.resolution,
+        "latents": list(latents.shape),
+        "dtype": args.dtype,
+        "rank": args.rank,
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "compile": args.compile,
+        "clock": "process" if args.process_time else "wall",
+    }
+
+
+def report(result: dict, path: str | None) -> None:
+    """Write the result as JSON, and print it as JSON and as a Markdown table."""
+    text = json.dumps(result)
+    if path:
+        Path(path).write_text(text + "\n")
+    print(text)
+    for key, value in result.items():
+        print(f"| {key} | {f'{value:.4g}' if isinstance(value, float) else value} |")

@@ -1,0 +1,90 @@
+"""Time a training step: seconds, model FLOP/s against the device's own matrix products, peak memory.
+
+    python benchmarks/train_step.py --shape small --dtype float32
+    python benchmarks/train_step.py --shape flux-dev --gradient_checkpointing
+    python benchmarks/train_step.py --pretrained_model_name_or_path demo/model --resolution 96 --dtype float32
+
+The step is that of train_glance_lora.py, with its own adapter, optimizer and velocity: noise, one pass through the
+pipeline, loss, backward, clipping, AdamW. The base has random weights (--shape) or those of a pipeline directory.
+"""
+
+import statistics
+from types import SimpleNamespace
+
+import shapes
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
+
+import ask_pipeline as ask
+import command_line as cli
+import glance_utils as glance
+import train_glance_lora as train
+
+
+SIGMAS = (1.0, 0.97, 0.94, 0.91, 0.88)
+
+
+def glance_step(args, pipe, call, latents, layers: str | None = None):
+    """A function that trains one step, as the loop of train_glance_lora.py does, and returns the loss."""
+    settings = train.parse_args(["--pretrained_model_name_or_path", "-", "--rank", str(args.rank)])
+    asked = SimpleNamespace(pipe=pipe, layers=glance.lora_layers(pipe.transformer, layers))
+    parameters = train.add_adapter(settings, asked, "slow")
+    optimizer, lr_scheduler = train.make_optimizer(settings, parameters)
+    accelerator = Accelerator(
+        cpu=args.device == "cpu",
+        mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[args.dtype],
+        kwargs_handlers=[AutocastKwargs(enabled=False)],
+    )
+    call = {name: value for name, value in call.items() if name != ask.batch_argument(pipe)}  # the model's own to set
+    model, optimizer = accelerator.prepare(ask.PipelineVelocity(pipe, **call), optimizer)
+    generator, done = torch.Generator().manual_seed(0), 0
+
+    def step():
+        nonlocal done
+        sigma, done = SIGMAS[done % len(SIGMAS)], done + 1
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        velocity = model(glance.add_noise(latents, noise, sigma), sigma)
+        loss = glance.flow_matching_loss(velocity, latents, noise)
+        mean_loss = accelerator.gather(loss.detach()).mean().item()
+        train.check_finite(mean_loss, "slow", done, 1000 * sigma)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        lr_scheduler.step()
+        return mean_loss
+
+    return step, model
+
+
+def main(argv: list[str] | None = None):
+    args = shapes.parse(shapes.parser("Time a training step."), argv)
+    pipe, call, latents = shapes.make_pipeline(args)
+    counted = shapes.count_flops(lambda: velocity_once(pipe, call, latents))
+    if args.compile:
+        shapes.compile_blocks(pipe.transformer)
+    step, _ = glance_step(args, pipe, call, latents)
+    times = shapes.in_turns({"step": step}, args)["step"]
+    memory = shapes.peak_memory(args.device)
+    flops, rate = shapes.training_flops(counted), shapes.matmul_rate(args)
+    median = statistics.median(times)
+    result = shapes.model_facts(args, pipe, latents) | {
+        "step_seconds": median,
+        "step_seconds_all": [round(value, 4) for value in times],
+        "model_tflop": flops / 1e12,
+        "model_tflop_per_second": flops / median / 1e12,
+        "matmul_tflop_per_second": rate / 1e12,
+        "share_of_matmul_rate": flops / median / rate,
+        "peak_memory_gib": memory / 2**30,
+    }
+    shapes.report(result | shapes.machine(args.device), args.json)
+
+
+def velocity_once(pipe, call, latents):
+    call = {name: value for name, value in call.items() if name != ask.batch_argument(pipe)}
+    return ask.PipelineVelocity(pipe, **call)(latents, 1.0)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,150 @@
+"""What a run knows before it trains: what the pipeline said, asked once, and its transformer loaded to fit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+
+import ask_latents
+import ask_pipeline as ask
+import ask_prompts
+import estimate
+import glance_utils as glance
+import load_base
+from glance_utils import InputError
+
+
+logger = get_logger(__name__)
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Asked:
+    """What the pipeline said, and the pipeline: its transformer loaded, its encoders freed."""
+
+    pipe: DiffusionPipeline
+    where: dict  # revision and variant, for loading further parts
+    call: dict  # the call's arguments at inference
+    train_call: dict  # the same, with classifier-free guidance off
+    schedule: dict[str, list[float]]  # timesteps by phase
+    told: Callable  # the timesteps that the model is told at sigmas
+    latents: torch.Tensor  # (1, ...) float32
+    noise_scale: float
+    layers: list[str]  # names of those that the LoRAs adapt
+    takes_timesteps: bool  # whether a batch may hold several
+    layout: ask_latents.LatentLayout
+    vae: torch.nn.Module | None  # on the CPU, for the preview
+
+
+def load_arguments(args) -> dict:
+    return {key: value for key in ("revision", "variant") if (value := getattr(args, key))}
+
+
+def warn_of_schedule(pipe, schedule, derived, told, train_call) -> None:
+    """Warn of timesteps that are far from the model's own, and of those at which it gives less than the velocity."""
+    for phase, timesteps in schedule.items():
+        far = max(abs(a - b) for a, b in zip(timesteps, derived[phase]))
+        if len(timesteps) == len(derived[phase]) and far > 10:
+            own = ",".join(f"{timestep:.4f}" for timestep in derived[phase])
+            logger.warning(
+                f"--flow_custom_timesteps: {phase} is up to {far:.0f} timesteps off this model's own: {own}"
+            )
+        for timestep, share in zip(timesteps, ask.ask_velocity_shares(pipe, timesteps, told, **train_call)):
+            if share < 0.99:
+                logger.warning(
+                    f"{phase}: at timestep {timestep:.1f} this pipeline takes only {share:.2f} of the velocity to the "
+                    "image that its model predicts; give --flow_custom_timesteps that end above"
+                )
+
+
+def ask_call(args, pipe, caption, size) -> tuple[dict, dict, list[str]]:
+    """The call's arguments at inference, the same in training, and the layers to adapt; or InputError."""
+    call = ask.call_arguments(pipe, caption, *size, args.guidance_scale, args.pipeline_kwargs)
+    transformer = glance.denoiser(pipe)
+    layers = glance.lora_layers(transformer, args.lora_layers)
+    if args.gradient_checkpointing and not transformer._supports_gradient_checkpointing:
+        raise InputError(f"--gradient_checkpointing: {type(transformer).__name__} has none, so leave it out")
+    ask_prompts.remember_prompts(pipe)
+    ask.dry_step(pipe, **call)
+    ask.check_instantaneous(pipe, **call)
+    return call, call | ask.ask_single_branch(pipe, **call), layers
+
+
+def batch_call(args, pipe, train_call: dict) -> dict:
+    """The arguments of one training step, all of its samples together."""
+    return train_call | {ask.batch_argument(pipe): args.train_batch_size * args.timesteps_per_step}
+
+
+def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
+    """Ask the pipeline everything, free its encoders, load the transformer; peak memory is the larger of the two."""
+    dtype, where = DTYPES[args.mixed_precision], load_arguments(args)
+    pipe = ask.load_pipeline(args.pretrained_model_name_or_path, dtype, **where)
+    for component in ask.freeable_components(pipe).values():
+        component.to(accelerator.device)
+    call, train_call, layers = ask_call(args, pipe, caption, size)
+    derived = glance.derive_timesteps(ask.ask_timesteps(pipe, args.num_base_steps, **call))
+    told = ask.ask_told(pipe, args.num_base_steps, **call)
+    schedule = {phase: custom or derived[phase] for phase, custom in args.custom_timesteps.items()}
+    warn_of_schedule(pipe, schedule, derived, told, train_call)
+    layout = ask_latents.ask_layout(pipe, **call)
+    pixels = VaeImageProcessor(do_resize=False).preprocess(image)
+    latents = ask_latents.encode_image(pipe, pixels, layout, **call)
+    noise_scale = ask_latents.ask_noise_scale(pipe, **call)
+    takes_timesteps = args.timesteps_per_step > 1 and ask.takes_timesteps(pipe, **train_call)
+    for batch in {args.train_batch_size, args.train_batch_size * args.timesteps_per_step}:
+        ask.dry_step(pipe, **train_call | {ask.batch_argument(pipe): batch})  # remembers its prompt
+    vae = getattr(pipe, "vae", None)
+    checkpointing = choose_checkpointing(args, accelerator, pipe, layers, train_call)
+    ask_prompts.free_components(pipe, **train_call)
+    vae = vae and vae.cpu()
+    accelerator.free_memory()
+    base, device, offload = args.pretrained_model_name_or_path, accelerator.device, args.enable_group_offload
+    transformer = load_base.load_transformer(base, dtype, device, args.quantization, offload, **where)
+    setattr(pipe, glance.denoiser_name(pipe.config), glance.with_adapters(transformer))
+    if checkpointing:
+        load_base.enable_gradient_checkpointing(transformer)
+    return Asked(
+        pipe, where, call, train_call, schedule, told, latents, noise_scale, layers, takes_timesteps, layout, vae
+    )
+
+
+def choose_checkpointing(args, accelerator, pipe, layers, train_call) -> bool:
+    """Gradient checkpointing as asked; else where a step does not fit without it, by the estimate.
+
+    Where weights are unpacked or moved for every layer, the graph would keep them all: there it is always on.
+    """
+    if args.gradient_checkpointing is not None or not glance.denoiser(pipe)._supports_gradient_checkpointing:
+        return bool(args.gradient_checkpointing)
+    if args.enable_group_offload or args.quantization == "fp8":
+        return True
+    try:
+        needed = estimate.estimate(pipe, layers, args.rank, batch_call(args, pipe, train_call), [False])
+    except InputError as error:
+        logger.info(f"Gradient checkpointing is on, to be safe: {error}")
+        return True
+    peak = needed.peak(args.quantization, False, bytes_of_adam(args))
+    free = estimate.free_memory(accelerator.device) + needed.encoders  # those are there now, and freed first
+    on = accelerator.gather(torch.tensor([peak > 0.9 * free], device=accelerator.device)).any().item()
+    if on:
+        logger.info(f"Gradient checkpointing is on: a step without needs {peak / 1e9:.1f} GB of {free / 1e9:.1f} free")
+    return on
+
+
+def bytes_of_adam(args) -> int:
+    """Bytes of the optimizer's state for each parameter."""
+    return 2 if args.use_8bit_adam else 8
+
+
+def dry_run(args) -> str:
+    """What the run will need, asked of the configs and the tokenizers alone."""
+    dtype, device = DTYPES[args.mixed_precision], PartialState().device
+    pipe = estimate.load_without_weights(args.pretrained_model_name_or_path, dtype, **load_arguments(args))
+    size = args.height or args.resolution or 1024, args.width or args.resolution or 1024
+    _, train_call, layers = ask_call(args, pipe, args.instance_prompt or "a picture", size)
+    found = estimate.estimate(pipe, layers, args.rank, batch_call(args, pipe, train_call))
+    return estimate.report(found, device, dtype)
