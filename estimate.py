@@ -277,7 +277,7 @@ def report(found: Estimate, device: torch.device, dtype: torch.dtype) -> str:
     """What --dry_run prints."""
     name, rate = str(dtype).removeprefix("torch."), matmul_rate(device, dtype)
     lines = [
-        f"transformer  {readable(found.parameters, '')} parameters",
+        f"transformer  {found.parameters / 1e9:.3g} billion parameters",
         f"LoRA         {readable(found.lora_parameters, '')} parameters, {readable(found.lora(), 'B')} a file",
         f"encoders     {readable(found.encoders, 'B')}, freed before the transformer is loaded",
         f"device       {device.type}: {readable(free_memory(device), 'B')} free, "

@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import ask_pipeline as ask  # noqa: E402
+import ask_prompts  # noqa: E402
 import command_line as cli  # noqa: E402
 import glance_utils as glance  # noqa: E402
 
@@ -109,15 +110,15 @@ def make_pipeline(args) -> tuple[DiffusionPipeline, dict, torch.Tensor]:
         pipe = ask.load_pipeline(args.pretrained_model_name_or_path, dtype)
         for component in ask.freeable_components(pipe).values():
             component.to(args.device)
-        ask.remember_prompts(pipe)
+        ask_prompts.remember_prompts(pipe)
     call = {"prompt": "a red ring", "height": args.resolution, "width": args.resolution}
-    ask.check_call(pipe, **call)
+    ask.dry_step(pipe, **call)
     call |= ask.ask_single_branch(pipe, **call)
     call |= {ask.batch_argument(pipe): args.batch_size}
     latents = loop_latents(pipe, **call)
     if not args.shape:
         kind = type(pipe.transformer)
-        ask.free_components(pipe)
+        ask_prompts.free_components(pipe)
         pipe.transformer = kind.from_pretrained(
             args.pretrained_model_name_or_path, subfolder="transformer", dtype=dtype
         ).to(args.device)
