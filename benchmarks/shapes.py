@@ -38,6 +38,7 @@ import glance_utils as glance  # noqa: E402
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 # Pipeline, transformer and what differs from its config's defaults; the defaults are FLUX.1-schnell's, SD3 medium's
 # and Qwen-Image's. `resolution` is the default of the benchmarks: 4,096 image tokens, "small" 1,024.
 SHAPES = {
@@ -230,7 +231,7 @@ def seconds(function, args) -> float:
 
 
 def in_turns(functions: dict, args) -> dict[str, list[float]]:
-    """Seconds of each function in each of --steps rounds, in turns, so that whatever else the machine does hits all."""
+    """Seconds of each function in each of --steps rounds; in turns, so that other work on the machine hits all."""
     for _ in range(args.warmup):
         for function in functions.values():
             function()
