@@ -4,10 +4,11 @@
     python benchmarks/against_diffusers.py --shape small --dtype bfloat16 --same_layers
     python benchmarks/against_diffusers.py --shape flux-dev --gradient_checkpointing --steps 20
 
-All run in this process, on one transformer with one adapter each, in turns; ratios are medians over the rounds.
+All run in this process in turns, on two transformers with equal weights; ratios are medians over the rounds.
 
 - `pipeline` and `bare`: velocity, loss and backward through ask_pipeline.PipelineVelocity, and the same from a call of
   the transformer written by hand.
+- `dry`: what the pipeline does around the transformer, which is bypassed.
 - `glance`: the whole step of train_glance_lora.py (train_step.py).
 - `example` and `example_cached`: the whole step of examples/dreambooth/train_dreambooth_lora_flux.py, its loop written
   anew from reading it. Reproduced: the image through the VAE in the base's dtype, sampling its posterior
@@ -30,6 +31,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from peft import LoraConfig
 from train_step import glance_step
 
+import ask_pipeline as ask
 import command_line as cli
 import glance_utils as glance
 from glance_utils import InputError
@@ -38,7 +40,6 @@ from glance_utils import InputError
 # The layers that the example adapts by default.
 EXAMPLE_LAYERS = "attn.to_k,attn.to_q,attn.to_v,attn.to_out.0,attn.add_k_proj,attn.add_q_proj,attn.add_v_proj,"
 EXAMPLE_LAYERS += "attn.to_add_out,ff.net.0.proj,ff.net.2,ff_context.net.0.proj,ff_context.net.2"
-MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def flux_vae(args) -> AutoencoderKL:
@@ -77,7 +78,7 @@ def transformer_inputs(pipe, call) -> dict:
 
 
 def bare_step(args, pipe, call, latents):
-    """Loss and gradients at (noisy, sigma), the transformer called by hand as FluxPipeline calls it."""
+    """Loss and gradients at (noisy, sigma) from a transformer call written by hand, as FluxPipeline makes it."""
     inputs, dtype, device = transformer_inputs(pipe, call), pipe.transformer.dtype, latents.device
     side = args.resolution // pipe.vae_scale_factor // 2
     inputs["img_ids"] = FluxPipeline._prepare_latent_image_ids(len(latents), side, side, device, dtype)
@@ -85,6 +86,7 @@ def bare_step(args, pipe, call, latents):
         inputs["guidance"] = torch.full([len(latents)], 3.5, device=device)
 
     def step(noise, sigma):
+        pipe.transformer.zero_grad()
         timestep = torch.full([len(latents)], 1000 * sigma, device=device, dtype=dtype)
         noisy = glance.add_noise(latents, noise, sigma).to(dtype)
         velocity = pipe.transformer(hidden_states=noisy, timestep=timestep / 1000, **inputs)[0]
@@ -99,6 +101,7 @@ def pipeline_step(model, latents):
     """The same through the pipeline."""
 
     def step(noise, sigma):
+        model.zero_grad()
         velocity = model(glance.add_noise(latents, noise, sigma), sigma)
         loss = glance.flow_matching_loss(velocity, latents, noise)
         loss.backward()
@@ -107,12 +110,17 @@ def pipeline_step(model, latents):
     return step
 
 
+def add_example_adapter(transformer, rank: int) -> None:
+    lora = {"r": rank, "lora_alpha": rank, "target_modules": EXAMPLE_LAYERS.split(",")}
+    transformer.add_adapter(LoraConfig(**lora, init_lora_weights="gaussian"))
+
+
 def example_step(args, pipe, call, vae, cache_latents: bool):
     """A function that does what one step of diffusers' example does."""
     transformer, dtype, device = pipe.transformer, shapes.DTYPES[args.dtype], args.device
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=MIXED_PRECISION[args.dtype])
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=shapes.MIXED_PRECISION[args.dtype])
     optimizer, lr_scheduler = accelerator.prepare(optimizer, get_scheduler("constant", optimizer))
     autocast = torch.autocast(torch.device(device).type, dtype) if args.dtype != "float32" else None
     pixels = torch.rand(args.batch_size, 3, args.resolution, args.resolution, device=device) * 2 - 1
@@ -157,60 +165,50 @@ def example_step(args, pipe, call, vae, cache_latents: bool):
     return step
 
 
-def activated(transformer, adapter: str, function):
-    """`function` with this adapter active; switching costs nothing that is worth timing."""
+def dry_step(model, latents):
+    """The pipeline around a transformer that computes nothing."""
 
-    def run():
-        for parameter in transformer.parameters():
-            parameter.grad = None
-        transformer.set_adapter(adapter)
-        return function()
+    def step():
+        with ask.replaced(model.transformer, "forward", lambda hidden_states, **inputs: (hidden_states,)):
+            model(latents, 0.9)
 
-    return run
+    return step
 
 
 def main(argv: list[str] | None = None):
     parser = shapes.parser("Time a FLUX training step against a bare transformer and against diffusers' example.")
     parser.add_argument("--same_layers", action="store_true", help="both adapt the layers that the example adapts")
+    parser.add_argument("--pipeline_only", action="store_true", help="leave the whole steps out")
     args = shapes.parse(parser, argv)
     pipe, call, latents = shapes.make_pipeline(args)
     if not isinstance(pipe, FluxPipeline):
         raise InputError(f"{type(pipe).__name__}: the example is for FLUX; give a FLUX pipeline or shape")
-    transformer, vae = pipe.transformer, flux_vae(args)
-    glance_layers = EXAMPLE_LAYERS if args.same_layers else None
-    step, model = glance_step(args, pipe, call, latents, glance_layers)
-    adapters = {
-        "glance": "slow",
-        "pipeline": "slow",
-        "bare": "slow",
-        "example": "example",
-        "example_cached": "example",
-    }
-    lora = {"r": args.rank, "lora_alpha": args.rank, "target_modules": EXAMPLE_LAYERS.split(",")}
-    transformer.add_adapter(LoraConfig(**lora, init_lora_weights="gaussian"), "example")
+    step, model = glance_step(args, pipe, call, latents, EXAMPLE_LAYERS if args.same_layers else None)
     noise, sigma = torch.randn_like(latents), 0.9
     pipeline, bare = pipeline_step(model, latents), bare_step(args, pipe, call, latents)
-    functions = {
-        "pipeline": lambda: pipeline(noise, sigma),
-        "bare": lambda: bare(noise, sigma),
-        "glance": step,
-        "example": example_step(args, pipe, call, vae, cache_latents=False),
-        "example_cached": example_step(args, pipe, call, vae, cache_latents=True),
-    }
-    functions = {name: activated(transformer, adapters[name], function) for name, function in functions.items()}
-    losses = {name: float(functions[name]()) for name in ("pipeline", "bare")}
-    if losses["pipeline"] != losses["bare"]:
-        raise AssertionError(f"not the same work: {losses}")
+    losses = [float(function(noise, sigma)) for function in (pipeline, bare)]
+    if losses[0] != losses[1]:
+        raise AssertionError(f"pipeline and bare do not do the same work: losses {losses}")
+    functions = {"pipeline": lambda: pipeline(noise, sigma), "bare": lambda: bare(noise, sigma)}
+    functions["dry"] = dry_step(model, latents)
+    if not args.pipeline_only:
+        functions["glance"] = step
+        example_pipe, vae = shapes.make_pipeline(args)[0], flux_vae(args)
+        add_example_adapter(example_pipe.transformer, args.rank)
+        for name, cache_latents in {"example": False, "example_cached": True}.items():
+            functions[name] = example_step(args, example_pipe, call, vae, cache_latents)
     if args.compile:
-        shapes.compile_blocks(transformer)
+        shapes.compile_blocks(pipe.transformer)
     times = shapes.in_turns(functions, args)
     result = shapes.model_facts(args, pipe, latents) | {
         "same_layers": args.same_layers,
         **{f"{name}_seconds": statistics.median(values) for name, values in times.items()},
         "pipeline_to_bare": shapes.ratio(times["pipeline"], times["bare"]),
-        "glance_to_example": shapes.ratio(times["glance"], times["example"]),
-        "glance_to_example_cached": shapes.ratio(times["glance"], times["example_cached"]),
+        "dry_to_bare": shapes.ratio(times["dry"], times["bare"]),
     }
+    if not args.pipeline_only:
+        result["glance_to_example"] = shapes.ratio(times["glance"], times["example"])
+        result["glance_to_example_cached"] = shapes.ratio(times["glance"], times["example_cached"])
     shapes.report(result | shapes.machine(args.device), args.json)
 
 

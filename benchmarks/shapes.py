@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import bitsandbytes as bnb
 import diffusers
 import peft
 import torch
@@ -36,9 +37,11 @@ import ask_pipeline as ask  # noqa: E402
 import ask_prompts  # noqa: E402
 import command_line as cli  # noqa: E402
 import glance_utils as glance  # noqa: E402
+import load_base  # noqa: E402
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 # Pipeline, transformer and what differs from its config's defaults; the defaults are FLUX.1-schnell's, SD3 medium's
 # and Qwen-Image's. `resolution` is the default of the benchmarks: 4,096 image tokens, "small" 1,024.
 SHAPES = {
@@ -78,6 +81,7 @@ def parser(description: str) -> cli.Parser:
     add("--rank", type=cli.positive(int), default=32)
     add("--steps", type=cli.positive(int), default=7, help="timed steps; the median is reported")
     add("--warmup", type=int, default=2, help="steps before them")
+    add("--quantization", choices=load_base.QUANTIZATIONS, default="none")
     add("--gradient_checkpointing", action="store_true")
     add("--compile", action="store_true", help="regional compilation of the transformer's repeated blocks")
     add("--process_time", action="store_true", help="count the processor's seconds: for a CPU shared with other work")
@@ -117,14 +121,16 @@ def make_pipeline(args) -> tuple[DiffusionPipeline, dict, torch.Tensor]:
     call |= {ask.batch_argument(pipe): args.batch_size}
     latents = loop_latents(pipe, **call)
     if not args.shape:
-        kind = type(pipe.transformer)
         ask_prompts.free_components(pipe)
-        pipe.transformer = kind.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="transformer", dtype=dtype
-        ).to(args.device)
+        device = torch.device(args.device)
+        pipe.transformer = load_base.load_transformer(
+            args.pretrained_model_name_or_path, dtype, device, args.quantization
+        )
+    elif args.quantization != "none":
+        quantize(pipe.transformer, args.quantization)
     glance.with_adapters(pipe.transformer).requires_grad_(False)
     if args.gradient_checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
+        load_base.enable_gradient_checkpointing(pipe.transformer)
     return pipe, call, latents
 
 
@@ -163,6 +169,28 @@ def random_transformer(kind, config: dict, dtype: torch.dtype, device: str) -> t
     return transformer.to(device).eval()
 
 
+def quantize(transformer, quantization: str) -> None:
+    """What load_base.load_transformer does to a file's weights, for those that no file holds."""
+    if quantization == "fp8":
+        return transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer.dtype)
+    for name, layer in list(transformer.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            sizes, weight, has_bias = (
+                (layer.in_features, layer.out_features),
+                layer.weight.data,
+                layer.bias is not None,
+            )
+            if quantization == "nf4":
+                new = bnb.nn.Linear4bit(*sizes, bias=has_bias, compute_dtype=weight.dtype, quant_type="nf4")
+                new.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4").to(weight.device)
+            else:
+                new = bnb.nn.Linear8bitLt(*sizes, bias=has_bias, has_fp16_weights=False)
+                new.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+                new = new.to(weight.device)
+            new.bias = layer.bias
+            transformer.set_submodule(name, new)
+
+
 def loop_latents(pipe: DiffusionPipeline, **call) -> torch.Tensor:
     """Random latents in the layout of the pipeline's loop, float32."""
 
@@ -174,11 +202,6 @@ def loop_latents(pipe: DiffusionPipeline, **call) -> torch.Tensor:
             ask.run_pipeline(pipe, ask.Probe([1.0], on_step), num_inference_steps=1, **call)
     except ask.Answer as answer:
         return answer.args[0].float()
-
-
-def compile_blocks(transformer) -> None:
-    """Regional compilation, as `--compile` of the scripts: each kind of block is compiled once."""
-    transformer.compile_repeated_blocks(fullgraph=False)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -231,7 +254,7 @@ def seconds(function, args) -> float:
 
 
 def in_turns(functions: dict, args) -> dict[str, list[float]]:
-    """Seconds of each function in each of --steps rounds, in turns, so that other work on the machine hits all."""
+    """Seconds of each function in each of --steps rounds; in turns, so that other work on the machine hits all."""
     for _ in range(args.warmup):
         for function in functions.values():
             function()

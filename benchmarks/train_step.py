@@ -33,7 +33,7 @@ def glance_step(args, pipe, call, latents, layers: str | None = None):
     optimizer, lr_scheduler = train.make_optimizer(settings, parameters)
     accelerator = Accelerator(
         cpu=args.device == "cpu",
-        mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[args.dtype],
+        mixed_precision=shapes.MIXED_PRECISION[args.dtype],
         kwargs_handlers=[AutocastKwargs(enabled=False)],
     )
     call = {name: value for name, value in call.items() if name != ask.batch_argument(pipe)}  # the model's own to set

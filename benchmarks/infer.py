@@ -1,0 +1,70 @@
+"""Time inference: ten base steps and Glance's ten, in turns, with model FLOP/s and peak memory.
+
+    python benchmarks/infer.py --shape small --dtype float32
+    python benchmarks/infer.py --shape flux-dev
+    python benchmarks/infer.py --pretrained_model_name_or_path demo/model --resolution 96 --dtype float32
+
+Both are calls of the pipeline from noise to final latents, without text encoders and VAE; guidance is off.
+Glance's has two LoRAs with random weights, in --dtype, and the hand-off between them.
+"""
+
+import statistics
+
+import shapes
+import torch
+from peft import LoraConfig
+from train_step import velocity_once
+
+import ask_pipeline as ask
+import command_line as cli
+import glance_utils as glance
+
+
+def add_loras(transformer, rank: int) -> None:
+    """Both adapters with small random weights, none active."""
+    lora = {"r": rank, "lora_alpha": rank, "target_modules": glance.lora_layers(transformer)}
+    for phase in glance.PHASES:
+        transformer.add_adapter(LoraConfig(**lora, init_lora_weights=False), phase)
+    for name, parameter in transformer.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(transformer.dtype) / 10
+    glance.activate_adapter(transformer, None)
+
+
+def main(argv: list[str] | None = None):
+    args = shapes.parse(shapes.parser("Time ten base steps and Glance's ten."), argv)
+    pipe, call, latents = shapes.make_pipeline(args)
+    schedule = glance.derive_timesteps(ask.ask_timesteps(pipe, 50, **call))
+    count = sum(map(len, schedule.values()))
+    counted = shapes.count_flops(lambda: velocity_once(pipe, call, latents))
+    add_loras(pipe.transformer, args.rank)
+    if args.compile:
+        shapes.compile_blocks(pipe.transformer)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(**kwargs):
+        return pipe(**call, **kwargs, output_type="latent", generator=torch.Generator().manual_seed(0))
+
+    def draw_glance():
+        with glance.glance_inference(pipe, schedule) as kwargs:
+            draw(**kwargs)
+
+    times = shapes.in_turns({"base": lambda: draw(num_inference_steps=count), "glance": draw_glance}, args)
+    memory, rate = shapes.peak_memory(args.device), shapes.matmul_rate(args)
+    median, flops = statistics.median(times["base"]), count * (counted.linear + counted.attention)
+    result = shapes.model_facts(args, pipe, latents) | {
+        "steps": count,
+        "base_seconds": median,
+        "glance_seconds": statistics.median(times["glance"]),
+        "glance_to_base": shapes.ratio(times["glance"], times["base"]),
+        "model_tflop": flops / 1e12,
+        "model_tflop_per_second": flops / median / 1e12,
+        "matmul_tflop_per_second": rate / 1e12,
+        "share_of_matmul_rate": flops / median / rate,
+        "peak_memory_gib": memory / 2**30,
+    }
+    shapes.report(result | shapes.machine(args.device), args.json)
+
+
+if __name__ == "__main__":
+    cli.run(main)
