@@ -148,18 +148,20 @@ def encode_image(pipe: DiffusionPipeline, image: torch.Tensor, layout: LatentLay
 
 def final_latents(pipe: DiffusionPipeline, **kwargs) -> torch.Tensor:
     """What the last step leaves, as the denoising loop holds it; some pipelines return another layout as "latent"."""
-    step, latents = pipe.scheduler.step, None
+    scheduler, step = pipe.scheduler, pipe.scheduler.step
 
     @functools.wraps(step)
     def keep(*args, **kwargs):
-        nonlocal latents
         output = step(*args, **kwargs)
-        latents = output[0]
+        if scheduler.step_index == len(scheduler.timesteps):
+            raise Answer(output[0])  # what some pipelines do to the final latents needs the VAE, which was freed
         return output
 
-    with replaced(pipe.scheduler, "step", keep):
-        pipe(output_type="latent", **kwargs)
-    return latents
+    with replaced(scheduler, "step", keep):
+        try:
+            pipe(output_type="latent", **kwargs)
+        except Answer as answer:
+            return answer.args[0]
 
 
 def decode(vae: torch.nn.Module | None, latents: torch.Tensor, layout: LatentLayout) -> Image.Image:

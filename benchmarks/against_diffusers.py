@@ -197,8 +197,6 @@ def main(argv: list[str] | None = None):
         add_example_adapter(example_pipe.transformer, args.rank)
         for name, cache_latents in {"example": False, "example_cached": True}.items():
             functions[name] = example_step(args, example_pipe, call, vae, cache_latents)
-    if args.compile:
-        shapes.compile_blocks(pipe.transformer)
     times = shapes.in_turns(functions, args)
     result = shapes.model_facts(args, pipe, latents) | {
         "same_layers": args.same_layers,

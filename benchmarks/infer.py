@@ -5,7 +5,7 @@
     python benchmarks/infer.py --pretrained_model_name_or_path demo/model --resolution 96 --dtype float32
 
 Both are calls of the pipeline from noise to final latents, without text encoders and VAE; guidance is off.
-Glance's has two LoRAs with random weights, in --dtype, and the hand-off between them.
+Glance's has two LoRAs with random weights, in --dtype, and the hand-off between them, beside the weights and fused.
 """
 
 import statistics
@@ -18,6 +18,7 @@ from train_step import velocity_once
 import ask_pipeline as ask
 import command_line as cli
 import glance_utils as glance
+import load_base
 
 
 def add_loras(transformer, rank: int) -> None:
@@ -39,24 +40,26 @@ def main(argv: list[str] | None = None):
     counted = shapes.count_flops(lambda: velocity_once(pipe, call, latents))
     add_loras(pipe.transformer, args.rank)
     if args.compile:
-        shapes.compile_blocks(pipe.transformer)
+        load_base.compile_blocks(pipe.transformer)
     pipe.set_progress_bar_config(disable=True)
 
     def draw(**kwargs):
         return pipe(**call, **kwargs, output_type="latent", generator=torch.Generator().manual_seed(0))
 
-    def draw_glance():
-        with glance.glance_inference(pipe, schedule) as kwargs:
+    def draw_glance(fuse: bool):
+        with glance.glance_inference(pipe, schedule, fuse=fuse) as kwargs:
             draw(**kwargs)
 
-    times = shapes.in_turns({"base": lambda: draw(num_inference_steps=count), "glance": draw_glance}, args)
+    ways = {"base": lambda: draw(num_inference_steps=count), "glance": lambda: draw_glance(False)}
+    if args.quantization == "none":
+        ways["fused"] = lambda: draw_glance(True)
+    times = shapes.in_turns(ways, args)
     memory, rate = shapes.peak_memory(args.device), shapes.matmul_rate(args)
     median, flops = statistics.median(times["base"]), count * (counted.linear + counted.attention)
     result = shapes.model_facts(args, pipe, latents) | {
         "steps": count,
-        "base_seconds": median,
-        "glance_seconds": statistics.median(times["glance"]),
-        "glance_to_base": shapes.ratio(times["glance"], times["base"]),
+        **{f"{way}_seconds": statistics.median(times[way]) for way in ways},
+        **{f"{way}_to_base": shapes.ratio(times[way], times["base"]) for way in ways if way != "base"},
         "model_tflop": flops / 1e12,
         "model_tflop_per_second": flops / median / 1e12,
         "matmul_tflop_per_second": rate / 1e12,

@@ -9,7 +9,6 @@ pipeline, loss, backward, clipping, AdamW. The base has random weights (--shape)
 """
 
 import statistics
-from types import SimpleNamespace
 
 import shapes
 import torch
@@ -27,17 +26,19 @@ SIGMAS = (1.0, 0.97, 0.94, 0.91, 0.88)
 
 def glance_step(args, pipe, call, latents, layers: str | None = None):
     """A function that trains one step, as the loop of train_glance_lora.py does, and returns the loss."""
-    settings = train.parse_args(["--pretrained_model_name_or_path", "-", "--rank", str(args.rank)])
-    asked = SimpleNamespace(pipe=pipe, layers=glance.lora_layers(pipe.transformer, layers))
-    parameters = train.add_adapter(settings, asked, "slow")
-    optimizer, lr_scheduler = train.make_optimizer(settings, parameters)
+    settings = ["--pretrained_model_name_or_path", "-", "--rank", str(args.rank)]
+    settings = train.parse_args(settings + (["--compile"] if args.compile else []))
     accelerator = Accelerator(
         cpu=args.device == "cpu",
         mixed_precision=shapes.MIXED_PRECISION[args.dtype],
         kwargs_handlers=[AutocastKwargs(enabled=False)],
     )
+    layers = glance.lora_layers(pipe.transformer, layers)
+    parameters = train.fresh_adapter(settings, accelerator, pipe.transformer, layers)
+    optimizer, lr_scheduler = train.make_optimizer(settings, parameters)
     call = {name: value for name, value in call.items() if name != ask.batch_argument(pipe)}  # the model's own to set
-    model, optimizer = accelerator.prepare(ask.PipelineVelocity(pipe, **call), optimizer)
+    model = ask.PipelineVelocity(pipe, **call)
+    model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, True])
     generator, done = torch.Generator().manual_seed(0), 0
 
     def step():
@@ -62,8 +63,6 @@ def main(argv: list[str] | None = None):
     args = shapes.parse(shapes.parser("Time a training step."), argv)
     pipe, call, latents = shapes.make_pipeline(args)
     counted = shapes.count_flops(lambda: velocity_once(pipe, call, latents))
-    if args.compile:
-        shapes.compile_blocks(pipe.transformer)
     step, _ = glance_step(args, pipe, call, latents)
     times = shapes.in_turns({"step": step}, args)["step"]
     memory = shapes.peak_memory(args.device)
