@@ -33,7 +33,8 @@ def benchmark(pipelines, tmp_path):
         script.main(flags(**settings))
         return json.loads((tmp_path / "result.json").read_text())
 
-    return call
+    yield call
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("base", ("flux", "sd3", "qwen"))
