@@ -116,11 +116,12 @@ def weightless(module: torch.nn.Module, mode: FakeTensorMode) -> None:
 
 def without_content(mode: FakeTensorMode):
     """Function of nested arguments: their floating-point tensors without content; masks and ids keep theirs, since
-    models decide by them."""
+    models decide by them. All of them on the CPU, as the weights say they are."""
 
     def convert(tensor):
-        real = isinstance(tensor, FakeTensor) or not tensor.is_floating_point()
-        return tensor if real else mode.from_tensor(tensor.detach())
+        if isinstance(tensor, FakeTensor) or not tensor.is_floating_point():
+            return tensor.cpu()
+        return FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
 
     return lambda values: tree_map_only(torch.Tensor, convert, values)
 
@@ -248,7 +249,8 @@ def estimate(pipe, layers: list[str], rank: int, call: dict, checkpointing=(Fals
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated there."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, to be used again
+        return torch.cuda.mem_get_info(device)[0] + kept
     return psutil.virtual_memory().available
 
 

@@ -212,8 +212,7 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> Diffusi
     elif args.enable_model_cpu_offload:
         pipe.enable_model_cpu_offload(device=device)
     elif args.enable_group_offload:
-        streams = device.type == "cuda"
-        pipe.enable_group_offload(device, torch.device("cpu"), "leaf_level", use_stream=streams)
+        pipe.enable_group_offload(**load_base.group_offload_arguments(device))
     else:
         pipe.to(device)
     if args.compile:

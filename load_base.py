@@ -67,9 +67,16 @@ def load_transformer(
         transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
         transformer.to(device)
     if group_offload:
-        streams = device.type == "cuda"
-        transformer.enable_group_offload(device, torch.device("cpu"), "leaf_level", use_stream=streams)
+        transformer.enable_group_offload(**group_offload_arguments(device))
     return transformer
+
+
+def group_offload_arguments(device: torch.device) -> dict:
+    """Layer by layer, the next one copied while this one computes; its memory is not given to another before the
+    device is done with it, backward pass included."""
+    streams = device.type == "cuda"
+    arguments = {"onload_device": device, "offload_device": torch.device("cpu"), "offload_type": "leaf_level"}
+    return arguments | {"use_stream": streams, "record_stream": streams}
 
 
 def enable_gradient_checkpointing(transformer: torch.nn.Module) -> None:
