@@ -3,6 +3,7 @@
 Between its denoising loop and `vae.decode` a pipeline only permutes, scales and shifts; dry runs show how.
 """
 
+import contextlib
 import functools
 from dataclasses import dataclass
 
@@ -146,22 +147,23 @@ def encode_image(pipe: DiffusionPipeline, image: torch.Tensor, layout: LatentLay
     return latents
 
 
-def final_latents(pipe: DiffusionPipeline, **kwargs) -> torch.Tensor:
-    """What the last step leaves, as the denoising loop holds it; some pipelines return another layout as "latent"."""
-    scheduler, step = pipe.scheduler, pipe.scheduler.step
+def loop_points(pipe: DiffusionPipeline, **kwargs) -> list[torch.Tensor]:
+    """The latents before each step of the denoising loop and after the last, as the loop holds them, in float32 on the
+    CPU; some pipelines return another layout as "latent"."""
+    scheduler, step, points = pipe.scheduler, pipe.scheduler.step, []
 
     @functools.wraps(step)
-    def keep(*args, **kwargs):
-        output = step(*args, **kwargs)
+    def keep(model_output, timestep, sample, *args, **kwargs):
+        points.append(sample.float().cpu())
+        output = step(model_output, timestep, sample, *args, **kwargs)
         if scheduler.step_index == len(scheduler.timesteps):
-            raise Answer(output[0])  # what some pipelines do to the final latents needs the VAE, which was freed
+            points.append(output[0].float().cpu())
+            raise Answer  # what some pipelines do to the final latents needs the VAE, which was freed
         return output
 
-    with replaced(scheduler, "step", keep):
-        try:
-            pipe(output_type="latent", **kwargs)
-        except Answer as answer:
-            return answer.args[0]
+    with replaced(scheduler, "step", keep), contextlib.suppress(Answer):
+        pipe(output_type="latent", **kwargs)
+    return points
 
 
 def decode(vae: torch.nn.Module | None, latents: torch.Tensor, layout: LatentLayout) -> Image.Image:

@@ -21,6 +21,7 @@ import re
 import types
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -36,7 +37,7 @@ __version__ = "0.1.0"
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 PHASES = ("slow", "fast")
 # The published grid, as 1-based positions in the model's own 50 steps.
-PUBLISHED_POSITIONS = {"slow": (1, 3, 5, 7, 9), "fast": (11, 21, 31, 41, 50)}
+PUBLISHED_POSITIONS = (1, 3, 5, 7, 9, 11, 21, 31, 41, 50)
 
 
 class InputError(ValueError):
@@ -110,20 +111,26 @@ def parse_timesteps(text: str, name: str = "--flow_custom_timesteps") -> list[li
     return lists
 
 
-def derive_timesteps(base_timesteps: list[float]) -> dict[str, list[float]]:
-    """Pick Glance's positions from the model's own schedule (50 steps, or as many as it is given, scaled)."""
-    last = len(base_timesteps) - 1
-    phases = {
-        phase: [base_timesteps[round((position - 1) * last / 49)] for position in positions]
-        for phase, positions in PUBLISHED_POSITIONS.items()
-    }
-    try:
-        check_timesteps(phases["slow"] + phases["fast"])
-    except InputError:
+def grid_positions(grid: str, count: int, base_steps: int) -> list[int]:
+    """Which `count` of the model's own steps to keep, 0-based: "glance" is the published grid, scaled where it is not
+    ten of 50; "even" is every n-th."""
+    if grid == "even":
+        return [base_steps * index // count for index in range(count)]
+    places = [index * 9 / max(count - 1, 1) for index in range(count)]
+    published = [(position - 1) * (base_steps - 1) / 49 for position in PUBLISHED_POSITIONS]
+    return [round(float(position)) for position in np.interp(places, range(10), published)]
+
+
+def derive_timesteps(base_timesteps: list[float], positions: list[int] | None = None) -> dict[str, list[float]]:
+    """Pick positions from the model's own schedule, by default the published ones; the first half is slow."""
+    positions = grid_positions("glance", 10, len(base_timesteps)) if positions is None else positions
+    if len(set(positions)) < len(positions):
         raise InputError(
-            f"num_base_steps: {last + 1} steps are too few for ten distinct ones; use 25 or more"
-        ) from None
-    return phases
+            f"num_base_steps: {len(base_timesteps)} steps are too few for {len(positions)} distinct ones; use "
+            f"{5 * len(positions) // 2} or more"
+        )
+    timesteps, half = [base_timesteps[position] for position in positions], -(-len(positions) // 2)
+    return {"slow": timesteps[:half], "fast": timesteps[half:]}
 
 
 def timestep_order(num_timesteps: int, count: int, mode: str, generator: torch.Generator) -> torch.Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 
@@ -14,6 +15,7 @@ import ask_pipeline as ask
 import ask_prompts
 import estimate
 import glance_utils as glance
+import grids
 import load_base
 from glance_utils import InputError
 
@@ -32,6 +34,7 @@ class Asked:
     call: dict  # the call's arguments at inference
     train_call: dict  # the same, with classifier-free guidance off
     schedule: dict[str, list[float]]  # timesteps by phase
+    grid: str | None  # which of the model's own steps those are; None where they were given
     told: Callable  # the timesteps that the model is told at sigmas
     latents: torch.Tensor  # (1, ...) float32
     noise_scale: float
@@ -87,7 +90,10 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
     for component in ask.freeable_components(pipe).values():
         component.to(accelerator.device)
     call, train_call, layers = ask_call(args, pipe, caption, size)
-    derived = glance.derive_timesteps(ask.ask_timesteps(pipe, args.num_base_steps, **call))
+    base_timesteps = ask.ask_timesteps(pipe, args.num_base_steps, **call)
+    grid = "glance" if args.grid == "auto" else args.grid  # auto needs the weights
+    positions = glance.grid_positions(grid, args.num_inference_steps, len(base_timesteps))
+    derived = glance.derive_timesteps(base_timesteps, positions)
     told = ask.ask_told(pipe, args.num_base_steps, **call)
     schedule = {phase: custom or derived[phase] for phase, custom in args.custom_timesteps.items()}
     warn_of_schedule(pipe, schedule, derived, told, train_call)
@@ -106,11 +112,42 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
     base, device, offload = args.pretrained_model_name_or_path, accelerator.device, args.enable_group_offload
     transformer = load_base.load_transformer(base, dtype, device, args.quantization, offload, **where)
     setattr(pipe, glance.denoiser_name(pipe.config), glance.with_adapters(transformer))
+    if args.grid == "auto":
+        grid, derived = measured_grid(args, pipe, base_timesteps, told, call)
+        schedule = {phase: derived[phase] for phase in schedule}
     if checkpointing:
         load_base.enable_gradient_checkpointing(transformer)
     return Asked(
-        pipe, where, call, train_call, schedule, told, latents, noise_scale, layers, takes_timesteps, layout, vae
+        pipe=pipe,
+        where=where,
+        call=call,
+        train_call=train_call,
+        schedule=schedule,
+        grid=None if args.flow_custom_timesteps else grid,
+        told=told,
+        latents=latents,
+        noise_scale=noise_scale,
+        layers=layers,
+        takes_timesteps=takes_timesteps,
+        layout=layout,
+        vae=vae,
     )
+
+
+def measured_grid(args, pipe, base_timesteps, told, call) -> tuple[str, dict[str, list[float]]]:
+    """The grid whose picture is nearest to that of all the model's own steps, with one noise; all three are logged."""
+    if ask.further_denoisers(pipe):
+        raise InputError(
+            f"--grid auto: {type(pipe).__name__} guides with a second model, which training does not load; give "
+            "--grid glance or even"
+        )
+    found = grids.choose_grid(pipe, base_timesteps, args.num_inference_steps, told, args.seed, **call)
+    for grid, (error, positions) in found.items():
+        logger.info(f"--grid {grid}: error {error:.4f} to {len(base_timesteps)} steps, positions {positions}")
+    found = broadcast_object_list(
+        [next((grid, positions) for grid, (_, positions) in found.items())]
+    )  # the same on all
+    return found[0][0], glance.derive_timesteps(base_timesteps, found[0][1])
 
 
 def choose_checkpointing(args, accelerator, pipe, layers, train_call) -> bool:

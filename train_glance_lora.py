@@ -83,6 +83,14 @@ def parse_args(argv: list[str] | None = None):
         default=50,
         help="steps of the schedule that Glance's ten are picked from",
     )
+    add("--num_inference_steps", type=cli.positive(int), default=10, help="the first half slow, the rest fast")
+    add(
+        "--grid",
+        choices=("glance", "even", "auto"),
+        default="glance",
+        help="which of the model's own steps: the published ones, every n-th, or of all and of those that follow its "
+        "trajectory best the ones that measure best",
+    )
     # LoRA
     add("--rank", "--lora_rank", type=cli.positive(int), default=32)
     add("--lora_alpha", type=cli.positive(float), help="the rank by default")
@@ -139,6 +147,8 @@ def parse_args(argv: list[str] | None = None):
             "--no-gradient_checkpointing: with --enable_group_offload or --quantization fp8 every layer's full weight "
             "would stay until the backward pass; leave it out"
         )
+    if args.flow_custom_timesteps is not None and args.grid != "glance":
+        raise InputError("--flow_custom_timesteps gives the timesteps; leave --grid out")
     args.custom_timesteps = choose_phases(args)
     args.lora_alpha = args.lora_alpha or args.rank
     return args
@@ -178,6 +188,7 @@ def make_recipe(args, asked: Asked, phase: str, size: tuple[int, int]) -> dict:
         "guidance_scale": own.default if args.guidance_scale is None and own is not None else args.guidance_scale,
         "pipeline_kwargs": args.pipeline_kwargs,
         "num_base_steps": args.num_base_steps,
+        "grid": asked.grid,
         "loss": "flow",
         "max_train_steps": args.max_train_steps,
         "rank": args.rank,
@@ -312,7 +323,7 @@ def draw_preview(args, asked) -> Image.Image:
     with glance.glance_inference(pipe, asked.schedule, told=asked.told) as kwargs:
         generator = torch.Generator().manual_seed(args.seed)
         with torch.compiler.set_stance("force_eager"):  # one picture is not worth compiling for
-            latents = ask_latents.final_latents(pipe, **asked.call, **kwargs, generator=generator)
+            latents = ask_latents.loop_points(pipe, **asked.call, **kwargs, generator=generator)[-1]
     del transformer
     setattr(pipe, name, None)
     release_memory()
