@@ -53,7 +53,8 @@ class Parser(argparse.ArgumentParser):
             if action.nargs == 0:  # a switch
                 if not isinstance(value, bool):
                     raise InputError(f"--config {path}: {key} is {value!r}; it takes true or false")
-                arguments += [flag] if value else []
+                off = "--no-" + flag.removeprefix("--")
+                arguments += [flag] if value else [off] if off in self._option_string_actions else []
             elif isinstance(value, list) and isinstance(action, argparse._AppendAction):
                 arguments += [f"{flag}={item}" for item in value]
             elif isinstance(value, list):

@@ -290,6 +290,8 @@ def report(found: Estimate, device: torch.device, dtype: torch.dtype) -> str:
     ]
     for quantization, size in found.base.items():
         for checkpointing, step in found.steps.items():
+            if quantization == "fp8" and not checkpointing and True in found.steps:
+                continue  # refused, since every layer's full weight would stay
             cells = (
                 name if quantization == "none" else quantization,
                 "yes" if checkpointing else "no",

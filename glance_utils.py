@@ -390,7 +390,7 @@ def load_lora(pipe: DiffusionPipeline, path: Path, adapter: str) -> None:
         if prefix in getattr(pipe, "_lora_loadable_modules", ()):
             pipe.load_lora_weights(path.parent, **where)
         else:
-            with_adapters(denoiser(pipe)).load_lora_adapter(path.parent, prefix=prefix, **where)
+            with_adapters(denoiser(pipe)).load_lora_adapter(path.parent, prefix=prefix, _pipeline=pipe, **where)
 
 
 def replace_file(path: Path, write) -> None:

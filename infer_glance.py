@@ -97,6 +97,10 @@ def check_combination(args) -> None:
         raise InputError(
             f"--fuse_lora changes weights in place, which {fixed} does not allow; leave one of the two out"
         )
+    if args.quantization == "nf4" and args.enable_sequential_cpu_offload:
+        raise InputError(
+            "--enable_sequential_cpu_offload does not take --quantization nf4; use --enable_model_cpu_offload"
+        )
     args.fuse_lora = args.fuse_lora or (args.compile and not fixed)
 
 

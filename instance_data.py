@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from glance_utils import InputError, first_line
 
 
+SOURCES = ("instance_image", "instance_data_dir", "data_backend_config", "dataset_name")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -65,11 +66,10 @@ def read_dataset_row(args: argparse.Namespace) -> tuple[Image.Image, str]:
 
 def load_pair(args: argparse.Namespace) -> tuple[Image.Image, str, tuple[int, int]]:
     """The image, cropped to (height, width), its caption and that size; InputError where either is missing."""
-    sources = ("instance_image", "instance_data_dir", "data_backend_config", "dataset_name")
-    given = [name for name in sources if getattr(args, name)]
+    given = [name for name in SOURCES if getattr(args, name)]
     if len(given) != 1:
         raise InputError(
-            f"give one of {', '.join('--' + name for name in sources)}; found {', '.join(given) or 'none'}"
+            f"give one of {', '.join('--' + name for name in SOURCES)}; found {', '.join(given) or 'none'}"
         )
     resolution, extension = args.resolution, ".txt"
     if args.dataset_name:

@@ -1,8 +1,10 @@
 """Load the frozen base so that it fits: quantized while it is read, offloaded by groups, straight onto its device."""
 
 import contextlib
+import functools
 
 import torch
+from bitsandbytes.autograd._functions import MatMul8bitFp, MatMul8bitLt
 from diffusers import BitsAndBytesConfig
 from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 from torch.utils.checkpoint import checkpoint
@@ -37,13 +39,14 @@ def load_transformer(
     device: torch.device,
     quantization: str = "none",
     group_offload: bool = False,
+    part: str | None = None,
     **where,
 ) -> torch.nn.Module:
-    """The denoiser of the pipeline at `path`, frozen: shard by shard onto `device`, each quantized as it is read.
+    """The denoiser of the pipeline at `path`, or another `part` of its class, frozen: shard by shard onto `device`.
 
-    nf4 and int8 are bitsandbytes' layers; fp8 keeps the linear layers' weights in float8_e4m3 and computes in `dtype`
-    (diffusers' layerwise casting). With `group_offload` the weights stay in host memory and visit the device a layer
-    at a time, the next one on its way while this one computes.
+    nf4 and int8 are bitsandbytes' layers, made as the shards are read; fp8 keeps the linear layers' weights in
+    float8_e4m3 and computes in `dtype` (diffusers' layerwise casting). With `group_offload` the weights stay in host
+    memory and visit the device a layer at a time, the next one on its way while this one computes.
     """
     check_combination(quantization, group_offload)
     target = torch.device("cpu") if group_offload or quantization == "fp8" else device
@@ -51,7 +54,7 @@ def load_transformer(
     with loading(path), bitsandbytes_on_any_device(target):
         transformer = kind.from_pretrained(
             path,
-            subfolder=name,
+            subfolder=part or name,
             dtype=dtype,
             quantization_config=quantization_config(quantization, dtype),
             device_map={"": target},
@@ -63,12 +66,28 @@ def load_transformer(
         for layer in transformer.modules():
             if type(layer).__name__ == "Linear4bit":
                 layer.train()
+    if quantization == "int8":
+        forget_frozen_inputs()
     if quantization == "fp8":
         transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
         transformer.to(device)
     if group_offload:
         transformer.enable_group_offload(**group_offload_arguments(device))
     return transformer
+
+
+@functools.cache
+def forget_frozen_inputs() -> None:
+    """bitsandbytes keeps each 8-bit layer's input where checkpointing cannot see it; a frozen weight needs none."""
+    for kind in (MatMul8bitLt, MatMul8bitFp):
+
+        def forward(ctx, *args, own=kind.forward, kind=kind):
+            output = own(ctx, *args)
+            if not ctx.needs_input_grad[1]:
+                ctx.A, ctx.tensors = None, (None, None, None)
+            return output
+
+        kind.forward = staticmethod(forward)
 
 
 def group_offload_arguments(device: torch.device) -> dict:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 
@@ -18,6 +18,7 @@ import glance_utils as glance
 import grids
 import load_base
 from glance_utils import InputError
+from instance_data import SOURCES, load_pair
 
 
 logger = get_logger(__name__)
@@ -102,8 +103,9 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
     latents = ask_latents.encode_image(pipe, pixels, layout, **call)
     noise_scale = ask_latents.ask_noise_scale(pipe, **call)
     takes_timesteps = args.timesteps_per_step > 1 and ask.takes_timesteps(pipe, **train_call)
-    for batch in {args.train_batch_size, args.train_batch_size * args.timesteps_per_step}:
-        ask.dry_step(pipe, **train_call | {ask.batch_argument(pipe): batch})  # remembers its prompt
+    for count in range(1, args.timesteps_per_step + 1):  # equal timesteps side by side are one run
+        batch = {ask.batch_argument(pipe): count * args.train_batch_size}
+        ask.dry_step(pipe, **train_call | batch)  # remembers its prompt
     vae = getattr(pipe, "vae", None)
     checkpointing = choose_checkpointing(args, accelerator, pipe, layers, train_call)
     ask_prompts.free_components(pipe, **train_call)
@@ -179,9 +181,12 @@ def bytes_of_adam(args) -> int:
 
 def dry_run(args) -> str:
     """What the run will need, asked of the configs and the tokenizers alone."""
-    dtype, device = DTYPES[args.mixed_precision], PartialState().device
-    pipe = estimate.load_without_weights(args.pretrained_model_name_or_path, dtype, **load_arguments(args))
+    dtype, device = DTYPES[args.mixed_precision], PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    caption = args.instance_prompt or "a picture"
     size = args.height or args.resolution or 1024, args.width or args.resolution or 1024
-    _, train_call, layers = ask_call(args, pipe, args.instance_prompt or "a picture", size)
+    if any(getattr(args, source) for source in SOURCES):
+        _, caption, size = load_pair(args)
+    pipe = estimate.load_without_weights(args.pretrained_model_name_or_path, dtype, **load_arguments(args))
+    _, train_call, layers = ask_call(args, pipe, caption, size)
     found = estimate.estimate(pipe, layers, args.rank, batch_call(args, pipe, train_call))
     return estimate.report(found, device, dtype)

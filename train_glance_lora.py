@@ -40,7 +40,7 @@ from checkpoints import check_settings, load_checkpoint, save_checkpoint
 from glance_utils import InputError
 from instance_data import load_pair
 from model_card import create_hub_repo, push_to_hub, write_model_card
-from prepare import Asked, dry_run, prepare_pipeline
+from prepare import DTYPES, Asked, dry_run, prepare_pipeline
 
 
 logger = get_logger(__name__)
@@ -311,21 +311,19 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
 
 def draw_preview(args, asked) -> Image.Image:
     """The caption in ten steps, with the LoRA files just written; the VAE follows when the transformer has gone."""
-    pipe, name = asked.pipe, glance.denoiser_name(asked.pipe.config)
-    transformer, device = glance.denoiser(pipe), pipe._execution_device
-    for name, denoiser in ask.further_denoisers(pipe).items():
-        loaded = type(denoiser).from_pretrained(
-            args.pretrained_model_name_or_path, subfolder=name, dtype=transformer.dtype, **asked.where
-        )
-        setattr(pipe, name, loaded.to(transformer.device))
+    pipe, device, dtype = asked.pipe, asked.pipe._execution_device, DTYPES[args.mixed_precision]
+    parts = [glance.denoiser_name(pipe.config), *ask.further_denoisers(pipe)]
+    for part in parts[1:]:
+        how = (dtype, device, args.quantization, args.enable_group_offload, part)
+        setattr(pipe, part, load_base.load_transformer(args.pretrained_model_name_or_path, *how, **asked.where))
     for phase in asked.schedule:
         glance.load_lora(pipe, Path(args.output_dir) / phase / glance.WEIGHT_NAME, phase)
     with glance.glance_inference(pipe, asked.schedule, told=asked.told) as kwargs:
         generator = torch.Generator().manual_seed(args.seed)
         with torch.compiler.set_stance("force_eager"):  # one picture is not worth compiling for
             latents = ask_latents.loop_points(pipe, **asked.call, **kwargs, generator=generator)[-1]
-    del transformer
-    setattr(pipe, name, None)
+    for part in parts:
+        setattr(pipe, part, None)
     release_memory()
     return ask_latents.decode(asked.vae and asked.vae.to(device), latents, asked.layout)
 
@@ -356,6 +354,8 @@ def main(argv: list[str] | None = None):
         # text tokens that nothing reads.
         kwargs_handlers=[AutocastKwargs(enabled=False), DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if args.enable_group_offload and accelerator.num_processes > 1:
+        raise InputError("--enable_group_offload goes with one process; leave it out, or launch one")
     cli.set_up_logging()
 
     asked = prepare_pipeline(args, accelerator, image, caption, size)

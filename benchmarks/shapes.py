@@ -131,6 +131,9 @@ def make_pipeline(args) -> tuple[DiffusionPipeline, dict, torch.Tensor]:
     glance.with_adapters(pipe.transformer).requires_grad_(False)
     if args.gradient_checkpointing:
         load_base.enable_gradient_checkpointing(pipe.transformer)
+    if args.device.startswith("cuda"):  # what it took to build does not count
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     return pipe, call, latents
 
 
@@ -173,22 +176,18 @@ def quantize(transformer, quantization: str) -> None:
     """What load_base.load_transformer does to a file's weights, for those that no file holds."""
     if quantization == "fp8":
         return transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer.dtype)
-    for name, layer in list(transformer.named_modules()):
-        if isinstance(layer, torch.nn.Linear):
-            sizes, weight, has_bias = (
-                (layer.in_features, layer.out_features),
-                layer.weight.data,
-                layer.bias is not None,
-            )
-            if quantization == "nf4":
-                new = bnb.nn.Linear4bit(*sizes, bias=has_bias, compute_dtype=weight.dtype, quant_type="nf4")
-                new.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4").to(weight.device)
-            else:
-                new = bnb.nn.Linear8bitLt(*sizes, bias=has_bias, has_fp16_weights=False)
-                new.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
-                new = new.to(weight.device)
-            new.bias = layer.bias
-            transformer.set_submodule(name, new)
+    for name in [name for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)]:
+        layer = transformer.get_submodule(name)
+        sizes, weight, has_bias = (layer.in_features, layer.out_features), layer.weight.data, layer.bias is not None
+        if quantization == "nf4":
+            new = bnb.nn.Linear4bit(*sizes, bias=has_bias, compute_dtype=weight.dtype, quant_type="nf4")
+            new.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4").to(weight.device)
+        else:
+            new = bnb.nn.Linear8bitLt(*sizes, bias=has_bias, has_fp16_weights=False)
+            new.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+            new = new.to(weight.device)
+        new.bias = layer.bias
+        transformer.set_submodule(name, new)
 
 
 def loop_latents(pipe: DiffusionPipeline, **call) -> torch.Tensor:

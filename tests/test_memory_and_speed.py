@@ -149,6 +149,27 @@ def peak_memory(*arguments) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+def test_checkpointing_frees_the_inputs_of_int8_layers(pipelines):
+    """bitsandbytes keeps them as attributes, which checkpointing cannot see."""
+    transformer = load_base.load_transformer(str(pipelines["flux"]), torch.float32, CPU, "int8")
+    layer = next(layer for layer in transformer.modules() if type(layer).__name__ == "Linear8bitLt")
+    output = layer(torch.randn(1, 4, layer.in_features, requires_grad=True))
+    nodes, seen = [output.grad_fn], []
+    while nodes:
+        node = nodes.pop()
+        seen.append(type(node).__name__)
+        assert getattr(node, "A", None) is None and set(getattr(node, "tensors", ())) <= {None}
+        nodes += [parent for parent, _ in node.next_functions if parent is not None]
+    assert any("MatMul8bit" in name for name in seen)
+    output.sum().backward()
+
+
+def test_false_in_a_config_is_no(tmp_path):
+    (tmp_path / "config.yaml").write_text("pretrained_model_name_or_path: x\ngradient_checkpointing: false\n")
+    args = train_glance_lora.parse_args([f"--config={tmp_path / 'config.yaml'}"])
+    assert args.gradient_checkpointing is False
+
+
 def test_what_does_not_go_together_is_said(train, infer, trained):
     with pytest.raises(InputError, match="--enable_group_offload moves full weights.*nf4"):
         train(enable_group_offload=True, quantization="nf4")
@@ -156,6 +177,8 @@ def test_what_does_not_go_together_is_said(train, infer, trained):
         train(quantization="fp8", **{"no-gradient_checkpointing": True})
     with pytest.raises(InputError, match="--fuse_lora changes weights in place, which --quantization int8 does not"):
         infer(lora=trained(), fuse_lora=True, quantization="int8")
+    with pytest.raises(InputError, match="--enable_sequential_cpu_offload does not take --quantization nf4"):
+        infer(lora=trained(), enable_sequential_cpu_offload=True, quantization="nf4")
     with pytest.raises(InputError, match="--enable_model_cpu_offload and --enable_group_offload exclude each other"):
         infer(lora=trained(), enable_model_cpu_offload=True, enable_group_offload=True)
 
@@ -222,6 +245,12 @@ def test_a_pipeline_that_computes_with_its_timestep_is_recognised(pipelines):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ask, "Probe", Compares)
         assert not ask.takes_timesteps(pipe, **call)
+
+
+def test_equal_timesteps_side_by_side_are_one_remembered_run(train, monkeypatch):
+    """Three timesteps a step from rounds of five: the same one may end a round and begin the next."""
+    monkeypatch.setattr(ask, "takes_timesteps", lambda *args, **kwargs: False)
+    train(phase="slow", timesteps_per_step=3, flow_timesteps_mode="random", max_train_steps=12)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -330,7 +359,7 @@ def test_a_dry_run_reads_configs_alone(base, pipelines, pair, train, tmp_path, c
     assert not (tmp_path / "nothing").exists()
     count = sum(value.numel() for name, value in lora(train(base)).items() if name.startswith("slow"))
     assert f"{estimate.readable(count, '')} parameters, {estimate.readable(4 * count, 'B')} a file" in printed
-    assert len([line for line in printed.splitlines() if line.startswith("| ")]) == 1 + 4 * 2
+    assert len([line for line in printed.splitlines() if line.startswith("| ")]) == 1 + 4 * 2 - 1
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "checkpointing"])
