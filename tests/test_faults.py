@@ -172,6 +172,12 @@ def test_leftovers_of_a_killed_run_are_swept(train, tmp_path):
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-9"]
 
 
+def test_a_round_of_make_soak(tmp_path):
+    command = [sys.executable, str(ROOT / "tests" / "soak.py"), "--rounds=1", "--seed=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "1 survived, 1 equal" in done.stdout, done.stdout + done.stderr[-3000:]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Finished phases
 
