@@ -242,6 +242,7 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
     order = order.reshape(count, together).tolist()
     stateful = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "scaler": accelerator.scaler}
     stateful = {name: part for name, part in stateful.items() if part is not None}
+    seen = {timestep: [] for timestep in recipe["timesteps"]}  # losses, comparable within a timestep alone
     if resume is not None:
         start = resume["step"]
         set_peft_model_state_dict(transformer, resume["lora"], adapter_name=ADAPTER)
@@ -270,6 +271,8 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
                 by_timestep = accelerator.gather(torch.stack(losses).detach()[None]).mean(0).tolist()
                 mean_loss = sum(by_timestep) / together
                 check_finite(mean_loss, phase, step, 1000 * max(chosen))
+                for position, value in zip(order[index], by_timestep):
+                    seen[recipe["timesteps"][position]].append(value)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -283,7 +286,7 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
             progress.update()
             told = ",".join(f"{1000 * sigma:.0f}" for sigma in chosen)
             progress.set_postfix(loss=f"{mean_loss:.4f}", timestep=told)
-            logs = {f"{phase}/loss": mean_loss}  # one timestep's loss is not comparable with another's
+            logs = {f"{phase}/loss": mean_loss}
             logs |= {f"{phase}/loss_at_{1000 * sigma:.0f}": value for sigma, value in zip(chosen, by_timestep)}
             accelerator.log(logs | {"lr": lr_scheduler.get_last_lr()[0]}, step=done + step)
             stop = accelerator.check_trigger()  # on every process, where a signal reached any
@@ -297,6 +300,8 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
                 logger.info(f"Saved {folder}")
             if stop:
                 return Path(args.output_dir) / f"checkpoint-{done + step}"
+    means = [f"{sum(values) / len(values):.4f} at {timestep:.0f}" for timestep, values in seen.items() if values]
+    logger.info(f"  {phase}: mean loss {', '.join(means)}")
     accelerator.free_memory()
 
 

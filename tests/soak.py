@@ -4,7 +4,8 @@ Every run trains both LoRAs on a tiny FLUX and writes a checkpoint every second 
 --resume_from_checkpoint latest where there is something to resume, kills that again with even odds, and lets it end.
 survived: whatever is on the disk after each kill is whole, and the run comes to its end.
 equal: all its files are, byte for byte, those of the run that nothing befell.
-Runs are forked from this process, which has everything imported: moments are then spent on the run.
+Runs are forked from this process, which has everything imported: moments are then spent on the run. It computes
+nothing itself and has no threads, so that no fork can take over a lock that nobody will open.
 """
 
 import argparse
@@ -56,11 +57,15 @@ def in_child(act, seconds: float | None = None) -> int | None:
     return None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
 
 
-def make_inputs(root: Path) -> list[str]:
-    """A tiny FLUX, an image and its caption; returns the flags of a run on them, less the output folder."""
+def make_inputs(root: Path) -> None:
+    """A tiny FLUX, an image and its caption."""
     make_flux(root / "flux")
     Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32, 3), dtype=np.uint8)).save(root / "glance.png")
     (root / "glance.txt").write_text("a red ring")
+
+
+def flags_of_run(root: Path) -> list[str]:
+    """All but the output folder."""
     flags = {"pretrained_model_name_or_path": root / "flux", "instance_image": root / "glance.png", "resolution": 32}
     flags |= {"rank": 8, "max_train_steps": 20, "checkpointing_steps": 2, "checkpoints_total_limit": 3}
     return [f"--{name}={value}" for name, value in flags.items()]
@@ -118,9 +123,11 @@ def main() -> int:
     parser.add_argument("--seed", type=cli.seed, default=0)
     args: argparse.Namespace = parser.parse()
     torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # that would be a thread
     chance, killed, survived, equal = random.Random(args.seed), Counter(), 0, 0
     with tempfile.TemporaryDirectory() as root:
-        flags, whole = make_inputs(Path(root)), Path(root) / "whole"
+        flags, whole = flags_of_run(Path(root)), Path(root) / "whole"
+        in_child(lambda: make_inputs(Path(root)))
         begin = time.monotonic()
         if in_child(lambda: train_glance_lora.main([*flags, f"--output_dir={whole}"])) != 0:
             raise RuntimeError("a run that nothing befell should come to its end")

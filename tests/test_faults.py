@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ask_pipeline as ask
 import checkpoints
@@ -54,8 +55,6 @@ def at_step(monkeypatch):
 @pytest.fixture(scope="module")
 def whole(pipelines, pair, tmp_path_factory):
     """The output folder of a run that nothing befell."""
-    from conftest import run_train
-
     output = tmp_path_factory.mktemp("whole") / "output"
     base = {"pretrained_model_name_or_path": pipelines["flux"], "instance_image": pair, "output_dir": output}
     return run_train(base, {"gradient_accumulation_steps": 2})
@@ -281,8 +280,10 @@ def test_a_folder_that_became_a_file(train, at_step, tmp_path):
     assert_one_line(error, "--output_dir")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
 def test_a_folder_that_became_read_only(train, at_step, tmp_path):
+    (tmp_path / "read-only").mkdir(mode=0o555)
+    if os.access(tmp_path / "read-only", os.W_OK):
+        pytest.skip("root writes anywhere")
     at_step(4, lambda: (tmp_path / "output").chmod(0o555))
     with pytest.raises(glance.InputError) as error:
         train(checkpointing_steps=2)
@@ -348,3 +349,16 @@ def test_fp16s_scaler_leaves_a_step_with_infinite_gradients_out(train, bad_gradi
     for name, value in states[0]["lora"].items():
         assert torch.equal(value, states[1]["lora"][name]) and states[2]["lora"][name].isfinite().all()
     assert any(not torch.equal(value, states[2]["lora"][name]) for name, value in states[0]["lora"].items())
+
+
+def test_the_log_ends_with_each_timesteps_mean_loss(train, caplog):
+    with caplog.at_level("INFO"):
+        output = train(phase="slow", max_train_steps=10, report_to="tensorboard")
+    logs = EventAccumulator(str(next((output / "logs").rglob("events.out*")).parent))
+    logs.Reload()
+    means = []
+    for timestep in glance.read_recipe(output / glance.WEIGHT_NAME)["timesteps"]:
+        losses = [log.value for log in logs.Scalars(f"slow/loss_at_{timestep:.0f}")]
+        means.append(f"{sum(losses) / len(losses):.4f} at {timestep:.0f}")
+        assert len(losses) == 2
+    assert any(message.endswith(f"slow: mean loss {', '.join(means)}") for message in caplog.messages)
