@@ -1,6 +1,7 @@
 # make demo   train both LoRAs on the demo model and draw the comparison: output/demo/comparison.png
 # make test   lint and the whole test suite
-# Both create .venv and install into it first; nothing else is needed but Python 3.10 or newer.
+# make soak   kill -9 and resume training runs 50 times at random moments: how many survived, how many came out equal
+# Each creates .venv and install into it first; nothing else is needed but Python 3.10 or newer.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +12,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 export MALLOC_TOP_PAD_ := 268435456
 
-.PHONY: demo test clean
+.PHONY: demo test soak clean
 
 .venv/runtime: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -33,6 +34,9 @@ test: .venv/development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests
+
+soak: .venv/development
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --rounds 50
 
 clean:
 	rm -rf .venv output

@@ -400,9 +400,12 @@ def replace_file(path: Path, write) -> None:
         write(temporary)
         os.umask(umask := os.umask(0))
         temporary.chmod(0o666 & ~umask)  # safetensors makes its files readable by their owner alone
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # the name must not be there before the content, should the machine go down
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it was renamed, or its folder has gone
+            temporary.unlink()
 
 
 def save_lora(transformer, adapter: str, directory: str | Path, recipe: dict, prefix: str = "transformer") -> Path:

@@ -1,15 +1,46 @@
-"""What is written beside the LoRAs: the model card; and the upload of it all to the hub."""
+"""What is written beside the LoRAs: a picture, the model card; and the upload of it all to the hub."""
 
 import json
 import logging
 from pathlib import Path
 
+import torch
+from accelerate.utils import release_memory
 from huggingface_hub import create_repo, upload_folder
+from PIL import Image
 
+import ask_latents
+import ask_pipeline as ask
+import glance_utils as glance
+import load_base
 from glance_utils import InputError, first_line
+from prepare import DTYPES
 
 
 logger = logging.getLogger(__name__)
+
+
+def draw_preview(args, asked) -> Image.Image:
+    """The caption in ten steps, with the LoRA files just written; the VAE follows when the transformer has gone."""
+    pipe, device, dtype = asked.pipe, asked.pipe._execution_device, DTYPES[args.mixed_precision]
+    parts = [glance.denoiser_name(pipe.config), *ask.further_denoisers(pipe)]
+    for part in parts[1:]:
+        how = (dtype, device, args.quantization, args.enable_group_offload, part)
+        setattr(pipe, part, load_base.load_transformer(args.pretrained_model_name_or_path, *how, **asked.where))
+    for phase in asked.schedule:
+        glance.load_lora(pipe, Path(args.output_dir) / phase / glance.WEIGHT_NAME, phase)
+    with glance.glance_inference(pipe, asked.schedule, told=asked.told) as kwargs:
+        generator = torch.Generator().manual_seed(args.seed)
+        with torch.compiler.set_stance("force_eager"):  # one picture is not worth compiling for
+            latents = ask_latents.loop_points(pipe, **asked.call, **kwargs, generator=generator)[-1]
+    for part in parts:
+        setattr(pipe, part, None)
+    release_memory()
+    return ask_latents.decode(asked.vae and asked.vae.to(device), latents, asked.layout)
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    glance.replace_file(path, lambda temporary: image.save(temporary, format="PNG"))
 
 
 def write_model_card(args, directory: Path, recipes: list[dict], caption: str) -> None:
@@ -22,8 +53,7 @@ def write_model_card(args, directory: Path, recipes: list[dict], caption: str) -
     settings = json.dumps(
         {key: value for key, value in recipes[0].items() if key not in ("phase", "timesteps")}, indent=2
     )
-    (directory / "README.md").write_text(
-        f"""---
+    text = f"""---
 library_name: diffusers
 base_model: {args.pretrained_model_name_or_path}
 tags: [text-to-image, diffusers, lora, glance, flow-matching]
@@ -47,9 +77,8 @@ Left: the training image, "{caption}". Right, where both phases were trained: th
 ```
 
     python infer_glance.py --pretrained_model_name_or_path {args.pretrained_model_name_or_path} --lora . --prompt "..."
-""",
-        encoding="utf-8",
-    )
+"""
+    glance.replace_file(directory / "README.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def create_hub_repo(args) -> str:

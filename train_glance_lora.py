@@ -11,11 +11,14 @@ will do: the schedule, the latents and the velocity are asked of the pipeline it
 """
 
 import argparse
+import contextlib
+import hashlib
 import math
+import signal
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
@@ -23,24 +26,22 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     LoggerType,
     ProjectConfiguration,
-    release_memory,
 )
 from diffusers.optimization import SchedulerType, get_scheduler
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from PIL import Image
 from tqdm.auto import tqdm
 
-import ask_latents
 import ask_pipeline as ask
 import command_line as cli
+import faults
 import glance_utils as glance
 import load_base
-from checkpoints import check_settings, load_checkpoint, save_checkpoint
+from checkpoints import find_resume, load_checkpoint, resume_settings, save_checkpoint, with_run
 from glance_utils import InputError
 from instance_data import load_pair
-from model_card import create_hub_repo, push_to_hub, write_model_card
-from prepare import DTYPES, Asked, dry_run, prepare_pipeline
+from model_card import create_hub_repo, draw_preview, push_to_hub, save_picture, write_model_card
+from prepare import Asked, dry_run, prepare_pipeline
 
 
 logger = get_logger(__name__)
@@ -196,13 +197,6 @@ def make_recipe(args, asked: Asked, phase: str, size: tuple[int, int]) -> dict:
     }
 
 
-def resume_settings(args, recipe: dict) -> dict:
-    """What must be the same for a resumed run to equal the uninterrupted one."""
-    names = ("seed", "lora_alpha", "lora_layers", "flow_timesteps_mode", "train_batch_size", "use_8bit_adam")
-    names += ("gradient_accumulation_steps", "mixed_precision", "timesteps_per_step", "quantization")
-    return recipe | {name: getattr(args, name) for name in names}
-
-
 def fresh_adapter(args, accelerator, transformer, layers: list[str]) -> list[torch.nn.Parameter]:
     """Add a float32 LoRA, or start the one that is there again: both phases train in the same one, so that nothing
     is compiled twice. Returns its parameters."""
@@ -232,10 +226,10 @@ def make_optimizer(args, parameters):
     return optimizer, get_scheduler(args.lr_scheduler, optimizer, **steps)
 
 
-def check_finite(loss: float, phase: str, step: int, timestep: float) -> None:
-    if not math.isfinite(loss):
+def check_finite(value: float, phase: str, step: int, timestep: float, name: str = "loss") -> None:
+    if not math.isfinite(value):
         raise FloatingPointError(
-            f"{phase}: the loss is {loss} at step {step}, timestep {timestep:g}; no {phase} LoRA was written. "
+            f"{phase}: the {name} is {value} at step {step}, timestep {timestep:g}; no {phase} LoRA was written. "
             "Try a lower --learning_rate, or --mixed_precision bf16 instead of fp16"
         )
 
@@ -243,7 +237,8 @@ def check_finite(loss: float, phase: str, step: int, timestep: float) -> None:
 def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume: dict | None):
     """Train one LoRA for --max_train_steps and leave it in the transformer.
 
-    `done` steps were trained in earlier phases; `resume` is a checkpoint of this phase.
+    `done` steps were trained in earlier phases; `resume` is a checkpoint of this phase. Where a signal asked to stop,
+    returns the checkpoint that was written instead of going on.
     """
     phase, transformer, latents = recipe["phase"], glance.denoiser(asked.pipe), asked.latents
     parameters = fresh_adapter(args, accelerator, transformer, asked.layers)
@@ -258,6 +253,7 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
     order = order.reshape(count, together).tolist()
     stateful = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "scaler": accelerator.scaler}
     stateful = {name: part for name, part in stateful.items() if part is not None}
+    seen = {timestep: [] for timestep in recipe["timesteps"]}  # losses, comparable within a timestep alone
     if resume is not None:
         start = resume["step"]
         set_peft_model_state_dict(transformer, resume["lora"], adapter_name=ADAPTER)
@@ -286,9 +282,13 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
                 by_timestep = accelerator.gather(torch.stack(losses).detach()[None]).mean(0).tolist()
                 mean_loss = sum(by_timestep) / together
                 check_finite(mean_loss, phase, step, 1000 * max(chosen))
+                for position, value in zip(order[index], by_timestep):
+                    seen[recipe["timesteps"][position]].append(value)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    if norm is not None and accelerator.scaler is None:  # fp16's scaler leaves such a step out
+                        check_finite(float(norm), phase, step, 1000 * max(chosen), "gradients' norm")
                 optimizer.step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
@@ -297,35 +297,23 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
             progress.update()
             told = ",".join(f"{1000 * sigma:.0f}" for sigma in chosen)
             progress.set_postfix(loss=f"{mean_loss:.4f}", timestep=told)
-            logs = {f"{phase}/loss": mean_loss}  # one timestep's loss is not comparable with another's
+            logs = {f"{phase}/loss": mean_loss}
             logs |= {f"{phase}/loss_at_{1000 * sigma:.0f}": value for sigma, value in zip(chosen, by_timestep)}
             accelerator.log(logs | {"lr": lr_scheduler.get_last_lr()[0]}, step=done + step)
-            if args.checkpointing_steps and step % args.checkpointing_steps == 0 and accelerator.is_main_process:
+            stop = accelerator.check_trigger()  # on every process, where a signal reached any
+            due = stop or (args.checkpointing_steps and step % args.checkpointing_steps == 0)
+            if due and accelerator.is_main_process:
                 state = {name: part.state_dict() for name, part in stateful.items()}
                 state |= {"settings": resume_settings(args, recipe), "step": step, "generator": generator.get_state()}
                 state |= {"lora": get_peft_model_state_dict(transformer, adapter_name=ADAPTER)}
-                folder = save_checkpoint(args.output_dir, state, done + step, args.checkpoints_total_limit)
+                with faults.one_line_errors(args.output_dir):
+                    folder = save_checkpoint(args.output_dir, state, done + step, args.checkpoints_total_limit)
                 logger.info(f"Saved {folder}")
+            if stop:
+                return Path(args.output_dir) / f"checkpoint-{done + step}"
+    means = [f"{sum(values) / len(values):.4f} at {timestep:.0f}" for timestep, values in seen.items() if values]
+    logger.info(f"  {phase}: mean loss {', '.join(means)}")
     accelerator.free_memory()
-
-
-def draw_preview(args, asked) -> Image.Image:
-    """The caption in ten steps, with the LoRA files just written; the VAE follows when the transformer has gone."""
-    pipe, device, dtype = asked.pipe, asked.pipe._execution_device, DTYPES[args.mixed_precision]
-    parts = [glance.denoiser_name(pipe.config), *ask.further_denoisers(pipe)]
-    for part in parts[1:]:
-        how = (dtype, device, args.quantization, args.enable_group_offload, part)
-        setattr(pipe, part, load_base.load_transformer(args.pretrained_model_name_or_path, *how, **asked.where))
-    for phase in asked.schedule:
-        glance.load_lora(pipe, Path(args.output_dir) / phase / glance.WEIGHT_NAME, phase)
-    with glance.glance_inference(pipe, asked.schedule, told=asked.told) as kwargs:
-        generator = torch.Generator().manual_seed(args.seed)
-        with torch.compiler.set_stance("force_eager"):  # one picture is not worth compiling for
-            latents = ask_latents.loop_points(pipe, **asked.call, **kwargs, generator=generator)[-1]
-    for part in parts:
-        setattr(pipe, part, None)
-    release_memory()
-    return ask_latents.decode(asked.vae and asked.vae.to(device), latents, asked.layout)
 
 
 def main(argv: list[str] | None = None):
@@ -334,14 +322,21 @@ def main(argv: list[str] | None = None):
         cli.set_up_logging()
         print(dry_run(args))
         return
+    cli.check_writable(args.output_dir, "--output_dir")
+    alone = faults.locked(args.output_dir) if PartialState().is_main_process else contextlib.nullcontext()
+    with faults.signals_handled(), alone:
+        train(args)
+
+
+def train(args):
+    """The whole run, in an output folder that no other run writes to."""
     image, caption, size = load_pair(args)
-    resume = None
-    if args.resume_from_checkpoint:
-        resume = load_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    args.image_and_caption = hashlib.sha256(image.tobytes() + caption.encode()).hexdigest()
+    state = load_checkpoint(args.resume_from_checkpoint, args.output_dir)
     output_dir = Path(args.output_dir)
     phases = args.custom_timesteps
     folders = {phase: output_dir / phase if len(phases) == 2 else output_dir for phase in phases}
-    for folder in (output_dir, *folders.values()):
+    for folder in folders.values():
         cli.check_writable(folder, "--output_dir")
 
     accelerator = Accelerator(
@@ -360,17 +355,12 @@ def main(argv: list[str] | None = None):
 
     asked = prepare_pipeline(args, accelerator, image, caption, size)
     recipes = {phase: make_recipe(args, asked, phase, size) for phase in asked.schedule}
-    resumed = resume["settings"]["phase"] if resume is not None else None
-    if resume is not None:
-        if resumed not in recipes:
-            raise InputError(f"--resume_from_checkpoint: it is of the {resumed} phase, which --phase leaves out")
-        check_settings(resume["settings"], resume_settings(args, recipes[resumed]))
-        if resumed == "fast" and "slow" in recipes:
-            glance.read_recipe(folders["slow"] / glance.WEIGHT_NAME)  # must be there: it was finished before
+    finished, resume = find_resume(args, recipes, folders, state)
     repo_id = create_hub_repo(args) if args.push_to_hub and accelerator.is_main_process else None
-    output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
-        image.save(output_dir / "instance.png")
+        faults.sweep(output_dir)
+        with faults.one_line_errors(output_dir):
+            save_picture(image, output_dir / "instance.png")
     if args.report_to != "none":
         shown = {key: value for key, value in vars(args).items() if isinstance(value, int | float | str)}
         shown.pop("instance_prompt", None)  # prompts do not belong in logs
@@ -382,24 +372,36 @@ def main(argv: list[str] | None = None):
     logger.info(
         f"  Total batch size = {args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps}"
     )
-    for number, (phase, recipe) in enumerate(recipes.items()):
-        timesteps = ", ".join(f"{timestep:.4f}" for timestep in recipe["timesteps"])
-        if phase == "slow" and resumed == "fast":
-            logger.info("  slow: finished before the checkpoint")
-            continue
-        logger.info(f"  {phase}: {timesteps}")
-        state = resume if phase == resumed else None
-        train_phase(args, accelerator, asked, recipe, number * args.max_train_steps, state)
-        if accelerator.is_main_process:
-            name, transformer = glance.denoiser_name(asked.pipe.config), glance.denoiser(asked.pipe)
-            logger.info(f"Saved {glance.save_lora(transformer, ADAPTER, folders[phase], recipe, name)}")
-    glance.denoiser(asked.pipe).unload_lora()  # the base is as it was
+    with faults.signals_noted(accelerator.set_trigger) as noted:
+        for number, (phase, recipe) in enumerate(recipes.items()):
+            timesteps = ", ".join(f"{timestep:.4f}" for timestep in recipe["timesteps"])
+            if phase in finished:
+                logger.info(f"  {phase}: finished before")
+                continue
+            logger.info(f"  {phase}: {timesteps}")
+            done = number * args.max_train_steps
+            stopped = train_phase(args, accelerator, asked, recipe, done, resume.get(phase))
+            if stopped:
+                accelerator.end_training()
+                hint = f"go on with --resume_from_checkpoint {stopped}" if accelerator.is_main_process else None
+                faults.leave(*(noted or [signal.SIGTERM]), hint=hint)
+            if accelerator.is_main_process:
+                name, transformer = glance.denoiser_name(asked.pipe.config), glance.denoiser(asked.pipe)
+                with faults.one_line_errors(output_dir):
+                    path = glance.save_lora(transformer, ADAPTER, folders[phase], with_run(args, recipe), name)
+                logger.info(f"Saved {path}")
+    if accelerator.check_trigger():  # after the last step
+        hint = "its LoRAs are there; --resume_from_checkpoint latest writes the rest"
+        faults.leave(*(noted or [signal.SIGTERM]), hint=hint)
+    if ADAPTER in getattr(glance.denoiser(asked.pipe), "peft_config", ()):
+        glance.denoiser(asked.pipe).unload_lora()  # the base is as it was
     accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
-        if len(recipes) == 2:
-            draw_preview(args, asked).save(output_dir / "glance.png")
-        write_model_card(args, output_dir, list(recipes.values()), caption)
+        with faults.one_line_errors(output_dir):
+            if len(recipes) == 2:
+                save_picture(draw_preview(args, asked), output_dir / "glance.png")
+            write_model_card(args, output_dir, list(recipes.values()), caption)
         if args.push_to_hub:
             push_to_hub(args, output_dir, repo_id)
     accelerator.end_training()

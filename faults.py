@@ -1,0 +1,118 @@
+"""What may go wrong from outside: signals, a second run on the same folder, a disk that takes no more."""
+
+import contextlib
+import fcntl
+import os
+import re
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from checkpoints import STATE_NAME, find_checkpoints
+from glance_utils import WEIGHT_NAME, InputError
+
+
+# As glance_utils.replace_file names what it has not yet renamed.
+LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, (WEIGHT_NAME, STATE_NAME)))}|README\.md|\w+\.png)\.\d+")
+
+
+def leave(number: int, frame=None, hint: str | None = "not while training, so no checkpoint was written") -> None:
+    """End the process after this signal, in one line and with the exit code that a shell gives it."""
+    if hint:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped by {signal.Signals(number).name}; {hint}\n")
+    sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def signals_handled(handler=leave):
+    """SIGINT and SIGTERM call handler(number, frame) inside; outside the main thread they stay as they are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def signals_noted(note):
+    """The first SIGINT or SIGTERM calls note() and is in the list that is yielded; a second ends the run at once."""
+    noted = []
+
+    def handler(number, frame):
+        if noted:
+            leave(number, hint="asked twice, so this step was not finished; --resume_from_checkpoint takes the last")
+        noted.append(number)
+        note()
+
+    with signals_handled(handler):
+        yield noted
+
+
+@contextlib.contextmanager
+def locked(output_dir: str | Path):
+    """Hold the folder for this run, making it; InputError where another run does.
+
+    The system lets go of the lock when the process dies, however it dies. A folder that is empty afterwards and was
+    made here is taken away again.
+    """
+    path = Path(output_dir).absolute() / ".lock"
+    made = [parent for parent in path.parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = lock_file(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the folder has gone
+            path.unlink()
+        os.close(lock)
+        with contextlib.suppress(OSError):  # not empty, or gone
+            for folder in made:
+                folder.rmdir()
+
+
+def lock_file(path: Path) -> int:
+    """A descriptor that holds the lock on this very file: another run may have just removed the one opened."""
+    while True:
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise InputError(f"--output_dir {path.parent}: cannot be written ({error.strerror})") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+                return lock
+            os.close(lock)
+        except BlockingIOError:
+            os.close(lock)
+            raise InputError(
+                f"--output_dir {path.parent}: another run is writing there; wait for it or name another folder"
+            ) from None
+        except OSError:  # a file system that knows no locks
+            return lock
+
+
+def sweep(output_dir: Path) -> None:
+    """Remove what a killed run had begun to write; the folder is locked, so nobody is writing it now."""
+    folders = [output_dir, *(path for path in output_dir.glob("*") if path.is_dir())]
+    for path in [path for folder in folders for path in folder.glob(".*") if LEFTOVER.fullmatch(path.name)]:
+        path.unlink(missing_ok=True)
+    for path in output_dir.glob("checkpoint-*"):
+        with contextlib.suppress(OSError):  # only an empty folder can be removed so
+            path.rmdir()
+
+
+@contextlib.contextmanager
+def one_line_errors(output_dir: str | Path):
+    """Turn what the disk refuses into an InputError that says which checkpoint is left."""
+    try:
+        yield
+    except OSError as error:
+        left = [str(path) for _, path in find_checkpoints(output_dir)][-1:]
+        hint = f"{left[0]} is left to resume from" if left else "no checkpoint is left to resume from"
+        reason = error.strerror or type(error).__name__
+        raise InputError(f"--output_dir {output_dir}: cannot be written ({reason}); {hint}") from None

@@ -1,0 +1,146 @@
+"""Kill -9 training runs at random moments and resume them: `make soak`, or `python tests/soak.py --rounds 50`.
+
+Every run trains both LoRAs on a tiny FLUX and writes a checkpoint every second step. A round kills it, resumes it with
+--resume_from_checkpoint latest where there is something to resume, kills that again with even odds, and lets it end.
+survived: whatever is on the disk after each kill is whole, and the run comes to its end.
+equal: all its files are, byte for byte, those of the run that nothing befell.
+Runs are forked from this process, which has everything imported: moments are then spent on the run. It computes
+nothing itself and has no threads, so that no fork can take over a lock that nobody will open.
+"""
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from tiny_pipelines import make_flux  # noqa: E402
+from tqdm.auto import tqdm  # noqa: E402
+
+import command_line as cli  # noqa: E402
+import train_glance_lora  # noqa: E402
+from checkpoints import find_checkpoints, load_checkpoint  # noqa: E402
+from glance_utils import PHASES, WEIGHT_NAME, read_recipe  # noqa: E402
+
+
+FILES = ("instance.png", "glance.png", "README.md", *(f"{phase}/{WEIGHT_NAME}" for phase in PHASES))
+
+
+def in_child(act, seconds: float | None = None) -> int | None:
+    """act() in a forked process: its exit code, or None where it was killed after so many seconds."""
+    if not (child := os.fork()):
+        code = 1
+        try:
+            os.setsid()
+            silence = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silence, 1)
+            os.dup2(silence, 2)
+            act()
+            code = 0
+        finally:
+            os._exit(code)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)  # of one that has ended already this does nothing
+    status = os.waitpid(child, 0)[1]
+    return None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
+
+
+def make_inputs(root: Path) -> None:
+    """A tiny FLUX, an image and its caption."""
+    make_flux(root / "flux")
+    Image.fromarray(np.random.RandomState(0).randint(0, 255, (32, 32, 3), dtype=np.uint8)).save(root / "glance.png")
+    (root / "glance.txt").write_text("a red ring")
+
+
+def flags_of_run(root: Path) -> list[str]:
+    """All but the output folder."""
+    flags = {"pretrained_model_name_or_path": root / "flux", "instance_image": root / "glance.png", "resolution": 32}
+    flags |= {"rank": 8, "max_train_steps": 20, "checkpointing_steps": 2, "checkpoints_total_limit": 3}
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def is_whole(output: Path) -> bool:
+    """Whether every file that stands under its own name is complete."""
+    try:
+        for _, folder in find_checkpoints(output):
+            load_checkpoint(str(folder), output)
+        for path in output.glob(f"*/{WEIGHT_NAME}"):
+            read_recipe(path)
+        for path in output.glob("*.png"):
+            Image.open(path).load()
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def where(output: Path, resumable: bool) -> str:
+    """What a run was doing, by what it left."""
+    if (output / "fast" / WEIGHT_NAME).exists():
+        return "after training"
+    if (output / "slow" / WEIGHT_NAME).exists():
+        return "fast phase"
+    return "slow phase" if resumable else "before the first checkpoint"
+
+
+def soak_round(flags: list[str], output: Path, duration: float, chance: random.Random, killed: Counter) -> bool:
+    """One run, killed once or twice and resumed to its end; whether it survived."""
+    flags, kills, again = [*flags, f"--output_dir={output}"], 1 + (chance.random() < 0.5), []
+    while True:
+        seconds = chance.uniform(0, duration) if kills else None
+        code = in_child(lambda: train_glance_lora.main(flags + again), seconds)
+        if code is not None:
+            return code == 0
+        resumable = bool(find_checkpoints(output) or list(output.glob(f"*/{WEIGHT_NAME}")))
+        killed[where(output, resumable)] += 1
+        if not is_whole(output):
+            return False
+        again = ["--resume_from_checkpoint=latest"] if resumable else []
+        kills -= 1
+
+
+def content(output: Path) -> list[bytes] | None:
+    """The bytes of all that a run should leave, None where there is more or less than that."""
+    found = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+    found = {name for name in found if not name.startswith("checkpoint-")}
+    return [(output / name).read_bytes() for name in FILES] if found == set(FILES) else None
+
+
+def main() -> int:
+    parser = cli.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=cli.positive(int), default=50)
+    parser.add_argument("--seed", type=cli.seed, default=0)
+    args: argparse.Namespace = parser.parse()
+    torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # that would be a thread
+    chance, killed, survived, equal = random.Random(args.seed), Counter(), 0, 0
+    with tempfile.TemporaryDirectory() as root:
+        flags, whole = flags_of_run(Path(root)), Path(root) / "whole"
+        in_child(lambda: make_inputs(Path(root)))
+        begin = time.monotonic()
+        if in_child(lambda: train_glance_lora.main([*flags, f"--output_dir={whole}"])) != 0:
+            raise RuntimeError("a run that nothing befell should come to its end")
+        duration, wanted = time.monotonic() - begin, content(whole)
+        for number in tqdm(range(args.rounds)):
+            output = Path(root) / f"round-{number}"
+            if soak_round(flags, output, duration, chance, killed):
+                survived += 1
+                equal += wanted is not None and content(output) == wanted
+    moments = ", ".join(f"{count} {moment}" for moment, count in killed.items())
+    print(f"{args.rounds} rounds, {killed.total()} kills ({moments}): {survived} survived, {equal} equal")
+    return 0 if survived == equal == args.rounds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
