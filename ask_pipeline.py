@@ -139,7 +139,7 @@ def load_pipeline(
                     transformer_class.load_config(path, subfolder=part, **load_kwargs)
                 ).to(dtype)
         dtypes = {"vae": torch.float32, "default": dtype}
-        return DiffusionPipeline.from_pretrained(path, **components, dtype=dtypes, **load_kwargs)
+        return DiffusionPipeline.from_pretrained(path, **components, dtype=dtypes, use_safetensors=True, **load_kwargs)
 
 
 def call_arguments(pipe: DiffusionPipeline, prompt, height, width, guidance_scale, extra: dict) -> dict:
