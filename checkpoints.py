@@ -46,6 +46,8 @@ def load_checkpoint(name: str, output_dir: str | Path) -> dict:
         state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
         if state["settings"]["phase"] not in PHASES:
             raise ValueError("phase")
+        if not {"lora", "optimizer", "lr_scheduler", "generator"} <= set(state) or type(state["step"]) is not int:
+            raise KeyError("state")
         return state
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"--resume_from_checkpoint {path}: no training_state.pt there; name a checkpoint-N") from None
@@ -56,7 +58,7 @@ def load_checkpoint(name: str, output_dir: str | Path) -> dict:
 
 def check_settings(saved: dict, now: dict) -> None:
     """InputError where a checkpoint was made with other settings than this run's."""
-    for key, value in now.items():
+    for key, value in sorted(now.items(), key=lambda item: item[0] != "base_model"):  # another has another schedule
         if saved.get(key) != value:
             raise InputError(
                 f"--resume_from_checkpoint: its {key} is {saved.get(key)}, this run's is {value}; use the same"

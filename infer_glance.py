@@ -11,6 +11,7 @@ images over its processes. --compare draws the base at full steps, the base at t
 """
 
 import logging
+import os
 import re
 import time
 from pathlib import Path
@@ -103,7 +104,8 @@ def check_combination(args) -> None:
 def read_prompts(args) -> list[str]:
     prompts = list(args.prompt or [])
     if args.prompts_file:
-        prompts += cli.read_text(args.prompts_file, "--prompts_file ", 10**6).splitlines()
+        lines = cli.read_text(args.prompts_file, "--prompts_file ", 10**6).splitlines()
+        prompts += [cli.check_text(line, f"--prompts_file {args.prompts_file}") for line in lines]
     prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not prompts:
         raise InputError("no prompt; give --prompt TEXT or --prompts_file FILE")
@@ -119,16 +121,16 @@ def find_loras(args) -> dict[str, Path]:
         source, name = args.lora or getattr(args, f"{phase}_lora"), getattr(args, f"{phase}_weight_name")
         name = name or (f"{phase}/{glance.WEIGHT_NAME}" if args.lora else glance.WEIGHT_NAME)
         path = Path(source)
-        if not name.endswith(".safetensors") or path.is_file() and path.suffix != ".safetensors":
+        if not name.endswith(".safetensors") or os.path.isfile(path) and path.suffix != ".safetensors":
             raise InputError(f"{source} {name}: only .safetensors files are read, as others can run code; give one")
-        if path.is_dir():
+        if os.path.isdir(path):
             path = path / name
-        elif not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        elif not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
             try:
                 path = Path(hf_hub_download(source, name))
             except Exception as error:  # not there, no login, no network: each of another kind
                 raise InputError(f"{source}: neither a folder nor on the hub ({glance.first_line(error)})") from error
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputError(f"{path}: no such {phase} LoRA file; train it with train_glance_lora.py")
         paths[phase] = path
     return paths

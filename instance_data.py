@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import warnings
 from pathlib import Path
 
@@ -21,13 +22,13 @@ LEAST_SIDE = 8  # pixels; enlarged, fewer are bars or a single colour
 
 
 def read_caption(path: Path) -> str:
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"{path}: no caption there; write one, or give --instance_prompt")
     return read_text(path, "caption ")
 
 
 def one_image_in(directory: str) -> Path:
-    if not Path(directory).is_dir():
+    if not os.path.isdir(directory):  # False, too, for a name that is too long
         raise InputError(f"{directory}: no such folder; it should hold one image and its caption")
     images = sorted(path for path in Path(directory).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     if len(images) != 1:
@@ -41,7 +42,7 @@ def one_image_in(directory: str) -> Path:
 def read_backend(args: argparse.Namespace) -> dict:
     """The first entry of a SimpleTuner dataloader JSON, looked for as given, then beside the --config file."""
     path = Path(args.data_backend_config)
-    if not path.exists() and args.config:
+    if not os.path.exists(path) and args.config:
         path = Path(args.config).parent / path.name
     try:
         backend = json.loads(read_text(path, "--data_backend_config "))
@@ -60,7 +61,7 @@ def read_backend(args: argparse.Namespace) -> dict:
 
 
 def read_dataset_row(args: argparse.Namespace) -> tuple[Image.Image, str]:
-    saved = any((Path(args.dataset_name) / name).exists() for name in ("state.json", "dataset_dict.json"))
+    saved = any(os.path.exists(Path(args.dataset_name) / name) for name in ("state.json", "dataset_dict.json"))
     try:
         rows = load_from_disk(args.dataset_name) if saved else load_dataset(args.dataset_name)
         rows = rows[next(iter(rows))] if isinstance(rows, dict) else rows
@@ -102,7 +103,7 @@ def load_pair(args: argparse.Namespace) -> tuple[Image.Image, str, tuple[int, in
         image = Path(args.instance_image) if args.instance_image else one_image_in(directory)
         caption = args.instance_prompt
     if isinstance(image, Path):
-        if not image.is_file():
+        if not os.path.isfile(image):
             raise InputError(f"{image}: no such image file")
         if caption is None:
             caption = read_caption(image.with_suffix("." + extension.lstrip(".")))

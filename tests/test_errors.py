@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, flags, run_train
 from diffusers import DDPMScheduler
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import make_flux
@@ -23,6 +24,7 @@ import train_glance_lora
 
 
 PHASES = ("slow", "fast")
+STATE = "training_state.pt"
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
@@ -77,6 +79,8 @@ def bad(tmp_path_factory, pipelines, pair):
     (root / "nested.yaml").write_text("rank: {value: 4}\n")
     (root / "itself.yaml").write_text(f"config: {root}/itself.yaml\n")
     (root / "backend.json").write_text('[{"resolution": 32}]')
+    write_bad_texts(root)
+    write_bad_images(root)
 
     (root / "file").write_text("a regular file")
     (root / "nothing").mkdir()
@@ -92,9 +96,116 @@ def bad(tmp_path_factory, pipelines, pair):
     (root / "checkpoint-9").mkdir()
     (root / "checkpoint-7").mkdir()
     torch.save({"weights": torch.ones(1)}, root / "checkpoint-7" / "training_state.pt")
+    write_bad_bases(root, pipelines["flux"])
+    settings = {"phase": "slow"}
+    for name, state in {"hollow": {}, "list": [1], "half": {"settings": settings}, "stepless": None}.items():
+        (root / name).mkdir()
+        parts = dict.fromkeys(("optimizer", "lr_scheduler", "lora", "generator"), {})
+        torch.save(parts | {"settings": settings, "step": "x"} if state is None else state, root / name / STATE)
+    (root / "code").mkdir()
+    torch.save(Payload(root / "run"), root / "code" / STATE)
     (root / "damaged" / "checkpoint-2").mkdir(parents=True)
     (root / "damaged" / "checkpoint-2" / "training_state.pt").write_bytes(b"not a checkpoint")
     return root
+
+
+def write_bad_texts(root: Path) -> None:
+    """Config files and captions, each wrong in its own way."""
+    bomb = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+    configs = {
+        "bomb.yaml": bomb,
+        "deep.yaml": "rank: " + "[" * 2000,
+        "deep.json": '{"rank":' + "[" * 9000,
+        "tag.yaml": "rank: !!python/object/apply:os.system ['true']",
+        "digits.yaml": "rank: " + "9" * 5000,
+        "digits.json": '{"rank": ' + "9" * 5000 + "}",
+        "infinite.yaml": "learning_rate: .inf",
+        "date.yaml": "rank: 2020-01-01",
+        "two.yaml": "rank: 4\n---\nrank: 5",
+        "tabs.yaml": "rank:\n\t4",
+        "number.json": "4",
+        "null.json": "null",
+        "nan.json": '{"learning_rate": NaN}',
+        "null key.yaml": "null: 4",
+        "list.json": '{"rank": [1, 2]}',
+        "long key.yaml": "a" * 900 + ": 4",
+        "zero.yaml": 'output_dir: "a\\0b"',
+        "large.yaml": "# " + "x" * 20_000,
+        "token.yaml": "hub_token: hf_secret",
+        "binary.yaml": "rank: \x00\x01",
+    }
+    for name, text in configs.items():
+        (root / name).write_text(text)
+    (root / "latin1.yaml").write_bytes("instance_prompt: Hündchen".encode("latin-1"))
+    backends = {"number": 5, "empty": [], "folder": [{"image_dir": 5}], "huge": {"image_dir": "x", "resolution": 1e9}}
+    backends |= {"suffix": {"image_dir": "x", "caption_extension": 5}, "word": {"image_dir": "x", "resolution": "big"}}
+    for name, backend in backends.items():
+        (root / f"backend-{name}.json").write_text(json.dumps(backend))
+    captions = {"megabyte": b"a" * 2**20, "binary": bytes(range(256)), "zeros": b"\0" * 10, "bell": b"a \x07 bell"}
+    captions |= {"utf16": "a dog".encode("utf-16"), "utf16 without mark": "a dog".encode("utf-16-le")}
+    captions |= {"escape": b"a \x1b[31mred\x1b[0m ring", "mark alone": "\ufeff".encode(), "lines": b"\r\n\r\n"}
+    for name, text in captions.items():
+        shutil.copy(root / "uncaptioned.png", root / f"caption {name}.png")
+        (root / f"caption {name}.txt").write_bytes(text)
+    shutil.copy(root / "uncaptioned.png", root / "caption folder.png")
+    (root / "caption folder.txt").mkdir()
+
+
+def write_bad_images(root: Path) -> None:
+    images = root / "images"
+    images.mkdir()
+    Image.new("1", (30_000, 30_000)).save(images / "bomb.png")
+    Image.new("L", (30_000, 1)).save(images / "wide.png")
+    Image.new("L", (1, 30_000)).save(images / "high.png")
+    Image.new("L", (1, 1)).save(images / "pixel.png")
+    with Image.open(root / "uncaptioned.png") as good:
+        good.save(images / "program.png", format="EPS")
+        for suffix in ("jpg", "webp", "gif"):
+            good.save(images / f"whole.{suffix}")
+            content = (images / f"whole.{suffix}").read_bytes()
+            (images / f"truncated.{suffix}").write_bytes(content[: len(content) // 2])
+            (images / f"whole.{suffix}").unlink()
+        text = PngImagePlugin.PngInfo()
+        text.add_text("bomb", "x" * 20_000_000, zip=True)
+        good.save(images / "text bomb.png", pnginfo=text)
+        good.save(images / "good.png")
+    content = (images / "good.png").read_bytes()
+    (images / "good.png").unlink()
+    (images / "checksum.png").write_bytes(content[:20] + b"\x01" + content[21:])
+    (images / "head.png").write_bytes(content[:33])
+    (images / "empty.png").write_bytes(b"")
+    (images / "vector.png").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    (images / "pickle.png").write_bytes(pickle.dumps(Payload(root / "run")))
+
+
+def write_bad_bases(root: Path, flux: Path) -> None:
+    """Copies of a good base: weights as pickles with code, a component's class from anywhere, broken files."""
+    for name in ("outsider", "pickled", "pickled-encoder", "cut", "config-list", "index-list"):
+        shutil.copytree(flux, root / name)
+    index = json.loads((flux / "model_index.json").read_text())
+    (root / "outsider" / "model_index.json").write_text(json.dumps(index | {"transformer": ["antigravity", "Flux"]}))
+    for name, part, kind in (
+        ("pickled", "transformer", "diffusion_pytorch_"),
+        ("pickled-encoder", "text_encoder", ""),
+    ):
+        for path in (root / name / part).glob("*.safetensors"):
+            path.unlink()
+        weights = "diffusion_pytorch_model.bin" if kind else "pytorch_model.bin"
+        torch.save(Payload(root / "run"), root / name / part / weights)
+    for path in (root / "cut" / "transformer").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-100])
+    (root / "config-list" / "transformer" / "config.json").write_text("[1]")
+    (root / "index-list" / "model_index.json").write_text("[1]")
+
+
+class Payload:
+    """Unpickled, it creates a file: code that a pickle carries."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 IMAGE = {"instance_image": None}  # take the default away
@@ -191,7 +302,67 @@ TRAINING = {
     "fast checkpoint, slow LoRA gone": ({"resume_from_checkpoint": "{fast_checkpoint}"}, "slow"),
     "checkpoint of another rank": ({"resume_from_checkpoint": "{checkpoint}", "rank": 2}, "rank"),
     "checkpoint of another seed": ({"resume_from_checkpoint": "{checkpoint}", "seed": 2}, "seed"),
+    "checkpoint with code": ({"resume_from_checkpoint": "{bad}/code"}, "damaged"),
+    "checkpoint empty": ({"resume_from_checkpoint": "{bad}/hollow"}, "damaged"),
+    "checkpoint half": ({"resume_from_checkpoint": "{bad}/half"}, "damaged"),
+    "checkpoint is a list": ({"resume_from_checkpoint": "{bad}/list"}, "damaged"),
+    "checkpoint of no step": ({"resume_from_checkpoint": "{bad}/stepless"}, "damaged"),
+    "checkpoint is a file": ({"resume_from_checkpoint": "{bad}/file"}, "no training_state.pt"),
+    "checkpoint is text": ({"resume_from_checkpoint": "x" * 400}, "damaged"),
+    "checkpoint of another model": ({"resume_from_checkpoint": "{checkpoint}", "base": "sd3"}, "base_model"),
     "checkpoint of another phase": ({"resume_from_checkpoint": "{checkpoint}", "phase": "fast"}, "slow"),
+}
+
+
+# One flag or file each, wrong before any model is loaded.
+for name, word in {
+    **{f"{name}.yaml": "not valid YAML" for name in ("bomb", "deep", "tag", "digits", "two", "tabs")},
+    **{"deep.json": "not valid", "digits.json": "not valid", "infinite.yaml": "inf", "date.yaml": "rank"},
+    **{"number.json": "int", "null.json": "NoneType", "nan.json": "nan", "null key.yaml": "None"},
+    **{"long key.yaml": "unknown key", "list.json": "'1,2'", "large.yaml": "10000", "binary.yaml": "no text"},
+    **{"latin1.yaml": "UTF-8", "zero.yaml": "\\x00", "token.yaml": "HF_TOKEN"},
+}.items():
+    TRAINING[f"config {name}"] = ({"config": "{bad}/" + name, "rank": None, "output_dir": None}, word)
+for name, word in {
+    **{"number": "TypeError", "empty": "IndexError", "folder": "image_dir", "huge": "resolution"},
+    **{"suffix": "caption_extension", "word": "resolution"},
+}.items():
+    TRAINING[f"backend {name}"] = (IMAGE | {"data_backend_config": "{bad}/backend-" + name + ".json"}, word)
+for name, word in {
+    **{"megabyte": "more than 10000", "binary": "UTF-8", "zeros": "\\x00", "bell": "\\x07", "utf16": "UTF-8"},
+    **{"utf16 without mark": "\\x00", "escape": "\\x1b", "mark alone": "empty", "lines": "empty", "folder": "read"},
+}.items():
+    TRAINING[f"caption {name}"] = ({"instance_image": "{bad}/caption " + name + ".png"}, word)
+for name, word in {
+    **{"bomb.png": "900000000 pixels", "wide.png": "30000x1", "high.png": "1x30000", "pixel.png": "1x1"},
+    **{"program.png": "identify", "text bomb.png": "too large", "checksum.png": "checksum", "head.png": "head"},
+    **{"empty.png": "identify", "vector.png": "identify", "pickle.png": "identify", "truncated.jpg": "truncated"},
+    **{"truncated.webp": "truncated.webp", "truncated.gif": "truncated.gif"},
+}.items():
+    TRAINING[f"image {name}"] = ({"instance_image": "{bad}/images/" + name, "instance_prompt": "x"}, word)
+for name, value in {
+    **{"rank": 10**9, "max_train_steps": 10**12, "train_batch_size": 10**9, "num_base_steps": 10**9, "height": 10**9},
+    **{"guidance_scale": "nan", "adam_weight_decay": "inf", "lr_warmup_steps": -1, "lora_alpha": "inf"},
+    **{"gradient_accumulation_steps": 1.5, "max_grad_norm": -1, "seed": "0x10", "lr_scheduler": "magic"},
+    **{"quantization": "int2", "flow_timesteps_mode": "sorted", "phase": "medium", "model_type": "full"},
+    **{"timesteps_per_step": 0, "checkpointing_steps": 0, "checkpoints_total_limit": "all", "resolution": "1e3"},
+    **{"learning_rate": 0, "width": -8, "instance_prompt": "a\x00b", "pipeline_kwargs": '{"x":' + "[" * 9000},
+    **{"output_dir": "x" * 300, "dataset_index": "first"},
+}.items():
+    TRAINING[f"{name} {str(value)[:9]!r}"] = ({name: value}, name.split("_")[0])
+TRAINING |= {
+    "prompt of a megabyte": ({"instance_prompt": "a" * 2**17}, "instance_prompt"),
+    "prompt of half a letter": ({"instance_prompt": "\udcff"}, "instance_prompt"),
+    "image's name too long": ({"instance_image": "x" * 300}, "no such image"),
+    "data folder's name too long": (IMAGE | {"instance_data_dir": "x" * 300}, "x"),
+    "a token": ({"hub_token": "hf_secret"}, "HF_TOKEN"),
+    "base with code for a transformer": ({"base": "{bad}/outsider"}, "outsider"),
+    "base's weights a pickle": ({"base": "{bad}/pickled"}, "pickled"),
+    "base's encoder a pickle": ({"base": "{bad}/pickled-encoder"}, "pickled-encoder"),
+    "base's transformer truncated": ({"base": "{bad}/cut"}, "cut"),
+    "base's config a list": ({"base": "{bad}/config-list"}, "config-list"),
+    "base's index a list": ({"base": "{bad}/index-list"}, "index-list"),
+    "base's name too long": ({"base": "x" * 300}, "x"),
 }
 
 
@@ -294,6 +465,86 @@ def test_a_later_divergence_names_its_step(train):
 # Inference
 
 
+def nested(depth: int) -> list:
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+# Every entry of a recipe with other types, huge and nested values; None is written as null by "null" below.
+LONG, CODE = "x" * 100_000, "__import__('os').mkdir('run')"
+FORGED = {
+    f"{key} {number}": (key, value)
+    for key, values in {
+        "phase": (True, ["slow"], {"slow": 1}, LONG, CODE),
+        "timesteps": (CODE, {"1000": 1}, [[1000]], [True], ["900"], [1e999], [10**400], list(range(10**4, 0, -1))),
+        "base_model": (["flux"], "", LONG, "flux\nTraceback", "\x1b[31mflux", {"flux": CODE}),
+        "pipeline": (7, ["FluxPipeline"], LONG, "Flux\rPipeline", CODE),
+        "height": (True, 32.0, "32", [32], 10**400, 0, CODE),
+        "width": (True, 32.5, 20_000, nested(50), -(10**9)),
+        "guidance_scale": (True, [3.5], float("nan"), float("inf"), 1e300, CODE),
+        "pipeline_kwargs": ("{}", 3, True, nested(50), CODE),
+        "num_base_steps": (10**9, 50.0, "50", True, [50]),
+        "loss": (5, [CODE], LONG),
+        "max_train_steps": ("60", -1, 10**12, True),
+        "rank": ("4", 0, 2.5, True, nested(50), 10**9),
+        "version": (1, LONG, ["0.1"]),
+    }.items()
+    for number, value in enumerate(values)
+}
+
+
+def write_bad_weights(root: Path, good: Path) -> None:
+    """LoRA files whose tensors or header are wrong, each in root/weights NAME/slow."""
+
+    def write(name: str, change=lambda weights: None, cut=lambda content: content, **header):
+        weights, path = load_file(good), root / f"weights {name}" / "slow" / glance.WEIGHT_NAME
+        change(weights)
+        with safe_open(good, framework="pt") as file:
+            header = file.metadata() | header
+        path.parent.mkdir(parents=True)
+        save_file({key: value.contiguous() for key, value in weights.items()}, path, metadata=header)
+        path.write_bytes(cut(path.read_bytes()))
+
+    down = next(key for key in load_file(good) if "lora_A" in key)
+    up = down.replace("lora_A", "lora_B")
+    write("nan", lambda weights: weights[up].__setitem__((0, 0), float("nan")))
+    write("inf", lambda weights: weights[down].__setitem__((0, 0), float("inf")))
+    write("other rank", lambda weights: weights.update({up: weights[up][:, :2]}))
+    write("no up", lambda weights: weights.pop(up))
+    write("no down", lambda weights: weights.pop(down))
+    write("one dimension", lambda weights: weights.update({down: weights[down].flatten()}))
+    write("no dimension", lambda weights: weights.update({up: torch.tensor(1.0)}))
+    write("rank 0", lambda weights: weights.update({down: weights[down][:0], up: weights[up][:, :0]}))
+    write("integers", lambda weights: weights.update({up: weights[up].int()}))
+    write("transposed", lambda weights: weights.update({up: weights[up].T}))
+    write("whole layer", lambda weights: weights.update({down.split(".lora_A")[0]: torch.ones(2)}))
+    write("unknown layer", lambda weights: weights.update({"transformer.nothing.lora_A.weight": torch.ones(4, 32)}))
+    write("two lines", lambda weights: weights.update({"a\nb.lora_A.weight": torch.ones(4, 32)}))
+    write("unknown part", lambda weights: weights.update({down.replace("lora_A", "lora_C"): torch.ones(4, 32)}))
+    write("nothing", lambda weights: weights.clear())
+    write("recipe a list", glance="[1]")
+    write("recipe null", glance="null")
+    write("recipe no JSON", glance=CODE)
+    write("recipe deep", glance="[" * 100_000)
+    write("config code", lora_adapter_metadata=json.dumps({"transformer.megatron_core": "antigravity"}))
+    write("config rank", lora_adapter_metadata=json.dumps({"transformer.r": 10**9}))
+    write("config alpha", lora_adapter_metadata='{"transformer.lora_alpha": NaN}')
+    write("config unknown", lora_adapter_metadata='{"transformer.colour": "red"}')
+    write("config a list", lora_adapter_metadata="[1]")
+    write("header cut", cut=lambda content: content[:100])
+    write("length cut", cut=lambda content: content[:5])
+    write("header of 100 MB", cut=lambda content: (10**8).to_bytes(8, "little") + b"{" + content[9:])
+    write("header endless", cut=lambda content: b"\xff" * 8 + content[8:])
+    write("header binary", cut=lambda content: content[:8] + bytes(range(200)) + content[208:])
+    write("more than said", cut=lambda content: content + b"x" * 100)
+    write("pickle", cut=lambda content: pickle.dumps(Payload(root / "run")))
+    write("torch", cut=lambda content: content)
+    torch.save(Payload(root / "run"), root / "weights torch" / "slow" / glance.WEIGHT_NAME)
+    torch.save(Payload(root / "run"), root / "code.bin")
+
+
 @pytest.fixture(scope="module")
 def loras(trained, tmp_path_factory):
     """A folder of LoRA pairs, each wrong in its own way; "good" is right."""
@@ -352,7 +603,15 @@ def loras(trained, tmp_path_factory):
         (root / name / "slow" / glance.WEIGHT_NAME).write_bytes(content)
         shutil.copytree(good / "fast", root / name / "fast")
     shutil.copytree(good / "slow", root / "only-slow" / "slow")
+    for name, (key, value) in FORGED.items():
+        wrong(name, **{key: value})
+    write_bad_weights(root, slow)
+    for path in root.glob("weights */slow"):
+        shutil.copytree(good / "fast", path.parent / "fast")
     (root / "latin1.txt").write_bytes("Hündchen".encode("latin-1"))
+    (root / "large.txt").write_text("a dog\n" * 200_000)
+    (root / "line.txt").write_text("a dog " * 2000)
+    (root / "binary.txt").write_bytes(b"a dog\n\0\1\n")
     (root / "empty.txt").write_text("\n \n")
     (root / "file").write_text("a regular file")
     return root
@@ -427,6 +686,42 @@ INFERENCE = {
         {"enable_sequential_cpu_offload": True},
         "enable_sequential_cpu_offload",
     ),
+}
+
+
+INFERENCE |= {f"recipe: {name}": (pair_in(name), key) for name, (key, _) in FORGED.items()}
+for name, word in {
+    **{"nan": "finite", "inf": "finite", "other rank": "rank 4", "no up": "None", "no down": "None"},
+    **{"one dimension": "shape", "no dimension": "shape", "rank 0": "shape", "integers": "finite"},
+    **{"transposed": "width", "whole layer": "shape", "unknown layer": "nothing", "two lines": "\\n"},
+    **{"unknown part": "lora_C", "nothing": "no LoRA", "recipe a list": "recipe", "recipe null": "recipe"},
+    **{"recipe no JSON": "recipe", "recipe deep": "recipe", "config code": "megatron_core", "config rank": "'r'"},
+    **{"config alpha": "lora_alpha", "config unknown": "colour", "config a list": "lora_adapter_metadata"},
+    **dict.fromkeys(("header cut", "length cut", "header of 100 MB", "header endless"), "safetensors"),
+    **dict.fromkeys(("header binary", "more than said", "pickle", "torch"), "safetensors"),
+}.items():
+    INFERENCE[f"weights: {name}"] = (pair_in(f"weights {name}"), word)
+INFERENCE |= {
+    "weight name of a pickle": ({"slow_weight_name": "../code.bin"}, "only .safetensors"),
+    "LoRA a pickle": (
+        NO_LORA | {"slow_lora": "{loras}/code.bin", "fast_lora": "{loras}/good/fast"},
+        "only .safetensors",
+    ),
+    "LoRA's name too long": (pair_in("x" * 300), "xxx"),
+    "prompts file of a megabyte": ({"prompt": None, "prompts_file": "{loras}/large.txt"}, "1000000"),
+    "prompts file with an endless line": ({"prompt": None, "prompts_file": "{loras}/line.txt"}, "12000 characters"),
+    "prompts file binary": ({"prompt": None, "prompts_file": "{loras}/binary.txt"}, "no text"),
+    "prompts file a folder": ({"prompt": None, "prompts_file": "{loras}"}, "cannot be read"),
+    "prompt of a megabyte": ({"prompt": "a" * 2**17}, "--prompt"),
+    "prompt of half a letter": ({"prompt": "\udcff"}, "--prompt"),
+    "height huge": ({"height": 10**9}, "height"),
+    "guidance nan": ({"guidance_scale": "nan"}, "guidance_scale"),
+    "images a billion": ({"num_images": 10**9}, "num_images"),
+    "dtype unknown": ({"dtype": "float8"}, "float8"),
+    "two offloads": ({"enable_model_cpu_offload": True, "enable_group_offload": True}, "exclude each other"),
+    "a token": ({"token": "hf_secret"}, "HF_TOKEN"),
+    "unknown flag": ({"promt": "a dog"}, "'prompt'"),
+    "config missing": ({"config": "{loras}/nowhere.yaml"}, "nowhere.yaml"),
 }
 
 
