@@ -98,7 +98,10 @@ def first_picture(output) -> Image.Image:
 def read_model_index(path: str, **load_kwargs) -> dict:
     """A pipeline's model_index.json; InputError where there is none."""
     try:
-        return DiffusionPipeline.load_config(path, **load_kwargs)
+        config = DiffusionPipeline.load_config(path, **load_kwargs)
+        if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
+            raise ValueError("its model_index.json names no pipeline class")
+        return config
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: not a diffusers pipeline (folder or hub id with model_index.json): {first_line(error)}"
@@ -139,7 +142,7 @@ def load_pipeline(
                     transformer_class.load_config(path, subfolder=part, **load_kwargs)
                 ).to(dtype)
         dtypes = {"vae": torch.float32, "default": dtype}
-        return DiffusionPipeline.from_pretrained(path, **components, dtype=dtypes, **load_kwargs)
+        return DiffusionPipeline.from_pretrained(path, **components, dtype=dtypes, use_safetensors=True, **load_kwargs)
 
 
 def call_arguments(pipe: DiffusionPipeline, prompt, height, width, guidance_scale, extra: dict) -> dict:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from glance_utils import PHASES, WEIGHT_NAME, InputError, read_recipe, replace_file
+from glance_utils import PHASES, WEIGHT_NAME, InputError, replace_file
+from lora_files import read_recipe
 
 
 STATE_NAME = "training_state.pt"
@@ -60,6 +61,8 @@ def load_checkpoint(name: str | None, output_dir: str | Path) -> dict | None:
         state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
         if state["settings"]["phase"] not in PHASES:
             raise ValueError("phase")
+        if not {"lora", "optimizer", "lr_scheduler", "generator"} <= set(state) or type(state["step"]) is not int:
+            raise KeyError("state")
         return state
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"--resume_from_checkpoint {path}: no {STATE_NAME} there; name a checkpoint-N") from None
@@ -92,7 +95,7 @@ def is_finished(args, recipe: dict, folder: Path) -> bool:
 
 def check_settings(saved: dict, now: dict) -> None:
     """InputError where a checkpoint was made with other settings than this run's."""
-    for key, value in now.items():
+    for key, value in sorted(now.items(), key=lambda item: item[0] != "base_model"):  # another has another schedule
         if saved.get(key) != value:
             raise InputError(
                 f"--resume_from_checkpoint: its {key} is {saved.get(key)}, this run's is {value}; use the same"

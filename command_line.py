@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import tempfile
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,40 @@ import yaml
 from glance_utils import InputError
 
 
+class PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, by which a few lines could stand for gigabytes."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases such as *name are not read; write the value itself")
+        return super().compose_node(parent, index)
+
+
+def check_text(text: str, name: str, most: int = 10_000) -> str:
+    """The text itself, or InputError where it is longer than people write or holds what they do not."""
+    if len(text) > most:
+        raise InputError(f"{name}: {len(text)} characters; at most {most} are read, so shorten it")
+    for position, letter in enumerate(text):
+        if unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\t\n\r":
+            raise InputError(f"{name}: {letter!r} at character {position} is no text; save it as UTF-8 text")
+    return text
+
+
+def read_text(path: str | Path, name: str = "", most: int = 10_000) -> str:
+    """A file's text, its byte-order mark left out; InputError where it is not UTF-8 text of at most `most` letters."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(most + 1)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{name}{path}: cannot be read ({reason}); name a text file") from None
+    if len(text) > most:
+        raise InputError(f"{name}{path}: more than {most} characters are no such text; name another file")
+    return check_text(text, f"{name}{path}", most)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser with `--config FILE`; the command line wins, a wrong argument is an InputError."""
 
@@ -25,21 +60,37 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--config", help="YAML or JSON file with these settings, leading dashes or not")
 
     def error(self, message):
-        raise InputError(message)
+        raise InputError(f"{' '.join(message.split())[:500]}; see --help")
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         argv = sys.argv[1:] if argv is None else argv
         config = super().parse_known_args(argv)[0].config
-        return super().parse_args((self._arguments_in(config) if config else []) + argv)
+        args, unknown = super().parse_known_args((self._arguments_in(config) if config else []) + argv)
+        for flag in (word.partition("=")[0] for word in unknown if word.startswith("-")):  # never its value
+            raise InputError(f"unknown flag {flag}{self._hint(flag)}")
+        if unknown:
+            raise InputError(f"{len(unknown)} words belong to no flag; quote values that have spaces")
+        for name, value in vars(args).items():
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str):
+                    check_text(text, f"--{name}")
+        return args
+
+    def _hint(self, flag: str) -> str:
+        if "token" in flag:
+            return "; tokens are read from HF_TOKEN or from the login of `hf auth login` alone"
+        close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        return f"; did you mean {close[0].lstrip('-')!r}?" if close else f"; see {self.prog} --help"
 
     def _arguments_in(self, path: str) -> list[str]:
         try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-            settings = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
-        except OSError as error:
-            raise InputError(f"--config {path}: {error.strerror}") from None
-        except (ValueError, yaml.YAMLError) as error:
-            raise InputError(f"--config {path}: not valid YAML or JSON ({' '.join(str(error).split())})") from None
+            text = read_text(path, "--config ")
+            settings = json.loads(text) if path.lower().endswith(".json") else yaml.load(text, PlainLoader)
+        except InputError:
+            raise
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())[:500]
+            raise InputError(f"--config {path}: not valid YAML or JSON ({reason})") from None
         if not isinstance(settings, dict):
             raise InputError(f"--config {path}: found {type(settings).__name__}; write one 'flag: value' a line")
         arguments = []
@@ -47,9 +98,7 @@ class Parser(argparse.ArgumentParser):
             flag = "--" + str(key).lstrip("-")
             action = self._option_string_actions.get(flag)
             if action is None or flag == "--config":
-                close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-                hint = f"; did you mean {close[0].lstrip('-')!r}?" if close else f"; see {self.prog} --help"
-                raise InputError(f"--config {path}: unknown key {key!r}{hint}")
+                raise InputError(f"--config {path}: unknown key {str(key)[:100]!r}{self._hint(flag)}")
             if action.nargs == 0:  # a switch
                 if not isinstance(value, bool):
                     raise InputError(f"--config {path}: {key} is {value!r}; it takes true or false")
@@ -66,17 +115,32 @@ class Parser(argparse.ArgumentParser):
         return arguments
 
 
-def positive(kind: type):
-    """An argparse type: a finite number above 0."""
+def positive(kind: type, most: float | None = None):
+    """An argparse type: a finite number above 0, an int at most a million or `most`."""
+    most = most or (10**6 if kind is int else sys.float_info.max)
 
     def convert(text: str):
         value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        if not 0 < value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most {most}")
         return value
 
     convert.__name__ = kind.__name__
     return convert
+
+
+def finite(text: str) -> float:
+    """An argparse type: a number."""
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return float(text)
+
+
+def count(text: str) -> int:
+    """An argparse type: a whole number, 0 or above."""
+    if not 0 <= int(text) <= 10**6:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {10**6}")
+    return int(text)
 
 
 def one_or_two(text: str) -> dict[str, float]:
@@ -96,7 +160,10 @@ def seed(text: str) -> int:
 
 def json_object(text: str) -> dict:
     """An argparse type: a JSON object."""
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise argparse.ArgumentTypeError("it is nested too deeply") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as '{{\"max_sequence_length\": 256}}'")
     return value

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import sys
 import types
 from pathlib import Path
 
@@ -29,13 +30,13 @@ from diffusers.loaders import PeftAdapterMixin
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 
 __version__ = "0.1.0"
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 PHASES = ("slow", "fast")
+MAX_SIDE = 16384  # pixels of a picture
 # The published grid, as 1-based positions in the model's own 50 steps.
 PUBLISHED_POSITIONS = (1, 3, 5, 7, 9, 11, 21, 31, 41, 50)
 
@@ -164,8 +165,17 @@ def flow_matching_loss(velocity: torch.Tensor, latents: torch.Tensor, noise: tor
 
 
 def component_class(kind: tuple[str, str]) -> type:
-    """The class that a pipeline's config names for a component, as (library, class)."""
-    return getattr(importlib.import_module(kind[0]), kind[1])
+    """The class that a pipeline's config names for a component, as (library, class).
+
+    The config comes with the weights and importing runs code, so only diffusers, transformers and what this process
+    has imported itself are looked in (diffusers' own rule).
+    """
+    library, name = kind
+    if library in ("diffusers", "transformers"):
+        return getattr(importlib.import_module(library), name)
+    if library not in sys.modules:
+        raise ImportError(f"{library}.{name} is code from outside diffusers and transformers, which is never imported")
+    return getattr(sys.modules[library], name)
 
 
 def denoiser_name(config: dict) -> str | None:
@@ -378,7 +388,8 @@ def _forward_as_saved(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
 
 def load_lora(pipe: DiffusionPipeline, path: Path, adapter: str) -> None:
     """Load a LoRA file into the denoiser, by the pipeline's own loader where it has one."""
-    prefix, where = denoiser_name(pipe.config), {"weight_name": path.name, "adapter_name": adapter}
+    prefix = denoiser_name(pipe.config)
+    where = {"weight_name": path.name, "adapter_name": adapter, "use_safetensors": True}
     own_place = BaseTunerLayer._get_base_layer_device_and_dtype
 
     def place(layer, base_layer):
@@ -440,34 +451,3 @@ def _ordered(content: bytes) -> bytes:
     header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + content[end:]
-
-
-def read_recipe(path: str | Path, required: bool = True) -> dict | None:
-    """The recipe stored with a LoRA file, checked; InputError names what is missing or wrong.
-
-    A file that was not written here has none: an InputError too, or None if not `required`.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
-    if "glance" not in header:
-        if not required:
-            return None
-        raise InputError(f"{path}: carries no Glance recipe; train it with train_glance_lora.py")
-    try:
-        recipe = json.loads(header["glance"])
-        if recipe["phase"] not in PHASES:
-            raise ValueError(f"phase {recipe['phase']!r}")
-        recipe["timesteps"] = check_timesteps([float(value) for value in recipe["timesteps"]])
-        kinds = {"base_model": str, "pipeline": str, "pipeline_kwargs": dict, "guidance_scale": int | float | None}
-        kinds |= {"height": int, "width": int, "num_base_steps": int}
-        for key, kind in kinds.items():
-            if not isinstance(recipe[key], kind) or (kind is int and not 0 < recipe[key] <= 65536):
-                raise ValueError(f"{key} {recipe[key]!r}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}: its recipe cannot be read ({error}); train it again or get an intact file"
-        ) from None
-    return recipe

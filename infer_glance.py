@@ -11,6 +11,7 @@ images over its processes. --compare draws the base at full steps, the base at t
 """
 
 import logging
+import os
 import re
 import time
 from pathlib import Path
@@ -21,13 +22,13 @@ from accelerate.utils import gather_object, parse_flag_from_env
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import safe_open
 from tqdm.auto import tqdm
 
 import ask_pipeline as ask
 import command_line as cli
 import glance_utils as glance
 import load_base
+import lora_files
 from glance_utils import InputError
 
 
@@ -58,9 +59,9 @@ def parse_args(argv: list[str] | None = None):
     add("--output", default="out.png")
     add("--num_images", type=cli.positive(int), default=1, help="images per prompt")
     add("--seed", type=cli.seed, default=0)
-    add("--height", type=cli.positive(int), help="as trained by default")
-    add("--width", type=cli.positive(int), help="as trained by default")
-    add("--guidance_scale", type=float, help="as trained by default")
+    add("--height", type=cli.positive(int, glance.MAX_SIDE), help="as trained by default")
+    add("--width", type=cli.positive(int, glance.MAX_SIDE), help="as trained by default")
+    add("--guidance_scale", type=cli.finite, help="as trained by default")
     add("--pipeline_kwargs", type=cli.json_object, default={}, help="JSON: further arguments of the pipeline's call")
     add("--compare", action="store_true", help="one labelled picture: base at full steps, base at ten, Glance")
     add("--dtype", "--torch_dtype", choices=tuple(DTYPES), default="float32")
@@ -107,10 +108,8 @@ def check_combination(args) -> None:
 def read_prompts(args) -> list[str]:
     prompts = list(args.prompt or [])
     if args.prompts_file:
-        try:
-            prompts += Path(args.prompts_file).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--prompts_file {args.prompts_file}: cannot be read as UTF-8 text ({error})") from None
+        lines = cli.read_text(args.prompts_file, "--prompts_file ", 10**6).splitlines()
+        prompts += [cli.check_text(line, f"--prompts_file {args.prompts_file}") for line in lines]
     prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not prompts:
         raise InputError("no prompt; give --prompt TEXT or --prompts_file FILE")
@@ -126,14 +125,16 @@ def find_loras(args) -> dict[str, Path]:
         source, name = args.lora or getattr(args, f"{phase}_lora"), getattr(args, f"{phase}_weight_name")
         name = name or (f"{phase}/{glance.WEIGHT_NAME}" if args.lora else glance.WEIGHT_NAME)
         path = Path(source)
-        if path.is_dir():
+        if not name.endswith(".safetensors") or os.path.isfile(path) and path.suffix != ".safetensors":
+            raise InputError(f"{source} {name}: only .safetensors files are read, as others can run code; give one")
+        if os.path.isdir(path):
             path = path / name
-        elif not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        elif not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
             try:
                 path = Path(hf_hub_download(source, name))
             except Exception as error:  # not there, no login, no network: each of another kind
                 raise InputError(f"{source}: neither a folder nor on the hub ({glance.first_line(error)})") from error
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputError(f"{path}: no such {phase} LoRA file; train it with train_glance_lora.py")
         paths[phase] = path
     return paths
@@ -144,7 +145,7 @@ def read_recipes(args, paths: dict[str, Path]) -> tuple[dict, dict[str, list[flo
 
     Files that were not trained here say nothing: the pipeline's defaults, and None for the timesteps.
     """
-    recipes = {phase: glance.read_recipe(path, required=False) for phase, path in paths.items()}
+    recipes = {phase: lora_files.read_recipe(path, required=False) for phase, path in paths.items()}
     silent = [str(paths[phase]) for phase, recipe in recipes.items() if recipe is None]
     if len(silent) == 1:
         raise InputError(
@@ -204,9 +205,11 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> Diffusi
     transformer = load_base.load_transformer(base, dtype, place, args.quantization, **where)
     name, _ = ask.find_denoiser(base, **where)
     with ask.loading(base):
-        pipe = DiffusionPipeline.from_pretrained(base, **{name: transformer}, dtype=dtype, **where)
+        pipe = DiffusionPipeline.from_pretrained(
+            base, **{name: transformer}, dtype=dtype, use_safetensors=True, **where
+        )
     for phase, path in paths.items():
-        check_fits(pipe, path)
+        lora_files.check_fits(pipe, path)
         glance.load_lora(pipe, path, phase)
     glance.activate_adapter(glance.denoiser(pipe), None)
     if args.enable_vae_tiling:
@@ -223,27 +226,6 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> Diffusi
         load_base.compile_blocks(glance.denoiser(pipe))
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def check_fits(pipe, path: Path) -> None:
-    """Raise InputError where a LoRA file names a layer that the transformer lacks, or has another shape for it."""
-    prefix, transformer = glance.denoiser_name(pipe.config), glance.denoiser(pipe)
-    layers = dict(transformer.named_modules())
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():
-            if name.endswith(".alpha"):
-                raise InputError(
-                    f"{path}: it holds {name}, which diffusers ignores for some models; fold it into lora_B"
-                )
-            layer, _, kind = name.removeprefix(f"{prefix}.").partition(".lora_")
-            module = layers.get(layer)
-            module = getattr(module, "base_layer", module)
-            if not isinstance(module, torch.nn.Linear):
-                raise InputError(f"{path}: it adapts {layer!r}, which {type(transformer).__name__} here does not have")
-            shape = file.get_slice(name).get_shape()
-            found, needed = (shape[1], module.in_features) if kind[0] == "A" else (shape[0], module.out_features)
-            if found != needed:
-                raise InputError(f"{path}: {name} is for width {found}, but this base has {needed}")
 
 
 class Counter:

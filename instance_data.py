@@ -2,29 +2,34 @@
 
 import argparse
 import json
+import logging
+import os
+import warnings
 from pathlib import Path
 
 from datasets import load_dataset, load_from_disk
 from PIL import Image, ImageOps
 
-from glance_utils import InputError, first_line
+from command_line import check_text, read_text
+from glance_utils import MAX_SIDE, InputError, first_line
 
+
+logger = logging.getLogger(__name__)
 
 SOURCES = ("instance_image", "instance_data_dir", "data_backend_config", "dataset_name")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # of Pillow's others some run programs, as EPS does
+LEAST_SIDE = 8  # pixels; enlarged, fewer are bars or a single colour
 
 
 def read_caption(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no caption there; write one, or give --instance_prompt") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no caption there; write one, or give --instance_prompt")
+    return read_text(path, "caption ")
 
 
 def one_image_in(directory: str) -> Path:
-    if not Path(directory).is_dir():
+    if not os.path.isdir(directory):  # False, too, for a name that is too long
         raise InputError(f"{directory}: no such folder; it should hold one image and its caption")
     images = sorted(path for path in Path(directory).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     if len(images) != 1:
@@ -38,18 +43,26 @@ def one_image_in(directory: str) -> Path:
 def read_backend(args: argparse.Namespace) -> dict:
     """The first entry of a SimpleTuner dataloader JSON, looked for as given, then beside the --config file."""
     path = Path(args.data_backend_config)
-    if not path.exists() and args.config:
+    if not os.path.exists(path) and args.config:
         path = Path(args.config).parent / path.name
     try:
-        backend = json.loads(path.read_text(encoding="utf-8-sig"))
+        backend = json.loads(read_text(path, "--data_backend_config "))
         backend = backend[0] if isinstance(backend, list) else backend
-        return {"caption_extension": ".txt", "image_dir": backend["image_dir"]} | backend
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        backend = {"caption_extension": ".txt", "resolution": 0, "image_dir": backend["image_dir"]} | backend
+        for key, kind in {"image_dir": str, "caption_extension": str, "resolution": int | float}.items():
+            if not isinstance(backend[key], kind):
+                raise ValueError(f"{key} is a {type(backend[key]).__name__}")
+        if not 0 <= backend["resolution"] <= MAX_SIDE:
+            raise ValueError(f"resolution {backend['resolution']}")
+        return backend
+    except InputError:
+        raise
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise InputError(f"--data_backend_config {path}: cannot be read ({type(error).__name__}: {error})") from None
 
 
 def read_dataset_row(args: argparse.Namespace) -> tuple[Image.Image, str]:
-    saved = any((Path(args.dataset_name) / name).exists() for name in ("state.json", "dataset_dict.json"))
+    saved = any(os.path.exists(Path(args.dataset_name) / name) for name in ("state.json", "dataset_dict.json"))
     try:
         rows = load_from_disk(args.dataset_name) if saved else load_dataset(args.dataset_name)
         rows = rows[next(iter(rows))] if isinstance(rows, dict) else rows
@@ -60,8 +73,14 @@ def read_dataset_row(args: argparse.Namespace) -> tuple[Image.Image, str]:
             raise InputError(f"--dataset_name: no column {column!r}; it has {', '.join(rows.column_names)}")
     if not 0 <= args.dataset_index < len(rows):
         raise InputError(f"--dataset_index is {args.dataset_index}; the data set has {len(rows)} rows")
-    row = rows[args.dataset_index]
-    return row[args.image_column], args.instance_prompt or str(row[args.caption_column] or "")
+    try:
+        row = rows[args.dataset_index]
+    except Exception as error:  # what the image's decoder raises
+        raise InputError(f"--dataset_index {args.dataset_index}: it cannot be read ({first_line(error)})") from None
+    if not isinstance(row[args.image_column], Image.Image):
+        raise InputError(f"--image_column {args.image_column}: it holds no images; name the column that does")
+    caption = args.instance_prompt or str(row[args.caption_column] or "")
+    return row[args.image_column], check_text(caption, f"--caption_column {args.caption_column}")
 
 
 def load_pair(args: argparse.Namespace) -> tuple[Image.Image, str, tuple[int, int]]:
@@ -77,14 +96,14 @@ def load_pair(args: argparse.Namespace) -> tuple[Image.Image, str, tuple[int, in
     else:
         if args.data_backend_config:
             backend = read_backend(args)
-            resolution = resolution or int(backend.get("resolution", 0))
+            resolution = resolution or int(backend["resolution"])
             extension, directory = backend["caption_extension"], backend["image_dir"]
         else:
             directory = args.instance_data_dir
         image = Path(args.instance_image) if args.instance_image else one_image_in(directory)
         caption = args.instance_prompt
     if isinstance(image, Path):
-        if not image.is_file():
+        if not os.path.isfile(image):
             raise InputError(f"{image}: no such image file")
         if caption is None:
             caption = read_caption(image.with_suffix("." + extension.lstrip(".")))
@@ -98,13 +117,24 @@ def load_pair(args: argparse.Namespace) -> tuple[Image.Image, str, tuple[int, in
 def fit_image(image: Path | Image.Image, height: int, width: int) -> Image.Image:
     """Upright, RGB (alpha over white), scaled to cover height x width and cropped at the center."""
     try:
-        opened = Image.open(image) if isinstance(image, Path) else image
-        opened = ImageOps.exif_transpose(opened)
-        if "A" in opened.getbands() or "transparency" in opened.info:
-            rgba = opened.convert("RGBA")
-            opened = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-        elif opened.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip rather than scale
-            opened = opened.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-        return ImageOps.fit(opened.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-    except (OSError, ValueError, SyntaxError, AttributeError, Image.DecompressionBombError) as error:
-        raise InputError(f"{image}: not a readable image ({error})") from None
+        with warnings.catch_warnings(action="ignore"):  # Pillow's, of 90 to 180 million pixels: that can be a photo
+            opened = Image.open(image, formats=FORMATS) if isinstance(image, Path) else image
+            frames = getattr(opened, "n_frames", 1)
+            upright = to_rgb(ImageOps.exif_transpose(opened))
+            fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
+    except Exception as error:  # Pillow's decoders raise a dozen kinds
+        raise InputError(f"{image}: not a readable image ({first_line(error)}); save it as PNG or JPEG") from None
+    if frames > 1:
+        logger.warning(f"{image}: it holds {frames} pictures; Glance learns from the first")
+    if min(upright.size) < LEAST_SIDE:
+        raise InputError(f"{image}: {upright.width}x{upright.height} pixels are too few; give a larger image")
+    return fitted
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip rather than scale
+        return image.convert("I").point(lambda value: value * (1 / 257)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")

@@ -58,6 +58,7 @@ def load_transformer(
             dtype=dtype,
             quantization_config=quantization_config(quantization, dtype),
             device_map={"": target},
+            use_safetensors=True,
             **where,
         )
     transformer.requires_grad_(False)

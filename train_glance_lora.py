@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None = None):
     add("--revision", help="git revision of the model on the hub")
     add("--variant", help="variant of the weight files, for example fp16")
     add("--pipeline_kwargs", type=cli.json_object, default={}, help="JSON: further arguments of the pipeline's call")
-    add("--guidance_scale", type=float, help="the pipeline's own by default")
+    add("--guidance_scale", type=cli.finite, help="the pipeline's own by default")
     # data: one image and its caption
     add("--instance_image", help="the image file")
     add("--instance_prompt", help="its caption; by default the .txt beside the image")
@@ -67,9 +67,13 @@ def parse_args(argv: list[str] | None = None):
     add("--dataset_index", type=int, default=0)
     add("--image_column", default="image")
     add("--caption_column", default="text")
-    add("--resolution", type=cli.positive(int), help="height and width in pixels; 1024 if nothing else is said")
-    add("--height", type=cli.positive(int))
-    add("--width", type=cli.positive(int))
+    add(
+        "--resolution",
+        type=cli.positive(int, glance.MAX_SIDE),
+        help="height and width in pixels; 1024 if nothing else is said",
+    )
+    add("--height", type=cli.positive(int, glance.MAX_SIDE))
+    add("--width", type=cli.positive(int, glance.MAX_SIDE))
     # schedule
     add(
         "--phase",
@@ -80,7 +84,7 @@ def parse_args(argv: list[str] | None = None):
     add("--flow_timesteps_mode", choices=("stratified", "random"), default="stratified")
     add(
         "--num_base_steps",
-        type=cli.positive(int),
+        type=cli.positive(int, 65536),
         default=50,
         help="steps of the schedule that Glance's ten are picked from",
     )
@@ -93,7 +97,7 @@ def parse_args(argv: list[str] | None = None):
         "trajectory best the ones that measure best",
     )
     # LoRA
-    add("--rank", "--lora_rank", type=cli.positive(int), default=32)
+    add("--rank", "--lora_rank", type=cli.positive(int, 4096), default=32)
     add("--lora_alpha", type=cli.positive(float), help="the rank by default")
     add(
         "--lora_layers", help="comma-separated names of linear layers; attention, MLP output and modulation by default"
@@ -111,8 +115,8 @@ def parse_args(argv: list[str] | None = None):
         choices=[kind.value for kind in SchedulerType if kind.value != "piecewise_constant"],
         default="constant",
     )
-    add("--lr_warmup_steps", type=int, default=0)
-    add("--adam_weight_decay", type=float, default=1e-2)
+    add("--lr_warmup_steps", type=cli.count, default=0)
+    add("--adam_weight_decay", type=cli.finite, default=1e-2)
     add("--max_grad_norm", type=cli.positive(float), default=1.0)
     add("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW8bit")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="dtype of the frozen base")

@@ -22,6 +22,7 @@ from scenes import ATTRIBUTES, RESOLUTION, caption_of, render, split_scenes
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import glance_utils as glance  # noqa: E402
+from lora_files import read_recipe  # noqa: E402
 
 
 def draw(pipe, scenes, guidance: float, **kwargs) -> torch.Tensor:
@@ -78,7 +79,7 @@ def main():
         schedule = {}
         for phase in glance.PHASES:
             path = Path(args.lora) / phase / glance.WEIGHT_NAME
-            schedule[phase] = glance.read_recipe(path)["timesteps"]
+            schedule[phase] = read_recipe(path)["timesteps"]
             pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=phase)
 
         def ten_steps(strength: float):

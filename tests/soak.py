@@ -31,7 +31,8 @@ from tqdm.auto import tqdm  # noqa: E402
 import command_line as cli  # noqa: E402
 import train_glance_lora  # noqa: E402
 from checkpoints import find_checkpoints, load_checkpoint  # noqa: E402
-from glance_utils import PHASES, WEIGHT_NAME, read_recipe  # noqa: E402
+from glance_utils import PHASES, WEIGHT_NAME  # noqa: E402
+from lora_files import read_recipe  # noqa: E402
 
 
 FILES = ("instance.png", "glance.png", "README.md", *(f"{phase}/{WEIGHT_NAME}" for phase in PHASES))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, flags, run_train
 from diffusers import DDPMScheduler
-from PIL import Image
-from safetensors import safe_open
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import make_flux
 
 import command_line as cli
 import glance_utils as glance
@@ -23,25 +22,13 @@ import train_glance_lora
 
 
 PHASES = ("slow", "fast")
+STATE = "training_state.pt"
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
     """Every path below a folder, with the bytes of the files."""
     paths = sorted(folder.rglob("*"))
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
-
-
-def forge(source: Path, target: Path, **changes) -> Path:
-    """A copy of a LoRA file with another recipe; None removes a key, recipe=None the whole of it."""
-    with safe_open(source, framework="pt") as file:
-        header = file.metadata()
-    recipe = {**json.loads(header.pop("glance")), **changes}
-    recipe = {key: value for key, value in recipe.items() if value is not None}
-    if "recipe" not in changes:
-        header["glance"] = json.dumps(recipe)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(load_file(source), target, metadata=header)
-    return target
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -77,6 +64,8 @@ def bad(tmp_path_factory, pipelines, pair):
     (root / "nested.yaml").write_text("rank: {value: 4}\n")
     (root / "itself.yaml").write_text(f"config: {root}/itself.yaml\n")
     (root / "backend.json").write_text('[{"resolution": 32}]')
+    write_bad_texts(root)
+    write_bad_images(root)
 
     (root / "file").write_text("a regular file")
     (root / "nothing").mkdir()
@@ -92,9 +81,116 @@ def bad(tmp_path_factory, pipelines, pair):
     (root / "checkpoint-9").mkdir()
     (root / "checkpoint-7").mkdir()
     torch.save({"weights": torch.ones(1)}, root / "checkpoint-7" / "training_state.pt")
+    write_bad_bases(root, pipelines["flux"])
+    settings = {"phase": "slow"}
+    for name, state in {"hollow": {}, "list": [1], "half": {"settings": settings}, "stepless": None}.items():
+        (root / name).mkdir()
+        parts = dict.fromkeys(("optimizer", "lr_scheduler", "lora", "generator"), {})
+        torch.save(parts | {"settings": settings, "step": "x"} if state is None else state, root / name / STATE)
+    (root / "code").mkdir()
+    torch.save(Payload(root / "run"), root / "code" / STATE)
     (root / "damaged" / "checkpoint-2").mkdir(parents=True)
     (root / "damaged" / "checkpoint-2" / "training_state.pt").write_bytes(b"not a checkpoint")
     return root
+
+
+def write_bad_texts(root: Path) -> None:
+    """Config files and captions, each wrong in its own way."""
+    bomb = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+    configs = {
+        "bomb.yaml": bomb,
+        "deep.yaml": "rank: " + "[" * 2000,
+        "deep.json": '{"rank":' + "[" * 9000,
+        "tag.yaml": "rank: !!python/object/apply:os.system ['true']",
+        "digits.yaml": "rank: " + "9" * 5000,
+        "digits.json": '{"rank": ' + "9" * 5000 + "}",
+        "infinite.yaml": "learning_rate: .inf",
+        "date.yaml": "rank: 2020-01-01",
+        "two.yaml": "rank: 4\n---\nrank: 5",
+        "tabs.yaml": "rank:\n\t4",
+        "number.json": "4",
+        "null.json": "null",
+        "nan.json": '{"learning_rate": NaN}',
+        "null key.yaml": "null: 4",
+        "list.json": '{"rank": [1, 2]}',
+        "long key.yaml": "a" * 900 + ": 4",
+        "zero.yaml": 'output_dir: "a\\0b"',
+        "large.yaml": "# " + "x" * 20_000,
+        "token.yaml": "hub_token: hf_secret",
+        "binary.yaml": "rank: \x00\x01",
+    }
+    for name, text in configs.items():
+        (root / name).write_text(text)
+    (root / "latin1.yaml").write_bytes("instance_prompt: Hündchen".encode("latin-1"))
+    backends = {"number": 5, "empty": [], "folder": [{"image_dir": 5}], "huge": {"image_dir": "x", "resolution": 1e9}}
+    backends |= {"suffix": {"image_dir": "x", "caption_extension": 5}, "word": {"image_dir": "x", "resolution": "big"}}
+    for name, backend in backends.items():
+        (root / f"backend-{name}.json").write_text(json.dumps(backend))
+    captions = {"megabyte": b"a" * 2**20, "binary": bytes(range(256)), "zeros": b"\0" * 10, "bell": b"a \x07 bell"}
+    captions |= {"utf16": "a dog".encode("utf-16"), "utf16 without mark": "a dog".encode("utf-16-le")}
+    captions |= {"escape": b"a \x1b[31mred\x1b[0m ring", "mark alone": "\ufeff".encode(), "lines": b"\r\n\r\n"}
+    for name, text in captions.items():
+        shutil.copy(root / "uncaptioned.png", root / f"caption {name}.png")
+        (root / f"caption {name}.txt").write_bytes(text)
+    shutil.copy(root / "uncaptioned.png", root / "caption folder.png")
+    (root / "caption folder.txt").mkdir()
+
+
+def write_bad_images(root: Path) -> None:
+    images = root / "images"
+    images.mkdir()
+    Image.new("1", (30_000, 30_000)).save(images / "bomb.png")
+    Image.new("L", (30_000, 1)).save(images / "wide.png")
+    Image.new("L", (1, 30_000)).save(images / "high.png")
+    Image.new("L", (1, 1)).save(images / "pixel.png")
+    with Image.open(root / "uncaptioned.png") as good:
+        good.save(images / "program.png", format="EPS")
+        for suffix in ("jpg", "webp", "gif"):
+            good.save(images / f"whole.{suffix}")
+            content = (images / f"whole.{suffix}").read_bytes()
+            (images / f"truncated.{suffix}").write_bytes(content[: len(content) // 2])
+            (images / f"whole.{suffix}").unlink()
+        text = PngImagePlugin.PngInfo()
+        text.add_text("bomb", "x" * 20_000_000, zip=True)
+        good.save(images / "text bomb.png", pnginfo=text)
+        good.save(images / "good.png")
+    content = (images / "good.png").read_bytes()
+    (images / "good.png").unlink()
+    (images / "checksum.png").write_bytes(content[:20] + b"\x01" + content[21:])
+    (images / "head.png").write_bytes(content[:33])
+    (images / "empty.png").write_bytes(b"")
+    (images / "vector.png").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    (images / "pickle.png").write_bytes(pickle.dumps(Payload(root / "run")))
+
+
+def write_bad_bases(root: Path, flux: Path) -> None:
+    """Copies of a good base: weights as pickles with code, a component's class from anywhere, broken files."""
+    for name in ("outsider", "pickled", "pickled-encoder", "cut", "config-list", "index-list"):
+        shutil.copytree(flux, root / name)
+    index = json.loads((flux / "model_index.json").read_text())
+    (root / "outsider" / "model_index.json").write_text(json.dumps(index | {"transformer": ["antigravity", "Flux"]}))
+    for name, part, kind in (
+        ("pickled", "transformer", "diffusion_pytorch_"),
+        ("pickled-encoder", "text_encoder", ""),
+    ):
+        for path in (root / name / part).glob("*.safetensors"):
+            path.unlink()
+        weights = "diffusion_pytorch_model.bin" if kind else "pytorch_model.bin"
+        torch.save(Payload(root / "run"), root / name / part / weights)
+    for path in (root / "cut" / "transformer").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-100])
+    (root / "config-list" / "transformer" / "config.json").write_text("[1]")
+    (root / "index-list" / "model_index.json").write_text("[1]")
+
+
+class Payload:
+    """Unpickled, it creates a file: code that a pickle carries."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 IMAGE = {"instance_image": None}  # take the default away
@@ -191,7 +287,67 @@ TRAINING = {
     "fast checkpoint, slow LoRA gone": ({"resume_from_checkpoint": "{fast_checkpoint}"}, "slow"),
     "checkpoint of another rank": ({"resume_from_checkpoint": "{checkpoint}", "rank": 2}, "rank"),
     "checkpoint of another seed": ({"resume_from_checkpoint": "{checkpoint}", "seed": 2}, "seed"),
+    "checkpoint with code": ({"resume_from_checkpoint": "{bad}/code"}, "damaged"),
+    "checkpoint empty": ({"resume_from_checkpoint": "{bad}/hollow"}, "damaged"),
+    "checkpoint half": ({"resume_from_checkpoint": "{bad}/half"}, "damaged"),
+    "checkpoint is a list": ({"resume_from_checkpoint": "{bad}/list"}, "damaged"),
+    "checkpoint of no step": ({"resume_from_checkpoint": "{bad}/stepless"}, "damaged"),
+    "checkpoint is a file": ({"resume_from_checkpoint": "{bad}/file"}, "no training_state.pt"),
+    "checkpoint is text": ({"resume_from_checkpoint": "x" * 400}, "damaged"),
+    "checkpoint of another model": ({"resume_from_checkpoint": "{checkpoint}", "base": "sd3"}, "base_model"),
     "checkpoint of another phase": ({"resume_from_checkpoint": "{checkpoint}", "phase": "fast"}, "slow"),
+}
+
+
+# One flag or file each, wrong before any model is loaded.
+for name, word in {
+    **{f"{name}.yaml": "not valid YAML" for name in ("bomb", "deep", "tag", "digits", "two", "tabs")},
+    **{"deep.json": "not valid", "digits.json": "not valid", "infinite.yaml": "inf", "date.yaml": "rank"},
+    **{"number.json": "int", "null.json": "NoneType", "nan.json": "nan", "null key.yaml": "None"},
+    **{"long key.yaml": "unknown key", "list.json": "'1,2'", "large.yaml": "10000", "binary.yaml": "no text"},
+    **{"latin1.yaml": "UTF-8", "zero.yaml": "\\x00", "token.yaml": "HF_TOKEN"},
+}.items():
+    TRAINING[f"config {name}"] = ({"config": "{bad}/" + name, "rank": None, "output_dir": None}, word)
+for name, word in {
+    **{"number": "TypeError", "empty": "IndexError", "folder": "image_dir", "huge": "resolution"},
+    **{"suffix": "caption_extension", "word": "resolution"},
+}.items():
+    TRAINING[f"backend {name}"] = (IMAGE | {"data_backend_config": "{bad}/backend-" + name + ".json"}, word)
+for name, word in {
+    **{"megabyte": "more than 10000", "binary": "UTF-8", "zeros": "\\x00", "bell": "\\x07", "utf16": "UTF-8"},
+    **{"utf16 without mark": "\\x00", "escape": "\\x1b", "mark alone": "empty", "lines": "empty", "folder": "read"},
+}.items():
+    TRAINING[f"caption {name}"] = ({"instance_image": "{bad}/caption " + name + ".png"}, word)
+for name, word in {
+    **{"bomb.png": "900000000 pixels", "wide.png": "30000x1", "high.png": "1x30000", "pixel.png": "1x1"},
+    **{"program.png": "identify", "text bomb.png": "too large", "checksum.png": "checksum", "head.png": "head"},
+    **{"empty.png": "identify", "vector.png": "identify", "pickle.png": "identify", "truncated.jpg": "truncated"},
+    **{"truncated.webp": "truncated.webp", "truncated.gif": "truncated.gif"},
+}.items():
+    TRAINING[f"image {name}"] = ({"instance_image": "{bad}/images/" + name, "instance_prompt": "x"}, word)
+for name, value in {
+    **{"rank": 10**9, "max_train_steps": 10**12, "train_batch_size": 10**9, "num_base_steps": 10**9, "height": 10**9},
+    **{"guidance_scale": "nan", "adam_weight_decay": "inf", "lr_warmup_steps": -1, "lora_alpha": "inf"},
+    **{"gradient_accumulation_steps": 1.5, "max_grad_norm": -1, "seed": "0x10", "lr_scheduler": "magic"},
+    **{"quantization": "int2", "flow_timesteps_mode": "sorted", "phase": "medium", "model_type": "full"},
+    **{"timesteps_per_step": 0, "checkpointing_steps": 0, "checkpoints_total_limit": "all", "resolution": "1e3"},
+    **{"learning_rate": 0, "width": -8, "instance_prompt": "a\x00b", "pipeline_kwargs": '{"x":' + "[" * 9000},
+    **{"output_dir": "x" * 300, "dataset_index": "first"},
+}.items():
+    TRAINING[f"{name} {str(value)[:9]!r}"] = ({name: value}, name.split("_")[0])
+TRAINING |= {
+    "prompt of a megabyte": ({"instance_prompt": "a" * 2**17}, "instance_prompt"),
+    "prompt of half a letter": ({"instance_prompt": "\udcff"}, "instance_prompt"),
+    "image's name too long": ({"instance_image": "x" * 300}, "no such image"),
+    "data folder's name too long": (IMAGE | {"instance_data_dir": "x" * 300}, "x"),
+    "a token": ({"hub_token": "hf_secret"}, "HF_TOKEN"),
+    "base with code for a transformer": ({"base": "{bad}/outsider"}, "outsider"),
+    "base's weights a pickle": ({"base": "{bad}/pickled"}, "pickled"),
+    "base's encoder a pickle": ({"base": "{bad}/pickled-encoder"}, "pickled-encoder"),
+    "base's transformer truncated": ({"base": "{bad}/cut"}, "cut"),
+    "base's config a list": ({"base": "{bad}/config-list"}, "config-list"),
+    "base's index a list": ({"base": "{bad}/index-list"}, "index-list"),
+    "base's name too long": ({"base": "x" * 300}, "x"),
 }
 
 
@@ -214,14 +370,26 @@ def fill(settings: dict, **places) -> dict:
     return settings
 
 
-def assert_one_line(error: pytest.ExceptionInfo, word: str):
-    message = str(error.value)
+def check_message(message: str, word: str):
     assert word in message
     assert "\n" not in message and "\r" not in message and 20 < len(message) < 1000
 
 
+def assert_one_line(error: pytest.ExceptionInfo, word: str):
+    check_message(str(error.value), word)
+
+
+def assert_refused(capsys, word: str, call, **settings):
+    """As the script would: the reason is the last line, the exit code 2, and no traceback."""
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: call(**settings))
+    written = capsys.readouterr()
+    assert end.value.code == 2 and "Traceback" not in written.err and written.out == ""
+    check_message(written.err.splitlines()[-1].partition(": error: ")[2], word)
+
+
 @pytest.mark.parametrize("row", TRAINING)
-def test_training(row, train, bad, pipelines, request, tmp_path):
+def test_training(row, train, bad, pipelines, request, tmp_path, capsys):
     settings, word = TRAINING[row]
     places = {"bad": bad, "flux": pipelines["flux"]}
     if "checkpoint}" in str(settings):
@@ -232,14 +400,11 @@ def test_training(row, train, bad, pipelines, request, tmp_path):
         (tmp_path / "output" / phase / glance.WEIGHT_NAME).write_bytes(b"a good LoRA")
     (tmp_path / "output" / "instance.png").write_bytes(b"a picture")
     before = snapshot(tmp_path), snapshot(bad)
-    with pytest.raises(glance.InputError) as error:
-        train(**settings)
-    assert_one_line(error, word)
+    assert_refused(capsys, word, train, **settings)
     assert (snapshot(tmp_path), snapshot(bad)) == before
 
     shutil.rmtree(tmp_path / "output")
-    with pytest.raises(glance.InputError):
-        train(**settings)
+    assert_refused(capsys, word, train, **settings)
     assert (snapshot(tmp_path), snapshot(bad)) == ({}, before[1])
 
 
@@ -288,176 +453,6 @@ def test_a_later_divergence_names_its_step(train):
         train(learning_rate=1e30, max_grad_norm=1e30, phase="fast", max_train_steps=8)
     assert_one_line(error, "fast")
     assert "step 1," not in str(error.value)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Inference
-
-
-@pytest.fixture(scope="module")
-def loras(trained, tmp_path_factory):
-    """A folder of LoRA pairs, each wrong in its own way; "good" is right."""
-    root = tmp_path_factory.mktemp("loras")
-    good = root / "good"
-    for phase in PHASES:
-        (good / phase).mkdir(parents=True)
-        shutil.copy(trained("flux") / phase / glance.WEIGHT_NAME, good / phase)
-        shutil.copytree(trained("sd3") / phase, root / "sd3" / phase)
-    slow, fast = (good / phase / glance.WEIGHT_NAME for phase in PHASES)
-
-    def wrong(name, **changes):
-        forge(slow, root / name / "slow" / glance.WEIGHT_NAME, **changes)
-        shutil.copytree(good / "fast", root / name / "fast")
-
-    wrong("no recipe", recipe=None)
-    wrong("phase x", phase="x")
-    wrong("no phase", phase=None)
-    wrong("ascending", timesteps=[900, 950, 1000])
-    wrong("strings", timesteps=["high", "low"])
-    wrong("no timesteps", timesteps=[])
-    wrong("a number", timesteps=5)
-    wrong("height -1", height=-1)
-    wrong("huge width", width=10**9)
-    wrong("height a string", height="32")
-    wrong("base a number", base_model=5)
-    wrong("no guidance key", guidance_scale=None)
-    wrong("guidance a string", guidance_scale="high")
-    wrong("no base steps", num_base_steps=None)
-    wrong("base steps -1", num_base_steps=-1)
-    wrong("arguments a list", pipeline_kwargs=[1])
-    wrong("argument is ours", pipeline_kwargs={"latents": 1})
-    wrong("another height", height=64)
-    wrong("alpha")
-    weights = load_file(slow)
-    layer = next(name for name in weights if "lora_A" in name).removesuffix(".lora_A.weight")
-    for phase in PHASES:  # as other trainers write them: no recipe, alpha beside the matrices
-        path = root / "alpha" / phase / glance.WEIGHT_NAME
-        save_file(load_file(good / phase / glance.WEIGHT_NAME) | {f"{layer}.alpha": torch.tensor(4.0)}, path)
-    wrong("another base", base_model="somewhere/else")
-    for phase in PHASES:
-        forge(
-            good / phase / glance.WEIGHT_NAME,
-            root / "fine-tuned" / phase / glance.WEIGHT_NAME,
-            base_model="nobody/another-model",
-        )
-    shutil.copytree(good / "slow", root / "unchained" / "slow")
-    forge(fast, root / "unchained" / "fast" / glance.WEIGHT_NAME, timesteps=[950, 900, 300])
-
-    for name, content in {
-        "truncated": slow.read_bytes()[:-100],
-        "text": b"not a safetensors file",
-        "empty": b"",
-    }.items():
-        (root / name / "slow").mkdir(parents=True)
-        (root / name / "slow" / glance.WEIGHT_NAME).write_bytes(content)
-        shutil.copytree(good / "fast", root / name / "fast")
-    shutil.copytree(good / "slow", root / "only-slow" / "slow")
-    (root / "latin1.txt").write_bytes("Hündchen".encode("latin-1"))
-    (root / "empty.txt").write_text("\n \n")
-    (root / "file").write_text("a regular file")
-    return root
-
-
-def pair_in(name: str) -> dict:
-    return {"lora": "{loras}/" + name}
-
-
-NO_LORA = {"lora": None}
-INFERENCE = {
-    "no prompt": ({"prompt": None}, "--prompt"),
-    "prompt empty": ({"prompt": " "}, "--prompt"),
-    "prompts file missing": ({"prompt": None, "prompts_file": "{loras}/nowhere.txt"}, "nowhere.txt"),
-    "prompts file not UTF-8": ({"prompt": None, "prompts_file": "{loras}/latin1.txt"}, "UTF-8"),
-    "prompts file empty": ({"prompt": None, "prompts_file": "{loras}/empty.txt"}, "--prompt"),
-    "no LoRA": (NO_LORA, "--lora"),
-    "only slow": (NO_LORA | {"slow_lora": "{loras}/good/slow"}, "--fast_lora"),
-    "only fast": (NO_LORA | {"fast_lora": "{loras}/good/fast"}, "--slow_lora"),
-    "folder and pair": ({"slow_lora": "{loras}/good/slow", "fast_lora": "{loras}/good/fast"}, "--lora"),
-    "LoRA missing": (pair_in("nowhere"), "nowhere"),
-    "fast LoRA missing": (pair_in("only-slow"), "fast"),
-    "LoRA truncated": (pair_in("truncated"), "truncated"),
-    "LoRA is text": (pair_in("text"), "safetensors"),
-    "LoRA is empty": (pair_in("empty"), "safetensors"),
-    "one with a recipe, one without": (pair_in("no recipe"), "no recipe"),
-    "LoRA with alpha": (pair_in("alpha"), ".alpha"),
-    "weight name missing": ({"slow_weight_name": "other.safetensors"}, "other.safetensors"),
-    "LoRA not on the hub": ({"lora": "nobody/nothing"}, "nobody/nothing"),
-    "one list": ({"flow_custom_timesteps": "1000,900"}, "one list"),
-    "lists ascending": ({"flow_custom_timesteps": "1000,900;950,100"}, "descending"),
-    "scale of three": ({"lora_scale": "1,2,3"}, "'1,2,3'"),
-    "scale nan": ({"lora_scale": "nan"}, "'nan'"),
-    "recipe: phase x": (pair_in("phase x"), "'x'"),
-    "recipe: no phase": (pair_in("no phase"), "phase"),
-    "recipe: timesteps ascending": (pair_in("ascending"), "descending"),
-    "recipe: timesteps strings": (pair_in("strings"), "high"),
-    "recipe: no timesteps": (pair_in("no timesteps"), "empty"),
-    "recipe: timesteps a number": (pair_in("a number"), "recipe"),
-    "recipe: height -1": (pair_in("height -1"), "height -1"),
-    "recipe: width huge": (pair_in("huge width"), "width"),
-    "recipe: height a string": (pair_in("height a string"), "height"),
-    "recipe: base a number": (pair_in("base a number"), "base_model"),
-    "recipe: no guidance": (pair_in("no guidance key"), "guidance_scale"),
-    "recipe: guidance a string": (pair_in("guidance a string"), "guidance_scale"),
-    "recipe: no base steps": (pair_in("no base steps") | {"compare": True}, "num_base_steps"),
-    "recipe: base steps -1": (pair_in("base steps -1") | {"compare": True}, "num_base_steps"),
-    "recipe: arguments a list": (pair_in("arguments a list"), "pipeline_kwargs"),
-    "recipe: argument is ours": (pair_in("argument is ours"), "latents"),
-    "swapped": (NO_LORA | {"slow_lora": "{loras}/good/fast", "fast_lora": "{loras}/good/slow"}, "trained as the fast"),
-    "unchained": (pair_in("unchained"), "does not chain"),
-    "pair of two heights": (pair_in("another height"), "height"),
-    "pair of two bases": (pair_in("another base"), "base_model"),
-    "another base by name": (pair_in("fine-tuned"), "nobody/another-model"),
-    "another architecture": (pair_in("sd3"), "StableDiffusion3Pipeline"),
-    "another architecture, allowed": (pair_in("sd3") | {"allow_base_mismatch": True}, "StableDiffusion3Pipeline"),
-    "same name, other widths": ({"base": "{wide}"}, "width"),
-    "same name, fewer blocks": ({"base": "{short}"}, "transformer_blocks"),
-    "base missing": ({"base": "{loras}/flux"}, "not a diffusers pipeline"),
-    "no base": ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path"),
-    "output below a file": ({"output": "{loras}/file/out.png"}, "file"),
-    "output is no picture": ({"output": "{tmp}/out.xyz"}, "out.xyz"),
-    "output has no extension": ({"output": "{tmp}/out"}, "out"),
-    "output of a kind Pillow only reads": ({"output": "{tmp}/out.psd"}, "out.psd"),
-    "output is a folder": ({"output": "{tmp}/folder.png"}, "folder.png"),
-    "argument unknown": ({"pipeline_kwargs": '{"colour": 1}'}, "'colour'"),
-    "argument is ours": ({"pipeline_kwargs": '{"sigmas": [1]}'}, "'sigmas'"),
-    "no images": ({"num_images": 0}, "num_images"),
-    "seed too large": ({"seed": 2**70}, "seed"),
-    "height 30": ({"base": "{sd3}", "lora": "{loras}/sd3", "height": 30}, "30"),
-    "sequential offload without an accelerator": (
-        {"enable_sequential_cpu_offload": True},
-        "enable_sequential_cpu_offload",
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def other_flux(tmp_path_factory):
-    """Bases named flux as the good one, with wider layers and with other blocks."""
-    root = tmp_path_factory.mktemp("other")
-    return {
-        "wide": make_flux(root / "wide" / "flux", num_attention_heads=4),
-        "short": make_flux(root / "short" / "flux", num_layers=0, num_single_layers=1),
-    }
-
-
-@pytest.mark.parametrize("row", INFERENCE)
-def test_inference(row, infer, loras, other_flux, pipelines, tmp_path):
-    settings, word = INFERENCE[row]
-    settings = fill({"lora": "{loras}/good"} | settings, loras=loras, tmp=tmp_path, sd3=pipelines["sd3"], **other_flux)
-    if torch.cuda.is_available() and "offload" in row:
-        pytest.skip("there is an accelerator")
-    (tmp_path / "out.png").write_bytes(b"a picture")
-    (tmp_path / "folder.png").mkdir()
-    before = snapshot(tmp_path), snapshot(loras)
-    with pytest.raises(glance.InputError) as error:
-        infer(**settings)
-    assert_one_line(error, word)
-    assert (snapshot(tmp_path), snapshot(loras)) == before
-
-
-def test_the_good_pair_is_good(infer, loras):
-    """Else the table above would prove little."""
-    assert Image.open(infer(lora=loras / "good")).size == (32, 32)
 
 
 # --------------------------------------------------------------------------------------------------------------------

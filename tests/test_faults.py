@@ -20,6 +20,7 @@ import checkpoints
 import faults
 import glance_utils as glance
 import train_glance_lora
+from lora_files import read_recipe
 
 
 PHASES = ("slow", "fast")
@@ -357,7 +358,7 @@ def test_the_log_ends_with_each_timesteps_mean_loss(train, caplog):
     logs = EventAccumulator(str(next((output / "logs").rglob("events.out*")).parent))
     logs.Reload()
     means = []
-    for timestep in glance.read_recipe(output / glance.WEIGHT_NAME)["timesteps"]:
+    for timestep in read_recipe(output / glance.WEIGHT_NAME)["timesteps"]:
         losses = [log.value for log in logs.Scalars(f"slow/loss_at_{timestep:.0f}")]
         means.append(f"{sum(losses) / len(losses):.4f} at {timestep:.0f}")
         assert len(losses) == 2

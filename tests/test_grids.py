@@ -11,6 +11,7 @@ import ask_pipeline as ask
 import glance_utils as glance
 import grids
 from glance_utils import InputError
+from lora_files import read_recipe
 
 
 PUBLISHED = [0, 2, 4, 6, 8, 10, 20, 30, 40, 49]
@@ -71,7 +72,7 @@ def test_auto_trains_and_draws_on_the_grid_that_measures_best(train, infer, capl
     errors = dict(re.findall(r"--grid (\w+): error ([\d.]+) to 20 steps", " ".join(caplog.messages)))
     errors = {grid: float(error) for grid, error in errors.items()}
     assert set(errors) == {"auto", "glance", "even"} and list(errors.values()) == sorted(errors.values())
-    recipes = [glance.read_recipe(output / phase / glance.WEIGHT_NAME) for phase in glance.PHASES]
+    recipes = [read_recipe(output / phase / glance.WEIGHT_NAME) for phase in glance.PHASES]
     assert [recipe["grid"] for recipe in recipes] == [next(iter(errors))] * 2
     assert [len(recipe["timesteps"]) for recipe in recipes] == [3, 3]
     infer(lora=output)

@@ -16,6 +16,7 @@ import ask_pipeline as ask
 import glance_utils as glance
 import infer_glance
 import train_glance_lora
+from lora_files import read_recipe
 
 
 PHASES = ("slow", "fast")
@@ -31,7 +32,7 @@ def same(one, other) -> bool:
 
 
 def recipes_of(folder) -> dict[str, dict]:
-    return {phase: glance.read_recipe(folder / phase / glance.WEIGHT_NAME) for phase in PHASES}
+    return {phase: read_recipe(folder / phase / glance.WEIGHT_NAME) for phase in PHASES}
 
 
 def schedule_of(folder) -> dict[str, list[float]]:

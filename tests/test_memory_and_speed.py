@@ -23,6 +23,7 @@ import glance_utils as glance
 import load_base
 import train_glance_lora
 from glance_utils import InputError
+from lora_files import read_recipe
 
 
 CPU = torch.device("cpu")
@@ -304,7 +305,7 @@ def test_fused_loras_draw_the_same_and_leave_the_base_as_it_was(base, trained, p
     schedule = {}
     for phase in glance.PHASES:
         path = trained(base) / phase / glance.WEIGHT_NAME
-        schedule[phase] = glance.read_recipe(path)["timesteps"]
+        schedule[phase] = read_recipe(path)["timesteps"]
         glance.load_lora(pipe, path, phase)
     before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
 

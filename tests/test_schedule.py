@@ -409,6 +409,45 @@ def test_no_other_order_of_a_list_is_taken(timesteps, random):
             glance.parse_timesteps(",".join(map(repr, shuffled)))
 
 
+NUMBERS = st.one_of(st.floats(-10, 2000), st.floats(), st.sampled_from(["x", "", "1e9", "1_0", "0x1", "\u0663", "-0"]))
+
+
+LISTS = st.builds(lambda values, comma: comma.join(map(str, values)), st.lists(NUMBERS), st.sampled_from(",; "))
+
+
+@given(st.text() | LISTS)
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_any_text_is_a_schedule_or_an_error_of_one_line(text):
+    try:
+        lists = glance.parse_timesteps(text)
+    except InputError as error:
+        assert str(error).isprintable() and len(str(error)) < 1000
+        return
+    values = sum(lists, [])
+    assert 1 <= len(lists) <= 2 and all(lists)
+    assert values[0] <= 1000 and values[-1] > 0 and all(low < high for high, low in zip(values, values[1:]))
+
+
+@given(st.lists(st.floats(1e-3, 1000), min_size=50, max_size=300, unique=True))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_any_schedule_gives_ten_of_its_timesteps_from_first_to_last(base):
+    base = sorted(base, reverse=True)
+    phases = glance.derive_timesteps(base)
+    ten = phases["slow"] + phases["fast"]
+    assert len(ten) == 10 and set(ten) <= set(base) and (ten[0], ten[-1]) == (base[0], base[-1])
+    assert glance.check_timesteps(ten) == sorted(set(ten), reverse=True)
+
+
+@given(st.integers(1, 12), st.integers(1, 200), st.sampled_from(["stratified", "random"]), st.integers(0, 2**32))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_any_order_has_its_length_and_visits_alike(timesteps, count, mode, seed):
+    order = glance.timestep_order(timesteps, count, mode, torch.Generator().manual_seed(seed))
+    visits = torch.bincount(order, minlength=timesteps)
+    assert order.shape == (count,) and len(visits) == timesteps
+    if mode == "stratified":
+        assert visits.max() - visits.min() <= 1
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The order in which training visits them
 

@@ -28,6 +28,7 @@ import glance_utils as glance
 import train_glance_lora
 from checkpoints import find_checkpoints
 from instance_data import load_pair
+from lora_files import read_recipe
 
 
 PHASES = ("slow", "fast")
@@ -58,7 +59,7 @@ def lora_content(folder: Path) -> list[tuple]:
 
 
 def recipe_of(folder: Path) -> dict:
-    return glance.read_recipe(folder / glance.WEIGHT_NAME)
+    return read_recipe(folder / glance.WEIGHT_NAME)
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]):
