@@ -18,7 +18,7 @@ import signal
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
@@ -327,12 +327,25 @@ def main(argv: list[str] | None = None):
         print(dry_run(args))
         return
     cli.check_writable(args.output_dir, "--output_dir")
-    alone = faults.locked(args.output_dir) if PartialState().is_main_process else contextlib.nullcontext()
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+        # No autocast: base, activations and the LoRA's products run in --mixed_precision's dtype, as at inference.
+        # Accelerate still brings fp16's loss scaling. Unused parameters: the last block of some transformers makes
+        # text tokens that nothing reads.
+        kwargs_handlers=[AutocastKwargs(enabled=False), DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    cli.set_up_logging()
+    if args.enable_group_offload and accelerator.num_processes > 1:
+        raise InputError("--enable_group_offload goes with one process; leave it out, or launch one")
+    alone = faults.locked(args.output_dir) if accelerator.is_main_process else contextlib.nullcontext()
     with faults.signals_handled(), alone:
-        train(args)
+        train(args, accelerator)
 
 
-def train(args):
+def train(args, accelerator):
     """The whole run, in an output folder that no other run writes to."""
     image, caption, size = load_pair(args)
     args.image_and_caption = hashlib.sha256(image.tobytes() + caption.encode()).hexdigest()
@@ -342,20 +355,6 @@ def train(args):
     folders = {phase: output_dir / phase if len(phases) == 2 else output_dir for phase in phases}
     for folder in folders.values():
         cli.check_writable(folder, "--output_dir")
-
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, str(output_dir / args.logging_dir)),
-        # No autocast: base, activations and the LoRA's products run in --mixed_precision's dtype, as at inference.
-        # Accelerate still brings fp16's loss scaling. Unused parameters: the last block of some transformers makes
-        # text tokens that nothing reads.
-        kwargs_handlers=[AutocastKwargs(enabled=False), DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-    if args.enable_group_offload and accelerator.num_processes > 1:
-        raise InputError("--enable_group_offload goes with one process; leave it out, or launch one")
-    cli.set_up_logging()
 
     asked = prepare_pipeline(args, accelerator, image, caption, size)
     recipes = {phase: make_recipe(args, asked, phase, size) for phase in asked.schedule}
