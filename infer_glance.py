@@ -330,7 +330,9 @@ def main(argv: list[str] | None = None):
         if state.is_main_process:
             save_image(draw_comparison(rows, [prompt for prompt, _ in jobs]), output)
     if state.is_main_process:
-        print(f"{output}: {len(jobs)} x {steps} steps, {rows[0][-1][2]:.2f} s and {rows[0][-1][3]} model calls each")
+        numbered = len(jobs) > 1 and not args.compare
+        written = output.with_stem(f"{output.stem}-*") if numbered else output
+        print(f"{written}: {len(jobs)} x {steps} steps, {rows[0][-1][2]:.2f} s and {rows[0][-1][3]} model calls each")
 
 
 if __name__ == "__main__":

@@ -300,7 +300,7 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
             lr_scheduler.step()
             progress.update()
             told = ",".join(f"{1000 * sigma:.0f}" for sigma in chosen)
-            progress.set_postfix(loss=f"{mean_loss:.4f}", timestep=told)
+            progress.set_postfix(loss=f"{mean_loss:.4f}", timestep=told, refresh=False)
             logs = {f"{phase}/loss": mean_loss}
             logs |= {f"{phase}/loss_at_{1000 * sigma:.0f}": value for sigma, value in zip(chosen, by_timestep)}
             accelerator.log(logs | {"lr": lr_scheduler.get_last_lr()[0]}, step=done + step)
