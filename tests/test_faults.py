@@ -122,22 +122,24 @@ def in_child(act) -> int:
     return os.waitpid(child, 0)[1]
 
 
+STATE = {"settings": {"phase": "slow"}, "step": 3} | dict.fromkeys(("lora", "optimizer", "lr_scheduler", "generator"))
+
+
 @pytest.mark.parametrize("where", ["write_bytes", "replace"])
 def test_killed_while_a_checkpoint_is_replaced(where, tmp_path, monkeypatch):
-    settings = {"settings": {"phase": "slow"}}
-    checkpoints.save_checkpoint(tmp_path, settings | {"value": 1}, 3, None)
+    checkpoints.save_checkpoint(tmp_path, STATE | {"value": 1}, 3, None)
 
     def killed():
         owner = {"write_bytes": Path, "replace": os}[where]
         setattr(owner, where, lambda *rest: kill_self(signal.SIGKILL))
-        checkpoints.save_checkpoint(tmp_path, settings | {"value": 2}, 3, None)
+        checkpoints.save_checkpoint(tmp_path, STATE | {"value": 2}, 3, None)
 
     assert in_child(killed) == signal.SIGKILL
     assert checkpoints.load_checkpoint("latest", tmp_path)["value"] == 1
 
 
 def test_a_checkpoint_that_was_never_written_is_none(tmp_path):
-    checkpoints.save_checkpoint(tmp_path, {"settings": {"phase": "slow"}}, 3, None)
+    checkpoints.save_checkpoint(tmp_path, STATE, 3, None)
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-4" / ".training_state.pt.123").write_bytes(b"half")
     assert checkpoints.load_checkpoint("latest", tmp_path)["settings"] == {"phase": "slow"}
