@@ -4,14 +4,12 @@ Every run trains both LoRAs on a tiny FLUX and writes a checkpoint every second 
 --resume_from_checkpoint latest where there is something to resume, kills that again with even odds, and lets it end.
 survived: whatever is on the disk after each kill is whole, and the run comes to its end.
 equal: all its files are, byte for byte, those of the run that nothing befell.
-Runs are forked from this process, which has everything imported: moments are then spent on the run. It computes
-nothing itself and has no threads, so that no fork can take over a lock that nobody will open.
 """
 
 import argparse
 import os
 import random
-import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,16 +18,16 @@ from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+os.environ["OMP_NUM_THREADS"] = "1"  # of the runs: another number gives other last bits
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from tiny_pipelines import make_flux  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
 import command_line as cli  # noqa: E402
-import train_glance_lora  # noqa: E402
 from checkpoints import find_checkpoints, load_checkpoint  # noqa: E402
 from glance_utils import PHASES, WEIGHT_NAME  # noqa: E402
 from lora_files import read_recipe  # noqa: E402
@@ -38,24 +36,18 @@ from lora_files import read_recipe  # noqa: E402
 FILES = ("instance.png", "glance.png", "README.md", *(f"{phase}/{WEIGHT_NAME}" for phase in PHASES))
 
 
-def in_child(act, seconds: float | None = None) -> int | None:
-    """act() in a forked process: its exit code, or None where it was killed after so many seconds."""
-    if not (child := os.fork()):
-        code = 1
+def train(flags: list[str], seconds: float | None = None) -> int | None:
+    """A training run in a process of its own: its exit code, or None where it was killed after so many seconds.
+
+    Not a fork of this one: torch has threads, and a lock that one of them holds would be held in the fork for ever.
+    """
+    command, nowhere = [sys.executable, str(ROOT / "train_glance_lora.py"), *flags], subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=nowhere, stderr=nowhere, start_new_session=True) as process:
         try:
-            os.setsid()
-            silence = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silence, 1)
-            os.dup2(silence, 2)
-            act()
-            code = 0
-        finally:
-            os._exit(code)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)  # of one that has ended already this does nothing
-    status = os.waitpid(child, 0)[1]
-    return None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return None
 
 
 def make_inputs(root: Path) -> None:
@@ -99,8 +91,8 @@ def soak_round(flags: list[str], output: Path, duration: float, chance: random.R
     """One run, killed once or twice and resumed to its end; whether it survived."""
     flags, kills, again = [*flags, f"--output_dir={output}"], 1 + (chance.random() < 0.5), []
     while True:
-        seconds = chance.uniform(0, duration) if kills else None
-        code = in_child(lambda: train_glance_lora.main(flags + again), seconds)
+        seconds = chance.uniform(duration / 2, duration) if kills else None  # the first half is imports
+        code = train(flags + again, seconds)
         if code is not None:
             return code == 0
         resumable = bool(find_checkpoints(output) or list(output.glob(f"*/{WEIGHT_NAME}")))
@@ -123,14 +115,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=cli.positive(int), default=50)
     parser.add_argument("--seed", type=cli.seed, default=0)
     args: argparse.Namespace = parser.parse()
-    torch.set_num_threads(1)
-    tqdm.monitor_interval = 0  # that would be a thread
     chance, killed, survived, equal = random.Random(args.seed), Counter(), 0, 0
     with tempfile.TemporaryDirectory() as root:
         flags, whole = flags_of_run(Path(root)), Path(root) / "whole"
-        in_child(lambda: make_inputs(Path(root)))
+        make_inputs(Path(root))
         begin = time.monotonic()
-        if in_child(lambda: train_glance_lora.main([*flags, f"--output_dir={whole}"])) != 0:
+        if train([*flags, f"--output_dir={whole}"]) != 0:
             raise RuntimeError("a run that nothing befell should come to its end")
         duration, wanted = time.monotonic() - begin, content(whole)
         for number in tqdm(range(args.rounds)):
