@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_train
 from PIL import Image
 
 import glance_utils as glance
@@ -18,13 +18,11 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re
 @pytest.fixture(scope="module")
 def demo_lora(tmp_path_factory):
     """Both LoRAs of configs/demo.yaml, trained for two steps each."""
-    import train_glance_lora
-
     output = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        train_glance_lora.main(["--config=configs/demo.yaml", f"--output_dir={output}", "--max_train_steps=2"])
-    return output
+        config = {"config": "configs/demo.yaml", "resolution": None, "rank": None}  # the config's own
+        return run_train(config, {"output_dir": output, "max_train_steps": 2})
 
 
 def run(block: str, folder: Path, monkeypatch) -> dict:
