@@ -169,6 +169,11 @@ def json_object(text: str) -> dict:
     return value
 
 
+def load_arguments(args: argparse.Namespace) -> dict:
+    """Which files of the base are meant, as diffusers' from_pretrained takes it."""
+    return {key: value for key in ("revision", "variant") if (value := getattr(args, key))}
+
+
 def check_writable(directory: str | Path, name: str) -> None:
     """Raise InputError where the folder cannot be created or written to; nothing is left behind."""
     path = Path(directory).absolute()

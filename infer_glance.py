@@ -152,7 +152,7 @@ def read_recipes(args, paths: dict[str, Path]) -> tuple[dict, dict[str, list[flo
             f"{silent[0]}: carries no Glance recipe, but the other file does; give two that were trained together"
         )
     if silent:
-        ask.read_model_index(args.pretrained_model_name_or_path, **load_arguments(args))
+        ask.read_model_index(args.pretrained_model_name_or_path, **cli.load_arguments(args))
         nothing = dict.fromkeys(("height", "width", "guidance_scale")) | {"pipeline_kwargs": {}, "num_base_steps": 50}
         return nothing, args.custom_timesteps
     if args.custom_timesteps:
@@ -161,10 +161,6 @@ def read_recipes(args, paths: dict[str, Path]) -> tuple[dict, dict[str, list[flo
     check_pair(recipes, paths)
     check_base(args, recipes["slow"])
     return recipes["slow"], {phase: recipe["timesteps"] for phase, recipe in recipes.items()}
-
-
-def load_arguments(args) -> dict:
-    return {key: value for key in ("revision", "variant") if (value := getattr(args, key))}
 
 
 def check_pair(recipes: dict[str, dict], paths: dict[str, Path]) -> None:
@@ -187,7 +183,7 @@ def check_pair(recipes: dict[str, dict], paths: dict[str, Path]) -> None:
 
 def check_base(args, recipe: dict) -> None:
     """Raise InputError where the LoRAs were trained on another base; names count, not the folders they lie in."""
-    index = ask.read_model_index(args.pretrained_model_name_or_path, **load_arguments(args))
+    index = ask.read_model_index(args.pretrained_model_name_or_path, **cli.load_arguments(args))
     if index["_class_name"] != recipe["pipeline"]:
         raise InputError(f"the LoRAs are for a {recipe['pipeline']}, the base is a {index['_class_name']}")
     trained, given = Path(recipe["base_model"]), Path(args.pretrained_model_name_or_path)
@@ -199,7 +195,7 @@ def check_base(args, recipe: dict) -> None:
 
 def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> DiffusionPipeline:
     """The base with both adapters loaded and none active."""
-    base, dtype, where = args.pretrained_model_name_or_path, DTYPES[args.dtype], load_arguments(args)
+    base, dtype, where = args.pretrained_model_name_or_path, DTYPES[args.dtype], cli.load_arguments(args)
     offload = args.enable_model_cpu_offload or args.enable_group_offload or args.enable_sequential_cpu_offload
     place = torch.device("cpu") if offload else device
     transformer = load_base.load_transformer(base, dtype, place, args.quantization, **where)

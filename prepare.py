@@ -13,6 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 import ask_latents
 import ask_pipeline as ask
 import ask_prompts
+import command_line as cli
 import estimate
 import glance_utils as glance
 import grids
@@ -43,10 +44,6 @@ class Asked:
     takes_timesteps: bool  # whether a batch may hold several
     layout: ask_latents.LatentLayout
     vae: torch.nn.Module | None  # on the CPU, for the preview
-
-
-def load_arguments(args) -> dict:
-    return {key: value for key in ("revision", "variant") if (value := getattr(args, key))}
 
 
 def warn_of_schedule(pipe, schedule, derived, told, train_call) -> None:
@@ -86,7 +83,7 @@ def batch_call(args, pipe, train_call: dict) -> dict:
 
 def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
     """Ask the pipeline everything, free its encoders, load the transformer; peak memory is the larger of the two."""
-    dtype, where = DTYPES[args.mixed_precision], load_arguments(args)
+    dtype, where = DTYPES[args.mixed_precision], cli.load_arguments(args)
     pipe = ask.load_pipeline(args.pretrained_model_name_or_path, dtype, **where)
     for component in ask.freeable_components(pipe).values():
         component.to(accelerator.device)
@@ -186,7 +183,7 @@ def dry_run(args) -> str:
     size = args.height or args.resolution or 1024, args.width or args.resolution or 1024
     if any(getattr(args, source) for source in SOURCES):
         _, caption, size = load_pair(args)
-    pipe = estimate.load_without_weights(args.pretrained_model_name_or_path, dtype, **load_arguments(args))
+    pipe = estimate.load_without_weights(args.pretrained_model_name_or_path, dtype, **cli.load_arguments(args))
     _, train_call, layers = ask_call(args, pipe, caption, size)
     found = estimate.estimate(pipe, layers, args.rank, batch_call(args, pipe, train_call))
     return estimate.report(found, device, dtype)
