@@ -166,11 +166,15 @@ def loop_points(pipe: DiffusionPipeline, **kwargs) -> list[torch.Tensor]:
     return points
 
 
-def decode(vae: torch.nn.Module | None, latents: torch.Tensor, layout: LatentLayout) -> Image.Image:
-    """The picture of final latents (1, ...); no other model is needed for it."""
+def decode_pixels(vae: torch.nn.Module | None, latents: torch.Tensor, layout: LatentLayout) -> torch.Tensor:
+    """The picture (1, 3, H, W) of final latents (1, ...), in -1..1; no other model is needed for it."""
     pixels = layout.z_from(latents)
     if vae is not None:
         with torch.no_grad():
             pixels = vae.decode(pixels.to(vae.device, vae.dtype)).sample
     pixels = pixels[:, :, 0] if pixels.ndim == 5 else pixels  # the first frame
-    return VaeImageProcessor().postprocess(pixels[:, :3].float())[0]
+    return pixels[:, :3].float()
+
+
+def decode(vae: torch.nn.Module | None, latents: torch.Tensor, layout: LatentLayout) -> Image.Image:
+    return VaeImageProcessor().postprocess(decode_pixels(vae, latents, layout))[0]
