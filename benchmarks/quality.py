@@ -1,0 +1,331 @@
+"""How near do few steps come to the model's own 50? Captions that no training saw, the same noise in every row.
+
+    python benchmarks/quality.py                        # the demo model; a run that was cut goes on where it was
+    python benchmarks/quality.py --rows "base|UniPC"    # only rows whose names match
+    python benchmarks/quality.py --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev --dtype bfloat16 \\
+        --prompts_file held_out.txt --lora mine=output/glance --scorer scorer.py:score --clip models/clip
+
+Writes table.md, results.json and quality.png into --output_dir. The rows, by the `settings` that results.json keeps:
+
+- steps, grid: the base on the published grid, on every n-th of its own steps and on the grid of its own trajectory
+- scheduler, cache: what diffusers ships and needs no training (UniPC, DPM++; first-block cache, TaylorSeer)
+- lora: a pair given with --lora
+- train: pairs that are trained here with train_glance_lora.py, by --train_config and these flags. Of `rates` the one
+  is kept whose error is least on validation captions, which are never reported; then --seeds runs are reported.
+  `scales` switches a phase's LoRA off. Rows whose flags the script does not have are left out, and said so.
+
+The teacher is the base with all its steps and guidance. README.md beside this file says what the columns are.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+from accelerate.state import AcceleratorState
+from diffusers.image_processor import VaeImageProcessor
+
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+
+from judge import load_judge  # noqa: E402
+from quality_draw import Bench, Counter, draw, loaded, pictures, teacher  # noqa: E402
+from quality_numbers import by_name, diversity, fine_detail, frechet, make_table, plot, psnr, relative_error  # noqa: E402
+from quality_rows import BASE_STEPS, Row, all_rows  # noqa: E402
+from scenes import RESOLUTION, caption_of, scene_of, split_scenes  # noqa: E402
+
+import ask_latents  # noqa: E402
+import ask_pipeline as ask  # noqa: E402
+import command_line as cli  # noqa: E402
+import glance_utils as glance  # noqa: E402
+import infer_glance  # noqa: E402
+import train_glance_lora  # noqa: E402
+from glance_utils import InputError, replaced  # noqa: E402
+from instance_data import load_pair  # noqa: E402
+
+
+logger = logging.getLogger(__name__)
+VALIDATION = 64  # of the demo's 256 held-out captions; the 96 after them are reported
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Measuring a row
+
+
+@torch.no_grad()
+def measure(bench: Bench, settings: dict) -> dict:
+    """All numbers of a row."""
+    work_per_call = bench.work_per_call
+    with loaded(bench, settings.get("lora")):
+        finals = {name: draw(bench, settings, name) for name in bench.sets if name != "validation"}
+        seconds = []
+        clock = time.process_time if bench.args.device == "cpu" else time.perf_counter  # a CPU may be shared
+        for _ in range(3):
+            bench.counter.calls, bench.counter.products, start = 0, 0, clock()
+            draw(bench, settings, "reported", count=1)
+            seconds.append(clock() - start)
+    numbers = {"calls": bench.counter.calls, "work": bench.counter.products / work_per_call}
+    numbers["seconds"] = min(seconds)
+    numbers["error"] = relative_error(finals["reported"], teacher(bench, "reported"))
+    numbers["training_error"] = relative_error(finals["training"], teacher(bench, "training"))
+    spread = [diversity(x, bench.args.diversity_seeds) for x in (finals["diversity"], teacher(bench, "diversity"))]
+    numbers["diversity"] = spread[0] / spread[1]
+    images, captions = pictures(bench, finals["reported"]), bench.sets["reported"]
+    numbers["psnr"] = psnr(images, bench.teacher_pictures)
+    numbers["detail"] = fine_detail(images, bench.teacher_pictures)
+    if bench.judge:
+        right = bench.judge.right(images, torch.stack([scene_of(caption) for caption in captions]))
+        numbers["judge"] = right.all(1).float().mean().item()
+        numbers["frechet"] = frechet(*(bench.judge.features(x) for x in (images, bench.teacher_pictures)))
+    drawn = VaeImageProcessor.numpy_to_pil(images.permute(0, 2, 3, 1).numpy()) if bench.scorers else []
+    numbers |= {name: statistics.fmean(scorer(drawn, captions)) for name, scorer in bench.scorers.items()}
+    if "lora" not in settings:
+        numbers["spent"] = bench.trajectory[1] if settings.get("grid") == "auto" else 0
+    return numbers
+
+
+@contextlib.contextmanager
+def counted_forwards(kind: type):
+    """Counts samples that pass models of this class, also in pipelines that are made inside: 3 calls with gradients,
+    as backward costs two forwards. What has a shape and no content is not counted."""
+    forward, spent = kind.forward, {"calls": 0}
+
+    @functools.wraps(forward)
+    def count(model, *args, **kwargs):
+        samples = ask.model_input(args, kwargs)
+        if type(samples) in (torch.Tensor, list) and model.device.type != "meta":
+            spent["calls"] += len(samples) * (3 if torch.is_grad_enabled() else 1)
+        return forward(model, *args, **kwargs)
+
+    with replaced(kind, "forward", count):
+        yield spent
+
+
+def train(bench: Bench, settings: dict, rate: float, seed: int) -> tuple[str, int]:
+    """(folder of the trained pair, model calls spent); a pair that is there is not trained again."""
+    args, key = bench.args, [settings["train"], settings.get("phases"), rate, seed]
+    folder = Path(args.output_dir, "loras", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16])
+    if (folder / "spent.json").exists():
+        return str(folder), json.loads((folder / "spent.json").read_text())["calls"]
+    flags = ["--config", args.train_config, f"--learning_rate={rate}", f"--seed={seed}"]
+    flags += [flag.replace("CAPTIONS", f"{args.output_dir}/captions.txt") for flag in settings["train"]]
+    with counted_forwards(type(glance.denoiser(bench.pipe))) as spent:
+        for phase, more in settings.get("phases", {"both": []}).items():
+            AcceleratorState._reset_state(reset_partial_state=True)
+            output = folder if phase == "both" else folder / phase
+            train_glance_lora.main([*flags, f"--output_dir={output}", f"--phase={phase}", *more])
+    (folder / "spent.json").write_text(json.dumps(spent))
+    return str(folder), spent["calls"]
+
+
+def measure_trained(bench: Bench, results: dict, row: Row) -> None:
+    """Choose the rate on validation captions, then report --seeds runs with it."""
+    settings = {key: row.settings[key] for key in ("train", "phases") if key in row.settings}
+    rates, tuning = {}, 0
+
+    def validate(rate: float) -> dict:
+        folder, spent = train(bench, settings, rate, 0)
+        with torch.no_grad(), loaded(bench, folder):
+            final = draw(bench, {"lora": folder}, "validation")
+        return {"error": relative_error(final, teacher(bench, "validation")), "spent": spent}
+
+    for rate in row.settings["rates"] if len(row.settings["rates"]) > 1 else ():
+        entry = finished(bench, results, settings | {"validated": rate}, functools.partial(validate, rate))
+        rates[rate], tuning = entry["error"], tuning + entry["spent"]
+    rate = min(rates, key=rates.get, default=row.settings["rates"][0])
+
+    def report(seed: int) -> dict:
+        folder, spent = train(bench, settings, rate, seed)
+        shown = {key: row.settings[key] for key in ("scales", "guided") if key in row.settings}
+        numbers = measure(bench, shown | {"lora": folder})
+        return numbers | {"rate": rate, "spent": spent, "tuning": tuning}
+
+    for seed in range(bench.args.seeds):
+        finished(bench, results, row.settings | {"seed": seed}, functools.partial(report, seed), row)
+
+
+def finished(bench: Bench, results: dict, settings: dict, measure, row: Row | None = None) -> dict:
+    """The numbers of these settings: those of results.json, or measured and written there."""
+    for entry in results["rows"]:
+        if entry["settings"] == settings:
+            return entry["numbers"]
+    entry = {"name": row and row.name, "kind": row and row.kind, "settings": settings, "numbers": measure()}
+    results["rows"].append(entry)
+    text = json.dumps(results, indent=1) + "\n"
+    glance.replace_file(Path(bench.args.output_dir, "results.json"), lambda path: path.write_text(text))
+    logger.info(f"{entry['name'] or settings}: error {entry['numbers']['error']:.4f}")
+    return entry["numbers"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def name_and_folder(text: str) -> tuple[str, str]:
+    """An argparse type: NAME=FOLDER."""
+    name, _, folder = text.partition("=")
+    if not folder:
+        raise ValueError(text)
+    return name, folder
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = cli.Parser(description="Quality of few steps: base, LoRA pairs and training-free rivals.")
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", help="a diffusers pipeline; that of --train_config by default")
+    add("--train_config", help="train pairs with these settings; configs/demo.yaml if no pipeline is given")
+    add("--lora", type=name_and_folder, action="append", default=[], help="NAME=FOLDER with slow/ and fast/")
+    add("--prompts_file", help="captions to report, one a line; the demo's held-out ones by default")
+    add("--instance_prompt", help="the caption that was trained on, if not that of --train_config")
+    add("--num_prompts", type=cli.positive(int), help="report only so many")
+    add("--height", type=cli.positive(int, glance.MAX_SIDE))
+    add("--width", type=cli.positive(int, glance.MAX_SIDE))
+    add("--guidance_scale", type=cli.finite)
+    add("--pipeline_kwargs", type=cli.json_object, default={}, help="JSON: further arguments of the pipeline's call")
+    add("--dtype", choices=tuple(infer_glance.DTYPES), default="float32")
+    add("--batch_size", type=cli.positive(int), default=1, help="pictures at once; 32 for the demo model")
+    add("--rows", default="", help="regular expression: only rows whose names match")
+    add("--seeds", type=cli.positive(int), default=3, help="training runs a row")
+    add("--diversity_captions", type=cli.positive(int), default=4)
+    add("--diversity_seeds", type=cli.positive(int), default=6, help="pictures of each of them")
+    add("--training_seeds", type=cli.positive(int), default=16, help="pictures of the training caption")
+    add("--scorer", action="append", default=[], help="FILE.py:function(images, prompts) -> list of floats")
+    add("--clip", help="folder of a transformers CLIPModel: cosine of picture and caption")
+    add("--output_dir", default="output/quality")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse(argv)
+    args.lora = dict(args.lora)
+    if not args.pretrained_model_name_or_path:
+        args.train_config = args.train_config or str(ROOT / "configs/demo.yaml")
+        args.batch_size = max(args.batch_size, 32)
+    if args.train_config:
+        trained = train_glance_lora.parse_args(["--config", args.train_config])
+        args.pretrained_model_name_or_path = (
+            args.pretrained_model_name_or_path or trained.pretrained_model_name_or_path
+        )
+        args.pipeline_kwargs = trained.pipeline_kwargs | args.pipeline_kwargs
+        args.guidance_scale = trained.guidance_scale if args.guidance_scale is None else args.guidance_scale
+        _, caption, (height, width) = load_pair(trained)
+        args.instance_prompt = args.instance_prompt or caption
+        args.height, args.width = args.height or height, args.width or width
+    return args
+
+
+def captions_of(args) -> dict[str, list[str]]:
+    """The captions of each set, one a picture: reported ones, others to choose rates on, the training caption."""
+    further, held_out = ([caption_of(scene) for scene in scenes] for scenes in split_scenes())
+    validation, reported = held_out[:VALIDATION], held_out[64:160]
+    if args.prompts_file:
+        args.prompt = None
+        reported, validation = infer_glance.read_prompts(args), []
+    reported = reported[: args.num_prompts]
+    if args.train_config and not validation:
+        half = len(reported) // 2
+        validation, reported = reported[half:], reported[:half]
+    training = args.instance_prompt or reported[0]
+    diverse = [caption for caption in reported[: args.diversity_captions] for _ in range(args.diversity_seeds)]
+    if args.train_config:
+        Path(args.output_dir, "captions.txt").write_text("\n".join(further[:63]) + "\n")
+        if shared := {training, *further[:63]} & {*validation, *reported} or {*validation} & {*reported}:
+            raise InputError(f"{shared.pop()!r} would be trained on, or choose a rate, and be reported; leave it out")
+    sets = {"reported": reported, "training": [training] * args.training_seeds, "diversity": diverse}
+    return sets | ({"validation": validation} if args.train_config else {})
+
+
+def load_scorers(args) -> dict:
+    scorers = {}
+    for text in args.scorer:
+        file, _, name = text.rpartition(":")
+        if not Path(file).is_file():
+            raise InputError(f"--scorer {text}: {file or 'it'} is no file; write FILE.py:function")
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        scorers[name] = getattr(module, name)
+    if args.clip:
+        from transformers import CLIPModel, CLIPProcessor
+
+        model = CLIPModel.from_pretrained(args.clip, local_files_only=True).eval()
+        processor = CLIPProcessor.from_pretrained(args.clip, local_files_only=True)
+
+        def clip(images, prompts) -> list[float]:
+            inputs = processor(text=prompts, images=images, return_tensors="pt", padding=True, truncation=True)
+            output = model(**inputs)
+            return torch.cosine_similarity(output.image_embeds, output.text_embeds).tolist()
+
+        scorers["CLIP"] = clip
+    return scorers
+
+
+def make_bench(args, sets: dict[str, list[str]]) -> Bench:
+    """Load the pipeline and ask it what every row needs."""
+    path = args.pretrained_model_name_or_path
+    ask.find_denoiser(path)
+    with ask.loading(path):
+        dtype = infer_glance.DTYPES[args.dtype]
+        pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype, use_safetensors=True).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    call = ask.call_arguments(
+        pipe, sets["training"][0], args.height, args.width, args.guidance_scale, args.pipeline_kwargs
+    )
+    bench = Bench(
+        args=args,
+        pipe=pipe,
+        call=call,
+        single=ask.ask_single_branch(pipe, **call),
+        timesteps=ask.ask_timesteps(pipe, BASE_STEPS, **call),
+        told=ask.ask_told(pipe, BASE_STEPS, **call),
+        layout=ask_latents.ask_layout(pipe, **call),
+        counter=Counter(pipe),
+        sets=sets,
+        scorers=load_scorers(args),
+    )
+    with contextlib.suppress(ValueError):  # captions that are not the demo's scenes have no judge
+        judged = len([scene_of(caption) for caption in sets["reported"]]) > 1
+        bench.judge = load_judge() if judged and args.height == args.width == RESOLUTION else None
+    return bench
+
+
+def main(argv: list[str] | None = None):
+    args = parse_args(argv)
+    cli.set_up_logging()
+    cli.check_writable(args.output_dir, "--output_dir")
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    same = ("pretrained_model_name_or_path", "height", "width", "guidance_scale", "pipeline_kwargs", "dtype", "scorer")
+    same += ("clip", "diversity_captions", "diversity_seeds", "training_seeds")
+    protocol = {key: getattr(args, key) for key in same}
+    sets = captions_of(args)
+    protocol["captions"] = hashlib.sha256(json.dumps(sets).encode()).hexdigest()
+    results = {"protocol": protocol, "rows": []}
+    if (folder / "results.json").exists():
+        results = json.loads((folder / "results.json").read_text())
+        if results["protocol"] != protocol:
+            raise InputError(f"--output_dir {folder}: its rows were measured otherwise; give another folder")
+    rows, bench = all_rows(args), make_bench(args, sets)
+    for row in rows:
+        if not row.settings.get("guided", True) and not set(bench.single) & set(ask.accepted_arguments(bench.pipe)):
+            continue  # it has no guidance to leave out
+        try:
+            if "train" in row.settings:
+                train_glance_lora.parse_args(["--config", args.train_config, *row.settings["train"]])
+                measure_trained(bench, results, row)
+            else:
+                finished(bench, results, row.settings, functools.partial(measure, bench, row.settings), row)
+        except (InputError, AttributeError, TypeError, AssertionError) as error:  # a flag or a rival that is not there
+            logger.warning(f"{row.name}: left out, {glance.first_line(error)}")
+        (folder / "table.md").write_text(make_table(results, rows))
+    plot(results, rows, folder / "quality.png")
+    print(f"{folder}: {len(by_name(results, rows))} of {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,169 @@
+"""How benchmarks/quality.py draws: one pipeline, and for each row's settings the call that makes its pictures."""
+
+import contextlib
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from quality_rows import BASE_STEPS
+from tqdm.auto import tqdm
+
+import ask_latents
+import ask_pipeline as ask
+import glance_utils as glance
+import grids
+import infer_glance
+import lora_files
+from glance_utils import replaced
+
+
+SEEDS = {"reported": 9000, "validation": 1000, "training": 3000, "diversity": 7000}  # of each set's first picture
+
+
+class Counter(infer_glance.Counter):
+    """Counts model calls, and multiplications of linear layers: a cache calls the model and leaves most of it out."""
+
+    def __init__(self, pipe):
+        super().__init__(pipe)
+        self.products = 0
+        for layer in glance.denoiser(pipe).modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.register_forward_pre_hook(self.multiply)
+
+    def multiply(self, layer, args):
+        self.products += args[0].numel() * layer.out_features
+
+
+@dataclass(eq=False)
+class Bench:
+    """The pipeline, what it said, and what is drawn with it."""
+
+    args: object
+    pipe: diffusers.DiffusionPipeline
+    call: dict  # its arguments, as in inference
+    single: dict  # those that switch classifier-free guidance off
+    timesteps: list[float]  # of its own 50 steps
+    told: object
+    layout: ask_latents.LatentLayout
+    counter: Counter
+    sets: dict[str, list[str]]  # captions, one a picture
+    judge: object = None
+    scorers: dict = field(default_factory=dict)  # {name: function(images, prompts) -> list of floats}
+
+    @functools.cached_property
+    def trajectory(self) -> tuple[list[torch.Tensor], int]:
+        """The walk of the training caption, with one noise, on which --grid auto is found; the model calls it took."""
+        calls, call = self.counter.calls, self.call | {"prompt": self.sets["training"][0]}
+        points = grids.walk(self.pipe, self.timesteps, self.told, 0, **call)
+        return points, self.counter.calls - calls
+
+    @functools.cached_property
+    def work_per_call(self) -> float:
+        """Multiplications of one whole model call."""
+        self.counter.calls = self.counter.products = 0
+        draw(self, {"steps": 1, "grid": "even"}, "reported", count=1)
+        return self.counter.products / self.counter.calls
+
+    @functools.cached_property
+    def teacher_pictures(self) -> torch.Tensor:
+        return pictures(self, teacher(self, "reported"))
+
+
+@functools.cache
+def teacher(bench: Bench, name: str) -> torch.Tensor:
+    """A set's final latents after all of the base's own steps."""
+    return draw(bench, {"steps": BASE_STEPS, "grid": "even"}, name)
+
+
+@functools.cache
+def grid_timesteps(bench: Bench, grid: str, steps: int) -> list[float]:
+    if steps >= BASE_STEPS:
+        return ask.ask_timesteps(bench.pipe, steps, **bench.call)
+    if grid == "auto":
+        sigmas = [*glance.timesteps_to_sigmas(bench.timesteps), 0.0]
+        positions = grids.best_positions(bench.trajectory[0], sigmas, steps)
+    else:
+        positions = glance.grid_positions(grid, steps, BASE_STEPS)
+    return [bench.timesteps[position] for position in positions]
+
+
+@contextlib.contextmanager
+def prepared(bench: Bench, settings: dict):
+    """Set the pipeline up for one batch of a row: yields the call's arguments."""
+    pipe, call, kwargs = bench.pipe, bench.call, {"num_inference_steps": settings.get("steps", BASE_STEPS)}
+    with contextlib.ExitStack() as stack:
+        if "scheduler" in settings:
+            config, flow = pipe.scheduler.config, {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+            scheduler = getattr(diffusers, settings["scheduler"])
+            scheduler = scheduler.from_config(config, **flow, flow_shift=config.get("shift", 1.0))
+            stack.enter_context(replaced(pipe, "scheduler", scheduler))
+        elif "cache" in settings:
+            name, options = settings["cache"]
+            precise = {"taylor_factors_dtype": pipe.dtype} if "Taylor" in name else {}
+            glance.denoiser(pipe).enable_cache(getattr(diffusers.hooks, name)(**options, **precise))
+            stack.callback(glance.denoiser(pipe).disable_cache)
+        elif "lora" in settings:
+            call, phases = recipe_of(bench, settings["lora"])
+            inference = glance.glance_inference(pipe, phases, settings.get("scales"), bench.told, fuse=True)
+            kwargs = stack.enter_context(inference)
+        else:
+            timesteps = grid_timesteps(bench, settings["grid"], settings["steps"])
+            kwargs = stack.enter_context(glance.glance_inference(pipe, {"base": timesteps}, told=bench.told))
+        yield call | kwargs | ({} if settings.get("guided", True) else bench.single)
+
+
+def recipe_of(bench: Bench, folder: str) -> tuple[dict, dict[str, list[float]]]:
+    """The call and the timesteps that a pair was trained for; those of the pipeline where its files do not say."""
+    recipes = {phase: lora_files.read_recipe(lora_file(folder, phase), required=False) for phase in glance.PHASES}
+    if not all(recipes.values()):
+        return bench.call, glance.derive_timesteps(bench.timesteps)
+    own = recipes["slow"]
+    call = bench.call | own["pipeline_kwargs"] | {key: own[key] for key in ("height", "width")}
+    call |= {} if own["guidance_scale"] is None else {"guidance_scale": own["guidance_scale"]}
+    return call, {phase: recipe["timesteps"] for phase, recipe in recipes.items()}
+
+
+def lora_file(folder: str | Path, phase: str) -> Path:
+    return Path(folder) / phase / glance.WEIGHT_NAME
+
+
+@contextlib.contextmanager
+def loaded(bench: Bench, folder: str | None):
+    """Both LoRAs of a folder in the pipeline."""
+    try:
+        for phase in glance.PHASES if folder else ():
+            lora_files.check_fits(bench.pipe, lora_file(folder, phase))
+            glance.load_lora(bench.pipe, lora_file(folder, phase), phase)
+        yield
+    finally:
+        if folder:
+            glance.denoiser(bench.pipe).unload_lora()
+
+
+def draw(bench: Bench, settings: dict, name: str, count: int | None = None) -> torch.Tensor:
+    """Final latents (N, ...) of a set's captions, float32; picture i has the same noise in every row."""
+    captions, parts = bench.sets[name][:count], []
+    size = 1 if "cache" in settings else bench.args.batch_size  # a cache decides for its whole batch at once
+    for start in tqdm(range(0, len(captions), size), desc=name, leave=False):
+        texts = captions[start : start + size]
+        with prepared(bench, settings) as call:
+            generators = [torch.Generator().manual_seed(SEEDS[name] + start + i) for i in range(len(texts))]
+            if len(texts) > 1:
+                negative = [key for key in call if key.startswith("negative_prompt") and isinstance(call[key], str)]
+                call |= {"prompt": texts, "generator": generators} | {
+                    key: [call[key]] * len(texts) for key in negative
+                }
+            else:
+                call |= {"prompt": texts[0], "generator": generators[0]}
+            parts.append(ask_latents.loop_points(bench.pipe, **call)[-1])
+    return torch.cat(parts)
+
+
+def pictures(bench: Bench, latents: torch.Tensor) -> torch.Tensor:
+    """Decoded, float32 (N, 3, H, W) in 0..1."""
+    vae = getattr(bench.pipe, "vae", None)
+    parts = [ask_latents.decode_pixels(vae, one[None].to(bench.args.device), bench.layout) for one in latents]
+    return VaeImageProcessor.denormalize(torch.cat(parts).float().cpu())

@@ -1,0 +1,136 @@
+"""The numbers of benchmarks/quality.py as functions of pictures, latents and features, and how they are shown."""
+
+import math
+import statistics
+from pathlib import Path
+
+import torch
+from quality_rows import Row
+
+from glance_utils import replace_file
+
+
+def relative_error(latents: torch.Tensor, teacher: torch.Tensor) -> float:
+    """||latents - teacher|| / ||teacher|| over all pictures."""
+    return ((latents - teacher).norm() / teacher.norm()).item()
+
+
+def psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
+    """Decibels between pictures in 0..1, from the mean square over all; inf where they are equal."""
+    error = (images - reference).square().mean().item()
+    return -10 * math.log10(error) if error else math.inf
+
+
+def frechet(features: torch.Tensor, reference: torch.Tensor) -> float:
+    """Frechet distance of two Gaussians with the means and covariances of features (N, D), as FID has it."""
+    (mean, cov), (mean_r, cov_r) = ((x.mean(0), torch.cov(x.T)) for x in (features.double(), reference.double()))
+    values, vectors = torch.linalg.eigh(cov)
+    root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_r @ root).clamp(min=0).sqrt().sum()
+    return max(0.0, ((mean - mean_r).square().sum() + cov.trace() + cov_r.trace() - 2 * cross).item())
+
+
+def diversity(latents: torch.Tensor, seeds: int) -> float:
+    """Mean distance between pictures of one caption; latents (captions * seeds, ...)."""
+    groups = latents.reshape(-1, seeds, latents[0].numel()).double()
+    return (
+        torch.cdist(groups, groups, compute_mode="donot_use_mm_for_euclid_dist").sum()
+        / groups[:, :, 0].numel()
+        / max(seeds - 1, 1)
+    ).item()
+
+
+def radial_power(images: torch.Tensor) -> torch.Tensor:
+    """Mean power of pictures (N, 3, H, W) at 0, 1, 2, ... cycles a picture, all directions together."""
+    gray = images.double().mean(1)
+    power = torch.fft.fft2(gray - gray.mean((1, 2), keepdim=True)).abs().square().mean(0)
+    vertical, horizontal = (size * torch.fft.fftfreq(size, dtype=torch.double).abs() for size in power.shape)
+    radius = torch.hypot(vertical[:, None], horizontal[None]).round().long().flatten()
+    sums, counts = (torch.zeros(radius.max() + 1, dtype=torch.double) for _ in range(2))
+    return sums.index_add(0, radius, power.flatten()) / counts.index_add(0, radius, torch.ones_like(power.flatten()))
+
+
+def fine_detail(images: torch.Tensor, reference: torch.Tensor) -> float:
+    """Power of the finer half of the frequencies against the reference's: below 1 is blurred, above is noisy."""
+    half = min(images.shape[-2:]) // 4  # half of the highest frequency
+    return (radial_power(images)[half : 2 * half].sum() / radial_power(reference)[half : 2 * half].sum()).item()
+
+
+COLUMNS = {
+    "calls": ("model calls", "{:.0f}"),
+    "work": ("full calls", "{:.1f}"),
+    "seconds": ("seconds", "{:.3f}"),
+    "error": ("error", "{:.4f}"),
+    "training_error": ("on the training caption", "{:.4f}"),
+    "psnr": ("PSNR", "{:.2f}"),
+    "judge": ("judge", "{:.3f}"),
+    "frechet": ("Frechet", "{:.3f}"),
+    "diversity": ("diversity", "{:.3f}"),
+    "detail": ("fine detail", "{:.3f}"),
+    "rate": ("rate", "{:g}"),
+    "spent": ("calls spent", "{:.0f}"),
+    "tuning": ("and choosing", "{:.0f}"),
+}
+
+
+def by_name(results: dict, rows: list[Row]) -> dict[str, list[dict]]:
+    """{row's name: the numbers of its seeds}, in the rows' order, of those that are measured."""
+    found = {row.name: [] for row in rows}
+    for entry in results["rows"]:
+        found.get(entry["name"], []).append(entry["numbers"])
+    return {name: numbers for name, numbers in found.items() if numbers}
+
+
+def make_table(results: dict, rows: list[Row]) -> str:
+    """Markdown; means over seeds, and behind the errors half the range."""
+    found = by_name(results, rows)
+    extra = {key for numbers in found.values() for key in numbers[0]} - set(COLUMNS)
+    columns = COLUMNS | {name: (name, "{:.4f}") for name in sorted(extra)}
+    columns = {key: column for key, column in columns.items() if any(key in numbers[0] for numbers in found.values())}
+    lines = [["row", *(title for title, _ in columns.values())], ["---"] * (len(columns) + 1)]
+    for name, numbers in found.items():
+        line = [name]
+        for key, (_, form) in columns.items():
+            values = [one[key] for one in numbers if key in one]
+            text = form.format(statistics.fmean(values)) if values else ""
+            if "error" in key and len(values) > 1:
+                text += f" ± {(max(values) - min(values)) / 2:.4f}"
+            line.append(text)
+        lines.append(line)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plot(results: dict, rows: list[Row], path: Path) -> None:
+    """Error over full model calls, one series a kind; hollow without guidance."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    axes, found = figure.subplots(), by_name(results, rows)
+    kinds = list(dict.fromkeys(row.kind for row in rows if row.name in found))
+    for number, kind in enumerate(kinds):
+        for guided in (True, False):
+            mine = [row for row in rows if row.kind == kind and row.settings.get("guided", True) is guided]
+            points = [
+                [statistics.fmean(one[key] for one in found[row.name]) for key in ("work", "error")]
+                for row in mine
+                if row.name in found
+            ]
+            points = sorted(point for point in points if point[1] > 0)  # the teacher has no error
+            if points:
+                color = colormaps["tab20"](number % 20)
+                line = "-" if all("train" not in row.settings for row in mine) else ""
+                axes.plot(
+                    *zip(*points),
+                    marker="os^vDPX*"[number % 8],
+                    linestyle=line,
+                    linewidth=1,
+                    color=color,
+                    markerfacecolor=color if guided else "none",
+                    label=kind + ("" if guided else ", no guidance"),
+                )
+    axes.set(xscale="log", yscale="log", xlabel="full model calls a picture", ylabel="relative error to the teacher")
+    axes.set_xticks([4, 8, 10, 16, 20, 40, 100, 400], ["4", "8", "10", "16", "20", "40", "100", "400"], minor=False)
+    axes.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside right upper", fontsize="small")
+    replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

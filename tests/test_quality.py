@@ -1,0 +1,174 @@
+"""benchmarks/quality.py: its numbers on cases with a known answer, and a few pictures of the demo model."""
+
+import json
+import math
+import sys
+from argparse import Namespace
+
+import pytest
+import tiny_pipelines
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, flags
+from PIL import Image
+from scenes import caption_of, render, split_scenes
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import quality  # noqa: E402
+import quality_draw  # noqa: E402
+import quality_numbers as numbers  # noqa: E402
+import quality_rows  # noqa: E402
+
+from glance_utils import InputError  # noqa: E402
+
+
+SMALL = {"num_prompts": 2, "diversity_captions": 1, "diversity_seeds": 2, "training_seeds": 1, "seeds": 1}
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """measured(rows, **flags) runs quality.py's main on the demo model; returns {row's name: its numbers}."""
+    monkeypatch.chdir(ROOT)
+
+    def call(rows: str, **settings) -> dict[str, dict]:
+        settings = SMALL | {"output_dir": tmp_path, "rows": rows} | settings
+        quality.main(flags(**{key: value for key, value in settings.items() if value is not None}))
+        results = json.loads((tmp_path / "results.json").read_text())
+        return {entry["name"]: entry["numbers"] for entry in results["rows"] if entry["name"]}
+
+    return call
+
+
+def test_psnr_and_relative_error_of_known_pairs():
+    image = torch.full((1, 3, 8, 8), 0.5)
+    assert numbers.psnr(image + 0.1, image) == pytest.approx(20, abs=1e-4)
+    assert numbers.psnr(image, image) == math.inf
+    assert numbers.relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(0.2)
+
+
+def test_frechet_of_two_known_gaussians():
+    x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T  # mean 0, covariance 1
+    other = x * torch.tensor([2.0, 1.0, 0.5]) + torch.tensor([1.0, 0.0, 3.0])
+    # |means apart|^2 + the sum of (deviations apart)^2
+    assert numbers.frechet(other, x) == pytest.approx(10 + 1 + 0 + 0.25)
+    rotated = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.double))[0]
+    assert numbers.frechet(other @ rotated, x @ rotated) == pytest.approx(11.25)
+    assert numbers.frechet(x, x) == pytest.approx(0, abs=1e-6)
+
+
+def test_fine_detail_falls_with_blur_and_rises_with_noise():
+    images = render(split_scenes()[1][:4], torch.Generator().manual_seed(0))
+    noise = 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    assert numbers.fine_detail(F.avg_pool2d(F.pad(images, [1] * 4, "replicate"), 3, 1), images) < 0.5
+    assert numbers.fine_detail(images, images) == 1
+    assert numbers.fine_detail(images + noise, images) > 1.5
+    wave = torch.cos(2 * torch.pi * 5 * torch.arange(32) / 32).expand(1, 3, 32, 32)
+    assert numbers.radial_power(wave).argmax() == 5  # cycles a picture
+
+
+def test_diversity_is_the_distance_between_pictures_of_one_caption():
+    same, other = torch.ones(1, 4), torch.ones(1, 4) + torch.tensor([3.0, 4.0, 0.0, 0.0])
+    assert numbers.diversity(torch.cat([same, same, other, other]), seeds=2) == 0
+    assert numbers.diversity(torch.cat([same, other, other, same]), seeds=2) == pytest.approx(5)
+
+
+def test_held_out_captions_are_not_among_those_that_train(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    sets = quality.captions_of(quality.parse_args(["--output_dir", str(tmp_path)]))
+    reported, validation, training = (set(sets[name]) for name in ("reported", "validation", "training"))
+    further = set((tmp_path / "captions.txt").read_text().splitlines())
+    assert len(reported) == 96 and len(validation) == 64 and len(further) == 63 and len(training) == 1
+    assert not reported & validation and not (reported | validation) & (training | further)
+    assert {caption_of(scene) for scene in split_scenes()[0]} >= further
+    (tmp_path / "prompts.txt").write_text("\n".join([*sorted(validation), *training]))
+    with pytest.raises(InputError, match="would be trained on"):
+        quality.captions_of(quality.parse_args(flags(output_dir=tmp_path, prompts_file=tmp_path / "prompts.txt")))
+
+
+def test_the_base_against_itself_and_on_few_steps(measured, tmp_path, monkeypatch, capsys):
+    rows = r"base, 50 steps$|base, (even|auto) grid, 4 steps|lite, interval 5"
+    found = measured(rows)
+    teacher, even = found["base, 50 steps"], found["base, even grid, 4 steps"]
+    assert teacher["error"] == teacher["training_error"] == 0 and teacher["psnr"] == math.inf
+    assert teacher["frechet"] == pytest.approx(0, abs=1e-3) and teacher["diversity"] == teacher["detail"] == 1
+    assert teacher["judge"] >= 0.5 and 0.05 < even["error"] < 0.5 and 15 < even["psnr"] < 40 and even["frechet"] > 0
+    unguided = found["base, even grid, 4 steps, no guidance"]
+    assert (teacher["calls"], even["calls"], unguided["calls"]) == (100, 8, 4)
+    assert even["work"] == pytest.approx(8) and unguided["work"] == pytest.approx(4)
+    assert even["spent"] == 0 and found["base, auto grid, 4 steps"]["spent"] == 100
+    cached = found["TaylorSeer lite, interval 5, order 2"]
+    assert cached["calls"] == 100 and 20 < cached["work"] < 40 and 0 < cached["error"] < 0.1
+    assert (tmp_path / "quality.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| base, even grid, 4 steps | 8 | 8.0 |" in (tmp_path / "table.md").read_text()
+
+    def measure(*args):
+        raise AssertionError("a finished row is measured again")
+
+    before = (tmp_path / "results.json").read_bytes()
+    monkeypatch.setattr(quality, "measure", measure)
+    measured(rows)
+    assert (tmp_path / "results.json").read_bytes() == before
+    with pytest.raises(InputError, match="measured otherwise"):
+        measured(rows, num_prompts=3)
+
+
+@pytest.mark.parametrize("name", ("UniPC", r"DPM\+\+"))
+def test_schedulers_of_diffusers_are_set_up_for_flow(name, measured):
+    found = measured(f"{name}, (50|10|4) steps")
+    errors = [row["error"] for row in found.values()]
+    assert len(errors) == 3 and errors[0] < 0.02 < errors[1] < errors[2]
+
+
+def test_a_pair_is_trained_once_and_its_model_calls_are_counted(measured, tmp_path, monkeypatch):
+    quick = {"train": ["--max_train_steps=2"], "rates": [1e-4, 1e-2]}
+    off = {"scales": {"slow": 0.0, "fast": 0.0}}
+    monkeypatch.setattr(quality_rows, "TRAINED", {"quick": (quick, quick | off, {"train": ["--no_such_flag"]})})
+    monkeypatch.setattr(quality, "VALIDATION", 2)
+    found = measured(r"quick:|base, glance grid, 10 steps$")
+    trained, untrained = (row for name, row in found.items() if name.startswith("quick"))
+    # two phases of two steps, backward as two calls, and the ten guided steps of the picture at the end
+    assert trained["spent"] == 2 * 2 * 3 + 20 and trained["tuning"] == 2 * trained["spent"]
+    assert trained["rate"] == 1e-4 and trained["calls"] == 20
+    assert trained["error"] != untrained["error"]
+    assert untrained["error"] == pytest.approx(found["base, glance grid, 10 steps"]["error"], rel=1e-4)
+    assert len(found) == 3  # without the row whose flag is unknown
+    assert len(list((tmp_path / "loras").iterdir())) == 2
+
+
+def test_clip_scores_from_a_local_folder(tmp_path):
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = size | {"image_size": 32, "patch_size": 8, "projection_dim": 8}
+    text = tiny_pipelines._text_config(projection_dim=8)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(tmp_path)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, tiny_pipelines._tokenizer("<|start|> $A <|end|>", 77)).save_pretrained(tmp_path)
+    clip = quality.load_scorers(Namespace(scorer=[], clip=str(tmp_path)))["CLIP"]
+    with torch.no_grad():
+        scores = clip([Image.new("RGB", (40, 40), color) for color in ("red", "blue")], ["a red ring", "a cross"])
+    assert len(scores) == 2 and all(-1 <= score <= 1 for score in scores) and scores[0] != scores[1]
+
+
+@pytest.mark.parametrize("base", ("flux", "sd3", "qwen"))
+def test_any_pipeline_any_pair_any_scorer(base, measured, pipelines, trained, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red ring\na blue ring\n")
+    (tmp_path / "scorer.py").write_text("def width(images, prompts):\n    return [image.width for image in images]\n")
+    settings = {"pretrained_model_name_or_path": pipelines[base], "prompts_file": tmp_path / "prompts.txt"}
+    settings |= {"height": 32, "width": 32, "batch_size": 2, "scorer": f"{tmp_path}/scorer.py:width"}
+    found = measured("mine|base, even grid, 4", lora=f"mine={trained(base)}", **settings)
+    assert {"mine", "base, even grid, 4 steps"} <= set(found) and found["mine"]["width"] == 32
+    guided = found["mine"]["calls"] == 20
+    assert ("base, even grid, 4 steps, no guidance" in found) is guided
+    assert found["mine"]["error"] > 0 and "judge" not in found["mine"] and "spent" not in found["mine"]
+
+
+def test_pictures_do_not_depend_on_the_batch(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args = quality.parse_args(flags(num_prompts=2, output_dir=tmp_path))
+    bench, few = quality.make_bench(args, quality.captions_of(args)), {"steps": 4, "grid": "even"}
+    with torch.no_grad():
+        both, first = (quality_draw.draw(bench, few, "reported", count=count) for count in (2, 1))
+    assert torch.allclose(both[:1], first, atol=1e-4)
