@@ -1,7 +1,7 @@
 """How near do few steps come to the model's own 50? Captions that no training saw, the same noise in every row.
 
     python benchmarks/quality.py                        # the demo model; a run that was cut goes on where it was
-    python benchmarks/quality.py --rows "base|UniPC"    # only rows whose names match
+    python benchmarks/quality.py --rows "base|UniPC"    # measure only these rows
     python benchmarks/quality.py --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev --dtype bfloat16 \\
         --prompts_file held_out.txt --lora mine=output/glance --scorer scorer.py:score --clip models/clip
 
@@ -23,6 +23,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import re
 import statistics
 import sys
 import time
@@ -38,7 +39,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 from judge import load_judge  # noqa: E402
-from quality_draw import Bench, Counter, draw, loaded, pictures, teacher  # noqa: E402
+from quality_draw import Bench, Counter, draw, loaded, lora_file, pictures, teacher  # noqa: E402
 from quality_numbers import by_name, diversity, fine_detail, frechet, make_table, plot, psnr, relative_error  # noqa: E402
 from quality_rows import BASE_STEPS, Row, all_rows  # noqa: E402
 from scenes import RESOLUTION, caption_of, scene_of, split_scenes  # noqa: E402
@@ -48,6 +49,7 @@ import ask_pipeline as ask  # noqa: E402
 import command_line as cli  # noqa: E402
 import glance_utils as glance  # noqa: E402
 import infer_glance  # noqa: E402
+import lora_files  # noqa: E402
 import train_glance_lora  # noqa: E402
 from glance_utils import InputError, replaced  # noqa: E402
 from instance_data import load_pair  # noqa: E402
@@ -153,6 +155,22 @@ def measure_trained(bench: Bench, results: dict, row: Row) -> None:
         finished(bench, results, row.settings | {"seed": seed}, functools.partial(report, seed), row)
 
 
+def measure_row(bench: Bench, results: dict, row: Row) -> str | None:
+    """Measure it, unless it is there; or the reason why this script or this pipeline has no such row."""
+    if "train" in row.settings:
+        try:
+            train_glance_lora.parse_args(["--config", bench.args.train_config, *row.settings["train"]])
+        except InputError as error:
+            return str(error)
+        return measure_trained(bench, results, row)
+    try:
+        finished(bench, results, row.settings, functools.partial(measure, bench, row.settings), row)
+    except (ValueError, AttributeError, TypeError, AssertionError) as error:
+        if not {"scheduler", "cache"} & set(row.settings):
+            raise
+        return glance.first_line(error)
+
+
 def finished(bench: Bench, results: dict, settings: dict, measure, row: Row | None = None) -> dict:
     """The numbers of these settings: those of results.json, or measured and written there."""
     for entry in results["rows"]:
@@ -184,7 +202,7 @@ def parse_args(argv: list[str] | None = None):
     add("--pretrained_model_name_or_path", help="a diffusers pipeline; that of --train_config by default")
     add("--train_config", help="train pairs with these settings; configs/demo.yaml if no pipeline is given")
     add("--lora", type=name_and_folder, action="append", default=[], help="NAME=FOLDER with slow/ and fast/")
-    add("--prompts_file", help="captions to report, one a line; the demo's held-out ones by default")
+    add("--prompts_file", help="captions, one a line; with --train_config half choose rates; the demo's by default")
     add("--instance_prompt", help="the caption that was trained on, if not that of --train_config")
     add("--num_prompts", type=cli.positive(int), help="report only so many")
     add("--height", type=cli.positive(int, glance.MAX_SIDE))
@@ -193,7 +211,7 @@ def parse_args(argv: list[str] | None = None):
     add("--pipeline_kwargs", type=cli.json_object, default={}, help="JSON: further arguments of the pipeline's call")
     add("--dtype", choices=tuple(infer_glance.DTYPES), default="float32")
     add("--batch_size", type=cli.positive(int), default=1, help="pictures at once; 32 for the demo model")
-    add("--rows", default="", help="regular expression: only rows whose names match")
+    add("--rows", default="", help="regular expression: measure only rows whose names match")
     add("--seeds", type=cli.positive(int), default=3, help="training runs a row")
     add("--diversity_captions", type=cli.positive(int), default=4)
     add("--diversity_seeds", type=cli.positive(int), default=6, help="pictures of each of them")
@@ -207,35 +225,35 @@ def parse_args(argv: list[str] | None = None):
     if not args.pretrained_model_name_or_path:
         args.train_config = args.train_config or str(ROOT / "configs/demo.yaml")
         args.batch_size = max(args.batch_size, 32)
+    trained = {}
     if args.train_config:
-        trained = train_glance_lora.parse_args(["--config", args.train_config])
-        args.pretrained_model_name_or_path = (
-            args.pretrained_model_name_or_path or trained.pretrained_model_name_or_path
-        )
-        args.pipeline_kwargs = trained.pipeline_kwargs | args.pipeline_kwargs
-        args.guidance_scale = trained.guidance_scale if args.guidance_scale is None else args.guidance_scale
-        _, caption, (height, width) = load_pair(trained)
-        args.instance_prompt = args.instance_prompt or caption
-        args.height, args.width = args.height or height, args.width or width
+        config = train_glance_lora.parse_args(["--config", args.train_config])
+        _, caption, (height, width) = load_pair(config)
+        trained = vars(config) | {"instance_prompt": caption, "height": height, "width": width}
+    elif args.lora:
+        trained = lora_files.read_recipe(lora_file(next(iter(args.lora.values())), "slow"), required=False) or {}
+    for key in ("pretrained_model_name_or_path", "instance_prompt", "height", "width", "guidance_scale"):
+        setattr(args, key, trained.get(key) if getattr(args, key) is None else getattr(args, key))
+    args.pipeline_kwargs = trained.get("pipeline_kwargs", {}) | args.pipeline_kwargs
     return args
 
 
 def captions_of(args) -> dict[str, list[str]]:
     """The captions of each set, one a picture: reported ones, others to choose rates on, the training caption."""
-    further, held_out = ([caption_of(scene) for scene in scenes] for scenes in split_scenes())
-    validation, reported = held_out[:VALIDATION], held_out[64:160]
     if args.prompts_file:
         args.prompt = None
-        reported, validation = infer_glance.read_prompts(args), []
+        reported, further = infer_glance.read_prompts(args), []
+        half = len(reported) // 2 if args.train_config else len(reported)
+        reported, validation = reported[:half], reported[half:]
+    else:
+        further, held_out = ([caption_of(scene) for scene in scenes] for scenes in split_scenes())
+        further, validation, reported = further[:63], held_out[:VALIDATION], held_out[64:160]
     reported = reported[: args.num_prompts]
-    if args.train_config and not validation:
-        half = len(reported) // 2
-        validation, reported = reported[half:], reported[:half]
     training = args.instance_prompt or reported[0]
     diverse = [caption for caption in reported[: args.diversity_captions] for _ in range(args.diversity_seeds)]
     if args.train_config:
-        Path(args.output_dir, "captions.txt").write_text("\n".join(further[:63]) + "\n")
-        if shared := {training, *further[:63]} & {*validation, *reported} or {*validation} & {*reported}:
+        Path(args.output_dir, "captions.txt").write_text("".join(f"{caption}\n" for caption in further))
+        if shared := {training, *further} & {*validation, *reported} or {*validation} & {*reported}:
             raise InputError(f"{shared.pop()!r} would be trained on, or choose a rate, and be reported; leave it out")
     sets = {"reported": reported, "training": [training] * args.training_seeds, "diversity": diverse}
     return sets | ({"validation": validation} if args.train_config else {})
@@ -314,14 +332,10 @@ def main(argv: list[str] | None = None):
     for row in rows:
         if not row.settings.get("guided", True) and not set(bench.single) & set(ask.accepted_arguments(bench.pipe)):
             continue  # it has no guidance to leave out
-        try:
-            if "train" in row.settings:
-                train_glance_lora.parse_args(["--config", args.train_config, *row.settings["train"]])
-                measure_trained(bench, results, row)
-            else:
-                finished(bench, results, row.settings, functools.partial(measure, bench, row.settings), row)
-        except (InputError, AttributeError, TypeError, AssertionError) as error:  # a flag or a rival that is not there
-            logger.warning(f"{row.name}: left out, {glance.first_line(error)}")
+        if not re.search(args.rows, row.name):
+            continue
+        if reason := measure_row(bench, results, row):
+            logger.warning(f"{row.name}: left out, {reason}")
         (folder / "table.md").write_text(make_table(results, rows))
     plot(results, rows, folder / "quality.png")
     print(f"{folder}: {len(by_name(results, rows))} of {len(rows)} rows")

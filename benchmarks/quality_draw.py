@@ -153,9 +153,8 @@ def draw(bench: Bench, settings: dict, name: str, count: int | None = None) -> t
             generators = [torch.Generator().manual_seed(SEEDS[name] + start + i) for i in range(len(texts))]
             if len(texts) > 1:
                 negative = [key for key in call if key.startswith("negative_prompt") and isinstance(call[key], str)]
-                call |= {"prompt": texts, "generator": generators} | {
-                    key: [call[key]] * len(texts) for key in negative
-                }
+                call |= {key: [call[key]] * len(texts) for key in negative}
+                call |= {"prompt": texts, "generator": generators}
             else:
                 call |= {"prompt": texts[0], "generator": generators[0]}
             parts.append(ask_latents.loop_points(bench.pipe, **call)[-1])

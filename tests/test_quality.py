@@ -157,7 +157,7 @@ def test_any_pipeline_any_pair_any_scorer(base, measured, pipelines, trained, tm
     (tmp_path / "prompts.txt").write_text("a red ring\na blue ring\n")
     (tmp_path / "scorer.py").write_text("def width(images, prompts):\n    return [image.width for image in images]\n")
     settings = {"pretrained_model_name_or_path": pipelines[base], "prompts_file": tmp_path / "prompts.txt"}
-    settings |= {"height": 32, "width": 32, "batch_size": 2, "scorer": f"{tmp_path}/scorer.py:width"}
+    settings |= {"batch_size": 2, "scorer": f"{tmp_path}/scorer.py:width"}
     found = measured("mine|base, even grid, 4", lora=f"mine={trained(base)}", **settings)
     assert {"mine", "base, even grid, 4 steps"} <= set(found) and found["mine"]["width"] == 32
     guided = found["mine"]["calls"] == 20
