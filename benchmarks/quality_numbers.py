@@ -104,6 +104,7 @@ def plot(results: dict, rows: list[Row], path: Path) -> None:
     """Error over full model calls, one series a kind; hollow without guidance."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes, found = figure.subplots(), by_name(results, rows)
@@ -118,7 +119,7 @@ def plot(results: dict, rows: list[Row], path: Path) -> None:
             ]
             points = sorted(point for point in points if point[1] > 0)  # the teacher has no error
             if points:
-                color = colormaps["tab20"](number % 20)
+                color = colormaps["tab10"](number % 10)
                 line = "-" if all("train" not in row.settings for row in mine) else ""
                 axes.plot(
                     *zip(*points),
@@ -130,7 +131,12 @@ def plot(results: dict, rows: list[Row], path: Path) -> None:
                     label=kind + ("" if guided else ", no guidance"),
                 )
     axes.set(xscale="log", yscale="log", xlabel="full model calls a picture", ylabel="relative error to the teacher")
-    axes.set_xticks([4, 8, 10, 16, 20, 40, 100, 400], ["4", "8", "10", "16", "20", "40", "100", "400"], minor=False)
+    for axis, ticks in (
+        (axes.xaxis, (4, 8, 10, 16, 20, 40, 100, 400)),
+        (axes.yaxis, (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)),
+    ):
+        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right upper", fontsize="small")
     replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
