@@ -76,6 +76,7 @@ def resume_settings(args, recipe: dict) -> dict:
     names = ("seed", "lora_alpha", "lora_layers", "flow_timesteps_mode", "train_batch_size", "use_8bit_adam")
     names += ("gradient_accumulation_steps", "mixed_precision", "timesteps_per_step", "quantization", "learning_rate")
     names += ("lr_scheduler", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "image_and_caption")
+    names += ("num_trajectories", "segment_weights", "flow_weight", "solver")
     return recipe | {name: getattr(args, name) for name in names}
 
 

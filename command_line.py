@@ -169,6 +169,19 @@ def json_object(text: str) -> dict:
     return value
 
 
+def read_prompts(path: str | None) -> list[str]:
+    """The lines of a --prompts_file that say something, [] where none is given."""
+    if not path:
+        return []
+    lines = [
+        check_text(line, f"--prompts_file {path}") for line in read_text(path, "--prompts_file ", 10**6).splitlines()
+    ]
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"--prompts_file {path}: it holds no prompt; write one a line")
+    return prompts
+
+
 def load_arguments(args: argparse.Namespace) -> dict:
     """Which files of the base are meant, as diffusers' from_pretrained takes it."""
     return {key: value for key in ("revision", "variant") if (value := getattr(args, key))}

@@ -13,8 +13,11 @@ from checkpoints import STATE_NAME, find_checkpoints
 from glance_utils import WEIGHT_NAME, InputError
 
 
+TRAJECTORIES = "trajectories.safetensors"  # what the base drew before training
 # As glance_utils.replace_file names what it has not yet renamed.
-LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, (WEIGHT_NAME, STATE_NAME)))}|README\.md|\w+\.png)\.\d+")
+LEFTOVER = re.compile(
+    rf"\.({'|'.join(map(re.escape, (WEIGHT_NAME, STATE_NAME, TRAJECTORIES)))}|README\.md|\w+\.png)\.\d+"
+)
 
 
 def leave(number: int, frame=None, hint: str | None = "not while training, so no checkpoint was written") -> None:

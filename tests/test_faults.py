@@ -41,12 +41,12 @@ def at_step(monkeypatch):
     def call(number, act):
         count = 0
 
-        def watched(self, noisy, sigmas):
+        def watched(self, noisy, sigmas, **kwargs):
             nonlocal count
             count += 1
             if count == number:
                 act()
-            return forward(self, noisy, sigmas)
+            return forward(self, noisy, sigmas, **kwargs)
 
         monkeypatch.setattr(ask.PipelineVelocity, "forward", watched)
 

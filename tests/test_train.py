@@ -98,9 +98,9 @@ def seen_timesteps(monkeypatch):
     """The timesteps at which a velocity was asked of the pipeline, in order."""
     seen, forward = [], ask.PipelineVelocity.forward
 
-    def watched(self, noisy, sigmas):
+    def watched(self, noisy, sigmas, **kwargs):
         seen.extend(1000 * sigma for sigma in sigmas)
-        return forward(self, noisy, sigmas)
+        return forward(self, noisy, sigmas, **kwargs)
 
     monkeypatch.setattr(ask.PipelineVelocity, "forward", watched)
     return seen
