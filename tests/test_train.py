@@ -622,6 +622,8 @@ def test_output_folder_and_recipes(train, pipelines, pair):
             "pipeline_kwargs": {},
             "num_base_steps": 50,
             "grid": "glance",
+            "coefficients": None,
+            "guidance": "keep",
             "loss": "flow",
             "max_train_steps": 5,
             "rank": 4,
