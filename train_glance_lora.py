@@ -37,7 +37,7 @@ import command_line as cli
 import faults
 import glance_utils as glance
 import load_base
-from checkpoints import find_resume, load_checkpoint, resume_settings, save_checkpoint, with_run
+from checkpoints import check_lora, find_resume, load_checkpoint, resume_settings, save_checkpoint, with_run
 from glance_utils import InputError
 from instance_data import load_pair
 from model_card import create_hub_repo, draw_preview, push_to_hub, save_picture, write_model_card
@@ -359,6 +359,8 @@ def train(args, accelerator):
     asked = prepare_pipeline(args, accelerator, image, caption, size)
     recipes = {phase: make_recipe(args, asked, phase, size) for phase in asked.schedule}
     finished, resume = find_resume(args, recipes, folders, state)
+    for checkpoint in resume.values():
+        check_lora(checkpoint["lora"], glance.denoiser(asked.pipe), asked.layers, args.rank)
     repo_id = create_hub_repo(args) if args.push_to_hub and accelerator.is_main_process else None
     if accelerator.is_main_process:
         faults.sweep(output_dir)

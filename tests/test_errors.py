@@ -297,6 +297,12 @@ TRAINING = {
     "checkpoint of another model": ({"resume_from_checkpoint": "{checkpoint}", "base": "sd3"}, "base_model"),
     "checkpoint of another phase": ({"resume_from_checkpoint": "{checkpoint}", "phase": "fast"}, "slow"),
 }
+for name, word in {
+    **{"short": "its LoRA lacks ", "long": "'to_nothing.lora_A.weight', which this run", "listed": "of type list"},
+    **{"narrow": "this run's is (torch.float32, ", "half": "(torch.float16, ", "word": "('str',)"},
+    **{"nan": "not finite"},
+}.items():
+    TRAINING[f"checkpoint's LoRA {name}"] = ({"resume_from_checkpoint": "{" + name + "_checkpoint}"}, word)
 
 
 # One flag or file each, wrong before any model is loaded.
@@ -353,11 +359,28 @@ TRAINING |= {
 
 @pytest.fixture(scope="module")
 def checkpoints(pipelines, pair, tmp_path_factory):
-    """{"checkpoint": one of the slow phase, "fast_checkpoint": one of the fast phase of a run of both}"""
+    """{"checkpoint": one of the slow phase, "fast_checkpoint": one of the fast phase of a run of both, and others of
+    the slow phase with another LoRA in them}"""
     output = tmp_path_factory.mktemp("checkpoints") / "output"
     base = {"pretrained_model_name_or_path": pipelines["flux"], "instance_image": pair, "output_dir": output}
     run_train(base, {"checkpointing_steps": 3})
-    return {"checkpoint": output / "checkpoint-3", "fast_checkpoint": output / "checkpoint-8"}
+    places = {"checkpoint": output / "checkpoint-3", "fast_checkpoint": output / "checkpoint-8"}
+    state = torch.load(places["checkpoint"] / STATE, weights_only=True)
+    first, *_, last = state["lora"]
+    others = {
+        "short": {name: value for name, value in state["lora"].items() if name != last},
+        "long": state["lora"] | {"to_nothing.lora_A.weight": torch.ones(4, 4)},
+        "narrow": state["lora"] | {last: state["lora"][last][:, :-1]},
+        "half": {name: value.half() for name, value in state["lora"].items()},
+        "word": state["lora"] | {first: "x"},
+        "nan": state["lora"] | {last: state["lora"][last] * float("nan")},
+        "listed": list(state["lora"].values()),
+    }
+    for name, lora in others.items():
+        places[f"{name}_checkpoint"] = output.parent / name
+        places[f"{name}_checkpoint"].mkdir()
+        torch.save(state | {"lora": lora}, places[f"{name}_checkpoint"] / STATE)
+    return places
 
 
 def fill(settings: dict, **places) -> dict:
