@@ -117,6 +117,13 @@ def write_bad_texts(root: Path) -> None:
         "zero.yaml": 'output_dir: "a\\0b"',
         "large.yaml": "# " + "x" * 20_000,
         "token.yaml": "hub_token: hf_secret",
+        "twice.yaml": "rank: 4\nseed: 0\nrank: 5",
+        "twice.json": '{"rank": 4, "rank": 4}',
+        "twice below.yaml": "pipeline_kwargs: {true_cfg_scale: 1, true_cfg_scale: 2}",
+        "twice below.json": '{"pipeline_kwargs": {"true_cfg_scale": 1, "true_cfg_scale": 2}}',
+        "dashes.yaml": "rank: 4\n--rank: 4",
+        "alias.json": '{"rank": 4, "--lora_rank": 5}',
+        "list as key.yaml": "? [1]\n: 2",
         "binary.yaml": "rank: \x00\x01",
     }
     for name, text in configs.items():
@@ -311,6 +318,9 @@ for name, word in {
     **{"deep.json": "not valid", "digits.json": "not valid", "infinite.yaml": "inf", "date.yaml": "rank"},
     **{"number.json": "int", "null.json": "NoneType", "nan.json": "nan", "null key.yaml": "None"},
     **{"long key.yaml": "unknown key", "list.json": "'1,2'", "large.yaml": "10000", "binary.yaml": "no text"},
+    **{"twice.yaml": "'rank' is there twice", "twice.json": "'rank' is there twice", "list as key.yaml": "not valid"},
+    **{"twice below.yaml": "'true_cfg_scale'", "twice below.json": "'true_cfg_scale'"},
+    **{"dashes.yaml": "--rank is there twice", "alias.json": "--lora_rank is there twice"},
     **{"latin1.yaml": "UTF-8", "zero.yaml": "\\x00", "token.yaml": "HF_TOKEN"},
 }.items():
     TRAINING[f"config {name}"] = ({"config": "{bad}/" + name, "rank": None, "output_dir": None}, word)
