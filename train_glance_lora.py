@@ -10,6 +10,12 @@ infer_glance.py reads the schedule from there. Any diffusers text-to-image pipel
 will do: the schedule, the latents and the velocity are asked of the pipeline itself (ask_pipeline.py).
 """
 
+import start
+
+
+if __name__ == "__main__":
+    start.as_script("not while training, so no checkpoint was written")
+
 import argparse
 import contextlib
 import hashlib
