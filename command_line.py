@@ -210,7 +210,6 @@ def set_up_logging() -> None:
     """Our own messages, and only the errors of the libraries: a pipeline repeats its advice at every step."""
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every layer that it casts
     for library in (diffusers, transformers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
