@@ -1,8 +1,8 @@
 """Kill -9 training runs at random moments and resume them: `make soak`, or `python tests/soak.py --rounds 50`.
 
-Every run trains both LoRAs on a tiny FLUX and writes a checkpoint after every step. A round kills it at a moment drawn
-between the beginning of training and its last file, resumes it with --resume_from_checkpoint latest where there is
-something to resume, kills that again with even odds at a moment of what is left, and lets it end.
+Every run trains both LoRAs on a tiny FLUX and writes a checkpoint after every step. A round draws the step after
+which the run is killed, or that training is over, and how long after; resumes it with --resume_from_checkpoint latest
+where there is something to resume, kills that again with even odds at a step of those that are left, and lets it end.
 survived: whatever is on the disk after each kill is whole, and the run comes to its end.
 equal: all its files are, byte for byte, those of the run that nothing befell.
 """
@@ -37,6 +37,7 @@ from lora_files import read_recipe  # noqa: E402
 
 FIRST, LAST = "instance.png", "README.md"  # written where training begins, and after all else
 FILES = (FIRST, LAST, "glance.png", *(f"{phase}/{WEIGHT_NAME}" for phase in PHASES))
+STEPS = 20  # of each phase
 MOMENTS = ("before the first checkpoint", "in the slow phase", "in the fast phase", "after training")
 HALF = "amid the writing of a file"
 
@@ -46,9 +47,16 @@ def written_at(path: Path) -> float:
     return path.stat().st_mtime if path.exists() else 0
 
 
-def train(flags: list[str], output: Path, seconds: float | None = None) -> int | None:
-    """A training run in a process of its own: its exit code, or None where it was killed so many seconds after its
-    first file, that is without the imports, whose time varies.
+def steps_done(output: Path) -> int:
+    """How many steps a run has saved; one more where its last LoRA is there too."""
+    if (output / "fast" / WEIGHT_NAME).exists():
+        return 2 * STEPS + 1
+    return max((step for step, _ in find_checkpoints(output)), default=0)
+
+
+def train(flags: list[str], output: Path, steps: int = 0, seconds: float | None = None) -> int | None:
+    """A training run in a process of its own: its exit code, or None where it was killed so many seconds after so many
+    steps. The seconds count from what it has written, since a busy machine may slow all that comes before.
 
     Not a fork of this one: torch has threads, and a lock that one of them holds would be held in the fork for ever.
     """
@@ -57,7 +65,9 @@ def train(flags: list[str], output: Path, seconds: float | None = None) -> int |
     with subprocess.Popen(
         [*command, f"--output_dir={output}"], stdout=nowhere, stderr=nowhere, start_new_session=True
     ) as process:
-        while seconds is not None and process.poll() is None and written_at(output / FIRST) == before:
+        while seconds is not None and process.poll() is None:
+            if written_at(output / FIRST) != before and steps_done(output) >= steps:
+                break
             time.sleep(0.005)
         try:
             return process.wait(seconds)
@@ -76,7 +86,7 @@ def make_inputs(root: Path) -> None:
 def flags_of_run(root: Path) -> list[str]:
     """All but the output folder."""
     flags = {"pretrained_model_name_or_path": root / "flux", "instance_image": root / "glance.png", "resolution": 32}
-    flags |= {"rank": 64, "max_train_steps": 20, "checkpointing_steps": 1, "checkpoints_total_limit": 3}
+    flags |= {"rank": 64, "max_train_steps": STEPS, "checkpointing_steps": 1, "checkpoints_total_limit": 3}
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
@@ -105,8 +115,8 @@ def soak_round(flags: list[str], output: Path, duration: float, chance: random.R
     """One run, killed once or twice and resumed to its end; whether it survived."""
     kills, again = 1 + (chance.random() < 0.5), []
     while True:
-        seconds = chance.uniform(0, duration) if kills else None
-        code = train(flags + again, output, seconds)
+        steps = chance.randint(steps_done(output), 2 * STEPS + 1)
+        code = train(flags + again, output, steps, chance.uniform(0, duration / 10) if kills else None)
         if code is not None:
             return code == 0
         resumable = bool(find_checkpoints(output) or list(output.glob(f"*/{WEIGHT_NAME}")))
@@ -115,7 +125,7 @@ def soak_round(flags: list[str], output: Path, duration: float, chance: random.R
         if not is_whole(output):
             return False
         again = ["--resume_from_checkpoint=latest"] if resumable else []
-        kills, duration = kills - 1, duration - seconds
+        kills -= 1
 
 
 def content(output: Path) -> list[bytes] | None:
@@ -123,6 +133,12 @@ def content(output: Path) -> list[bytes] | None:
     found = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     found = {name for name in found if not name.startswith("checkpoint-")}
     return [(output / name).read_bytes() for name in FILES] if found == set(FILES) else None
+
+
+def summary(killed: Counter, survived: int, equal: int) -> str:
+    moments = ", ".join(f"{killed[moment]} {moment}" for moment in MOMENTS)
+    kills = f"{sum(killed[moment] for moment in MOMENTS)} kills ({moments}; {killed[HALF]} of all {HALF})"
+    return f"{kills}: {survived} survived, {equal} equal"
 
 
 def main() -> int:
@@ -137,14 +153,13 @@ def main() -> int:
         if train(flags, whole) != 0:
             raise RuntimeError("a run that nothing befell should come to its end")
         duration, wanted = written_at(whole / LAST) - written_at(whole / FIRST), content(whole)
-        for number in tqdm(range(args.rounds)):
+        for number in (progress := tqdm(range(args.rounds))):
             output = Path(root) / f"round-{number}"
             if soak_round(flags, output, duration, chance, killed):
                 survived += 1
                 equal += wanted is not None and content(output) == wanted
-    moments = ", ".join(f"{killed[moment]} {moment}" for moment in MOMENTS)
-    kills = f"{sum(killed[moment] for moment in MOMENTS)} kills ({moments}; {killed[HALF]} of all {HALF})"
-    print(f"{args.rounds} rounds, {kills}: {survived} survived, {equal} equal")
+            progress.set_postfix_str(summary(killed, survived, equal))
+    print(f"{args.rounds} rounds, {summary(killed, survived, equal)}")
     return 0 if survived == equal == args.rounds else 1
 
 
