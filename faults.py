@@ -11,6 +11,7 @@ from pathlib import Path
 
 from checkpoints import STATE_NAME, find_checkpoints
 from glance_utils import WEIGHT_NAME, InputError
+from start import say_stopped
 
 
 TRAJECTORIES = "trajectories.safetensors"  # what the base drew before training
@@ -23,7 +24,7 @@ LEFTOVER = re.compile(
 def leave(number: int, frame=None, hint: str | None = "not while training, so no checkpoint was written") -> None:
     """End the process after this signal, in one line and with the exit code that a shell gives it."""
     if hint:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped by {signal.Signals(number).name}; {hint}\n")
+        say_stopped(number, hint)
     sys.exit(128 + number)
 
 

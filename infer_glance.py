@@ -10,6 +10,12 @@ With more than one image, out.png becomes out-000.png, out-001.png, ... `acceler
 images over its processes. --compare draws the base at full steps, the base at ten and Glance beside each other.
 """
 
+import start
+
+
+if __name__ == "__main__":
+    start.as_script("what was not saved yet is lost")
+
 import logging
 import os
 import re

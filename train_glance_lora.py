@@ -10,6 +10,12 @@ infer_glance.py reads the schedule from there. Any diffusers text-to-image pipel
 will do: the schedule, the latents and the velocity are asked of the pipeline itself (ask_pipeline.py).
 """
 
+import start
+
+
+if __name__ == "__main__":
+    start.as_script("not while training, so no checkpoint was written")
+
 import argparse
 import contextlib
 import hashlib
@@ -38,7 +44,7 @@ import command_line as cli
 import faults
 import glance_utils as glance
 import load_base
-from checkpoints import find_resume, load_checkpoint, resume_settings, save_checkpoint, with_run
+from checkpoints import check_lora, find_resume, load_checkpoint, resume_settings, save_checkpoint, with_run
 from glance_utils import InputError
 from instance_data import load_pair
 from model_card import create_hub_repo, draw_preview, push_to_hub, save_picture, write_model_card
@@ -435,6 +441,8 @@ def train(args, accelerator):
         image = ask_latents.decode(asked.vae, asked.latents.cpu(), asked.layout)
     recipes = {phase: make_recipe(args, asked, phase, size) for phase in asked.schedule}
     finished, resume = find_resume(args, recipes, folders, state)
+    for checkpoint in resume.values():
+        check_lora(checkpoint["lora"], glance.denoiser(asked.pipe), asked.layers, args.rank)
     repo_id = create_hub_repo(args) if args.push_to_hub and accelerator.is_main_process else None
     if accelerator.is_main_process:
         faults.sweep(output_dir)
