@@ -91,6 +91,23 @@ def batch_call(args, pipe, train_call: dict) -> dict:
     return train_call | {ask.batch_argument(pipe): args.train_batch_size * args.timesteps_per_step}
 
 
+def ask_schedule(args, pipe, call: dict, single_call: dict) -> tuple:
+    """All of the model's timesteps, what it is told at sigmas, those of the grid by phase, and those to train."""
+    base_timesteps = ask.ask_timesteps(pipe, args.num_base_steps, **call)
+    grid = "glance" if args.grid == "auto" else args.grid  # auto needs the weights
+    positions = glance.grid_positions(grid, args.num_inference_steps, len(base_timesteps))
+    derived = glance.derive_timesteps(base_timesteps, positions)
+    told = ask.ask_told(pipe, args.num_base_steps, **call)
+    schedule = {phase: custom or derived[phase] for phase, custom in args.custom_timesteps.items()}
+    warn_of_schedule(pipe, schedule, derived, told, single_call)
+    return base_timesteps, told, derived, schedule
+
+
+def needs_teacher(args, image) -> bool:
+    """Whether the base must draw before the LoRAs are trained."""
+    return args.loss == "trajectory" or args.grid == "auto" or args.solver == "fitted" or image is None
+
+
 def remember_captions(args, pipe, captions: list[str], call: dict, train_calls: list[dict], together: bool) -> None:
     """Let the pipeline encode every caption as it will be asked for: alone to draw it, in batches to train on it."""
     # Equal timesteps side by side are one run, where a run takes but one.
@@ -110,13 +127,7 @@ def prepare_pipeline(args, accelerator, image, captions, size) -> Asked:
         component.to(accelerator.device)
     call, single_call, layers = ask_call(args, pipe, captions[0], size)
     train_call = trained_call(args, call, single_call)
-    base_timesteps = ask.ask_timesteps(pipe, args.num_base_steps, **call)
-    grid = "glance" if args.grid == "auto" else args.grid  # auto needs the weights
-    positions = glance.grid_positions(grid, args.num_inference_steps, len(base_timesteps))
-    derived = glance.derive_timesteps(base_timesteps, positions)
-    told = ask.ask_told(pipe, args.num_base_steps, **call)
-    schedule = {phase: custom or derived[phase] for phase, custom in args.custom_timesteps.items()}
-    warn_of_schedule(pipe, schedule, derived, told, single_call)
+    base_timesteps, told, derived, schedule = ask_schedule(args, pipe, call, single_call)
     teacher = Teacher(pipe, base_timesteps, told, call) if needs_teacher(args, image) else None
     layout = ask_latents.ask_layout(pipe, **call)
     latents = None
@@ -135,7 +146,7 @@ def prepare_pipeline(args, accelerator, image, captions, size) -> Asked:
     base, device, offload = args.pretrained_model_name_or_path, accelerator.device, args.enable_group_offload
     transformer = load_base.load_transformer(base, dtype, device, args.quantization, offload, **where)
     setattr(pipe, glance.denoiser_name(pipe.config), glance.with_adapters(transformer))
-    taught = None
+    grid, taught = args.grid, None
     if teacher is not None:
         taught = draw_trajectories(args, accelerator, teacher, captions)
         latents = taught.picture.to(device) if latents is None else latents
@@ -163,11 +174,6 @@ def prepare_pipeline(args, accelerator, image, captions, size) -> Asked:
         layout=layout,
         vae=vae,
     )
-
-
-def needs_teacher(args, image) -> bool:
-    """Whether the base must draw before the LoRAs are trained."""
-    return args.loss == "trajectory" or args.grid == "auto" or args.solver == "fitted" or image is None
 
 
 def choose_checkpointing(args, accelerator, pipe, layers, train_call) -> bool:
