@@ -154,7 +154,7 @@ def loop_points(pipe: DiffusionPipeline, **kwargs) -> list[torch.Tensor]:
 
     @functools.wraps(step)
     def keep(model_output, timestep, sample, *args, **kwargs):
-        points.append(sample.float().cpu())
+        points.append(sample.to("cpu", torch.float32, copy=True))  # some pipelines write into it
         output = step(model_output, timestep, sample, *args, **kwargs)
         if scheduler.step_index == len(scheduler.timesteps):
             points.append(output[0].float().cpu())

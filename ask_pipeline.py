@@ -191,6 +191,14 @@ def somewhere(pipe: DiffusionPipeline):
         yield
 
 
+@contextlib.contextmanager
+def plain_call(pipe: DiffusionPipeline, call: dict):
+    """The arguments for pipe(...) itself of a call that may say guiders=False, which is run_pipeline's own."""
+    call = dict(call)
+    with contextlib.nullcontext() if call.pop("guiders", True) else guiders_off(pipe):
+        yield call
+
+
 def run_pipeline(pipe, scheduler, forward=_no_prediction, further_forward=_no_prediction, guiders=True, **kwargs):
     """The pipeline's own `__call__` without its no_grad, with this scheduler and this transformer forward; further
     denoisers have no say, unless `further_forward` is given."""
@@ -422,15 +430,16 @@ class PipelineVelocity(torch.nn.Module):
         self.transformer = denoiser(pipe)  # a submodule, so that DDP and FSDP see its parameters
         self.kwargs = kwargs
 
-    def forward(self, noisy: torch.Tensor, sigmas: float | list[float]) -> torch.Tensor:
+    def forward(self, noisy: torch.Tensor, sigmas: float | list[float], **kwargs) -> torch.Tensor:
         """noisy (B, ...) float32, sigmas in (0, 1], one for all or B -> velocity (B, ...) in the pipeline's dtype.
 
-        Different sigmas are one run where the pipeline takes them so, and one for each where it does not.
+        `kwargs` are further arguments of the pipeline's call, which win over those given before. Different sigmas are
+        one run where the pipeline takes them so, and one for each where it does not.
         """
         sigmas = [sigmas] * len(noisy) if isinstance(sigmas, float) else sigmas
         runs = [sigmas] if self.takes_timesteps else [list(run) for _, run in itertools.groupby(sigmas)]
         parts = noisy.split([len(run) for run in runs])
-        return torch.cat([self._velocity(part, run) for part, run in zip(parts, runs)])
+        return torch.cat([self._velocity(part, run, **self.kwargs | kwargs) for part, run in zip(parts, runs)])
 
     def _timesteps(self, sigmas: list[float]) -> list[float]:
         """What the model is told at `sigmas`, in the scheduler's own arithmetic."""
@@ -438,7 +447,7 @@ class PipelineVelocity(torch.nn.Module):
         schedule.set_timesteps()
         return schedule.timesteps.tolist()
 
-    def _velocity(self, noisy: torch.Tensor, sigmas: list[float]) -> torch.Tensor:
+    def _velocity(self, noisy: torch.Tensor, sigmas: list[float], **kwargs) -> torch.Tensor:
         velocity, asked = None, False
         told = self._timesteps(sigmas)
         told = told[0] if len(set(sigmas)) == 1 else told
@@ -451,14 +460,14 @@ class PipelineVelocity(torch.nn.Module):
         probe = Probe([sigmas[0]] * 2, on_step, [told, told], self.pipe.scheduler)
         predict = self.transformer.forward
 
-        def forward(*args, **kwargs):
+        def forward(*args, **inputs):
             nonlocal asked
             asked = probe.calls > 0
-            return (predict if asked else _no_prediction)(*args, **kwargs)
+            return (predict if asked else _no_prediction)(*args, **inputs)
 
         batch = {batch_argument(self.pipe): len(noisy)}
         try:
-            run_pipeline(self.pipe, probe, forward, **batch, **self.kwargs)
+            run_pipeline(self.pipe, probe, forward, **kwargs | batch)
         except Answer as answer:
             velocity = answer.args[0]
         if not asked:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from glance_utils import PHASES, WEIGHT_NAME, InputError, replace_file
-from lora_files import read_recipe
+from lora_files import read_recipe, shown
 
 
 STATE_NAME = "training_state.pt"
@@ -76,6 +76,7 @@ def resume_settings(args, recipe: dict) -> dict:
     names = ("seed", "lora_alpha", "lora_layers", "flow_timesteps_mode", "train_batch_size", "use_8bit_adam")
     names += ("gradient_accumulation_steps", "mixed_precision", "timesteps_per_step", "quantization", "learning_rate")
     names += ("lr_scheduler", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "image_and_caption")
+    names += ("num_trajectories", "segment_weights", "flow_weight", "solver")
     return recipe | {name: getattr(args, name) for name in names}
 
 
@@ -100,6 +101,28 @@ def check_settings(saved: dict, now: dict) -> None:
             raise InputError(
                 f"--resume_from_checkpoint: its {key} is {saved.get(key)}, this run's is {value}; use the same"
             )
+
+
+def check_lora(lora: dict, transformer: torch.nn.Module, layers: list[str], rank: int) -> None:
+    """InputError where a checkpoint's LoRA has not just the tensors that this run trains, or values that are no
+    numbers. The settings may be right all the same: a checkpoint is a file that anyone may have written."""
+    shapes = {}
+    for layer in layers:
+        module = transformer.get_submodule(layer)
+        shapes[f"{layer}.lora_A.weight"] = (rank, module.in_features)
+        shapes[f"{layer}.lora_B.weight"] = (module.out_features, rank)
+    of_checkpoint = "--resume_from_checkpoint: its LoRA"
+    if not isinstance(lora, dict):
+        raise InputError(f"{of_checkpoint} is of type {type(lora).__name__}; name an older checkpoint")
+    for name in sorted(shapes.keys() ^ lora.keys(), key=str):
+        which = f"lacks {name}" if name in shapes else f"has {shown(name)}, which this run does not train"
+        raise InputError(f"{of_checkpoint} {which}; name an older checkpoint")
+    for name, tensor in lora.items():
+        found = (tensor.dtype, *tensor.shape) if isinstance(tensor, torch.Tensor) else (type(tensor).__name__,)
+        if found != (needed := (torch.float32, *shapes[name])):
+            raise InputError(f"{of_checkpoint}'s {name} is {found}, this run's is {needed}; name an older checkpoint")
+        if not tensor.isfinite().all():
+            raise InputError(f"{of_checkpoint}'s {name} holds values that are not finite; name an older checkpoint")
 
 
 def find_resume(args, recipes: dict[str, dict], folders: dict[str, Path], state: dict | None) -> tuple[set, dict]:

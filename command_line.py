@@ -18,13 +18,31 @@ import yaml
 from glance_utils import InputError
 
 
+def check_unique(keys: list) -> None:
+    """Raise ValueError where a key is there twice, of which the last would win unseen."""
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"the key {str(key)[:100]!r} is there twice; keep one")
+
+
+def unique_pairs(pairs: list[tuple]) -> dict:
+    """A JSON object in which each key is there once."""
+    check_unique([key for key, _ in pairs])
+    return dict(pairs)
+
+
 class PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, by which a few lines could stand for gigabytes."""
+    """YAML with each key once, and without aliases, by which a few lines could stand for gigabytes."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases such as *name are not read; write the value itself")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        if isinstance(node, yaml.MappingNode):
+            check_unique([key.value for key, _ in node.value])
+        return super().construct_mapping(node, deep)
 
 
 def check_text(text: str, name: str, most: int = 10_000) -> str:
@@ -85,7 +103,8 @@ class Parser(argparse.ArgumentParser):
     def _arguments_in(self, path: str) -> list[str]:
         try:
             text = read_text(path, "--config ")
-            settings = json.loads(text) if path.lower().endswith(".json") else yaml.load(text, PlainLoader)
+            is_json = path.lower().endswith(".json")
+            settings = json.loads(text, object_pairs_hook=unique_pairs) if is_json else yaml.load(text, PlainLoader)
         except InputError:
             raise
         except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -93,12 +112,15 @@ class Parser(argparse.ArgumentParser):
             raise InputError(f"--config {path}: not valid YAML or JSON ({reason})") from None
         if not isinstance(settings, dict):
             raise InputError(f"--config {path}: found {type(settings).__name__}; write one 'flag: value' a line")
-        arguments = []
+        arguments, given = [], set()
         for key, value in settings.items():
             flag = "--" + str(key).lstrip("-")
             action = self._option_string_actions.get(flag)
             if action is None or flag == "--config":
                 raise InputError(f"--config {path}: unknown key {str(key)[:100]!r}{self._hint(flag)}")
+            if action.dest in given:
+                raise InputError(f"--config {path}: {key} is there twice, once by another name; keep one")
+            given.add(action.dest)
             if action.nargs == 0:  # a switch
                 if not isinstance(value, bool):
                     raise InputError(f"--config {path}: {key} is {value!r}; it takes true or false")
@@ -169,6 +191,19 @@ def json_object(text: str) -> dict:
     return value
 
 
+def read_prompts(path: str | None) -> list[str]:
+    """The lines of a --prompts_file that say something, [] where none is given."""
+    if not path:
+        return []
+    lines = [
+        check_text(line, f"--prompts_file {path}") for line in read_text(path, "--prompts_file ", 10**6).splitlines()
+    ]
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"--prompts_file {path}: it holds no prompt; write one a line")
+    return prompts
+
+
 def load_arguments(args: argparse.Namespace) -> dict:
     """Which files of the base are meant, as diffusers' from_pretrained takes it."""
     return {key: value for key in ("revision", "variant") if (value := getattr(args, key))}
@@ -188,7 +223,6 @@ def set_up_logging() -> None:
     """Our own messages, and only the errors of the libraries: a pipeline repeats its advice at every step."""
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every layer that it casts
     for library in (diffusers, transformers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()

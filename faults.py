@@ -11,16 +11,20 @@ from pathlib import Path
 
 from checkpoints import STATE_NAME, find_checkpoints
 from glance_utils import WEIGHT_NAME, InputError
+from start import say_stopped
 
 
+TRAJECTORIES = "trajectories.safetensors"  # what the base drew before training
 # As glance_utils.replace_file names what it has not yet renamed.
-LEFTOVER = re.compile(rf"\.({'|'.join(map(re.escape, (WEIGHT_NAME, STATE_NAME)))}|README\.md|\w+\.png)\.\d+")
+LEFTOVER = re.compile(
+    rf"\.({'|'.join(map(re.escape, (WEIGHT_NAME, STATE_NAME, TRAJECTORIES)))}|README\.md|\w+\.png)\.\d+"
+)
 
 
 def leave(number: int, frame=None, hint: str | None = "not while training, so no checkpoint was written") -> None:
     """End the process after this signal, in one line and with the exit code that a shell gives it."""
     if hint:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped by {signal.Signals(number).name}; {hint}\n")
+        say_stopped(number, hint)
     sys.exit(128 + number)
 
 

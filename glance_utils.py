@@ -1,4 +1,4 @@
-"""Glance's parts, to import or to copy: the schedule, the flow-matching loss, the ten-step sampler, LoRA files.
+"""Glance's parts, to import or to copy: the schedule, the losses, the ten-step sampler, LoRA files.
 
 Notation (Glance, arXiv 2512.02899, and rectified flow as in diffusers' FlowMatchEulerDiscreteScheduler):
 
@@ -157,7 +157,21 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch
 
 def flow_matching_loss(velocity: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """mean((velocity - (noise - latents))**2) in float32, the same weight for every sigma."""
-    return F.mse_loss(velocity.float(), noise.float() - latents.float())
+    return velocity_loss(velocity, noise.float() - latents.float())
+
+
+def velocity_loss(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """mean((velocity - target)**2) in float32."""
+    return F.mse_loss(velocity.float(), target.float())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The trajectory loss: velocity_loss to the slope with which one step lands where the model's many small ones do
+
+
+def segment_slopes(points: list[torch.Tensor], sigmas: list[float]) -> list[torch.Tensor]:
+    """The velocities whose Euler steps lead from each of the latents, at `sigmas`, to the next; one fewer."""
+    return [(end - start) / (low - high) for start, end, high, low in zip(points, points[1:], sigmas, sigmas[1:])]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -210,26 +224,39 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
     """
 
     def __init__(
-        self, sigmas: list[float], told: list[float] | None = None, before_step=lambda index: None, like=None
+        self,
+        sigmas: list[float],
+        told: list[float] | None = None,
+        before_step=lambda index: None,
+        like=None,
+        coefficients: list[list[float]] | None = None,
     ):
         """`told` are the timesteps told to the model where they are not 1000 * sigma; `before_step(index)` is called
         before each step's model calls; `like` is a scheduler that may count the image's share instead of the noise's,
-        or timesteps to another number than 1000."""
+        or timesteps to another number than 1000; with `coefficients` [a, c] for each step, it goes along
+        a * velocity + c * the previous step's velocity (grids.fit_coefficients)."""
         kept = {"invert_sigmas", "num_train_timesteps"} & set(like.config if like is not None else ())
         super().__init__(**{key: like.config[key] for key in kept})
         self.fixed_sigmas = list(sigmas)
         self.told = told
         self.init_noise_sigma = 1.0
         self.before_step = before_step
+        self.coefficients = coefficients
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
         super().set_timesteps(sigmas=self.fixed_sigmas, device=device)
         if self.told is not None:
             self.timesteps = torch.tensor(self.told, dtype=torch.float32, device=device)
+        self.previous = 0.0
         self.before_step(0)
 
     def step(self, model_output, timestep, sample, *args, **kwargs):
-        timestep = self.timesteps[self.step_index or 0]  # some pipelines round it to an integer
+        index = self.step_index or 0
+        timestep = self.timesteps[index]  # some pipelines round it to an integer
+        if self.coefficients is not None:
+            (own, before), velocity = self.coefficients[index], model_output.float()
+            model_output = (own * velocity + before * self.previous).to(model_output.dtype)
+            self.previous = velocity
         result = super().step(model_output, timestep, sample, *args, **kwargs)
         self.before_step(self.step_index)
         return result
@@ -283,6 +310,7 @@ def glance_inference(
     scales: dict[str, float] | None = None,
     told=lambda sigmas: None,
     fuse: bool = False,
+    coefficients: list[list[float]] | None = None,
 ):
     """Run `pipe(...)` inside: one loop over all timesteps, one adapter a phase, exact hand-off between them.
 
@@ -291,7 +319,8 @@ def glance_inference(
 
     The adapters are already loaded under the names of `phases`; `scales` are their strengths, 1 by default;
     `told(sigmas)` are the timesteps told to the model (ask_pipeline.ask_told), 1000 * sigma by default; `fuse` adds
-    each LoRA to the base's weights. Afterwards the scheduler is the pipeline's own again and no adapter is active.
+    each LoRA to the base's weights; `coefficients` are a fitted solver's (FixedSigmaScheduler). Afterwards the
+    scheduler is the pipeline's own again and no adapter is active.
     """
     scheduler, scales = pipe.scheduler, scales or {}
     timesteps = sum(phases.values(), [])
@@ -308,7 +337,7 @@ def glance_inference(
                 activate(model, name, scales.get(name, 1.0))
 
         sigmas = timesteps_to_sigmas(timesteps)
-        pipe.scheduler = FixedSigmaScheduler(sigmas, told(sigmas), switch, scheduler)
+        pipe.scheduler = FixedSigmaScheduler(sigmas, told(sigmas), switch, scheduler, coefficients)
         try:
             yield {"num_inference_steps": len(timesteps)}
         finally:

@@ -1,14 +1,15 @@
-"""The grid of timesteps that loses least: found on the model's own trajectory, and measured.
+"""The sampler that loses least: which of the model's own steps to keep, and how far to go along its velocities.
 
 A grid keeps a few of the model's own steps. Its Euler steps are chords of the trajectory that all the steps walk; what
-a chord leaves out is how much the velocity changes under it.
+a chord leaves out is how much the velocity changes under it. Half of that the previous step's velocity already tells,
+so a fitted solver has two numbers a step, read off the same trajectory.
 """
 
 import torch
+from diffusers import DiffusionPipeline
 
-from ask_latents import loop_points
-from ask_pipeline import replaced
-from glance_utils import FixedSigmaScheduler, grid_positions, timesteps_to_sigmas
+from ask_pipeline import Answer, Probe
+from glance_utils import counts_image, replaced, segment_slopes, timesteps_to_sigmas
 
 
 def best_positions(points: list[torch.Tensor], sigmas: list[float], count: int) -> list[int]:
@@ -39,26 +40,72 @@ def best_positions(points: list[torch.Tensor], sigmas: list[float], count: int) 
     return best[steps][1]
 
 
-def walk(pipe, timesteps: list[float], told, seed: int, **call) -> list[torch.Tensor]:
-    """The latents before each of these steps of the pipeline and after the last, float32 on the CPU."""
-    sigmas = timesteps_to_sigmas(timesteps)
-    scheduler = FixedSigmaScheduler(sigmas, told(sigmas), like=pipe.scheduler)
-    with replaced(pipe, "scheduler", scheduler):
-        generator = torch.Generator().manual_seed(seed)
-        return loop_points(pipe, num_inference_steps=len(timesteps), generator=generator, **call)
+def kept(points: list[torch.Tensor], sigmas: list[float], positions: list[int]) -> tuple[list, list[float], list]:
+    """Of a trajectory: its points and sigmas at `positions` and at the end, and its own velocities at `positions`."""
+    velocities = segment_slopes(points, sigmas)
+    places = [*positions, len(points) - 1]
+    return [points[i] for i in places], [sigmas[i] for i in places], [velocities[i] for i in positions]
 
 
-def choose_grid(pipe, base_timesteps: list[float], count: int, told, seed: int, **call) -> dict[str, tuple]:
-    """{grid: (relative error, positions)} of the grids "auto", "glance" and "even", the best one first.
+def fit_coefficients(points: list[torch.Tensor], sigmas: list[float], positions: list[int]) -> list[list[float]]:
+    """[a, c] for each step: a * velocity + c * the previous step's velocity is nearest to the slope of its chord, by
+    least squares over all elements of one trajectory. The first step has no previous one: c = 0.
 
-    The error is that of the final latents after `count` steps, to those of all the model's own steps with the same
-    noise and guidance, relative to their size.
+    No model is called: a trajectory's own first steps are the velocities. Two-step Adams-Bashforth has such numbers
+    too, for any function; these are the model's.
     """
-    points = walk(pipe, base_timesteps, told, seed, **call)
-    grids = {"auto": best_positions(points, [*timesteps_to_sigmas(base_timesteps), 0.0], count)}
-    grids |= {grid: grid_positions(grid, count, len(base_timesteps)) for grid in ("glance", "even")}
-    found = {}
-    for grid, positions in grids.items():
-        final = walk(pipe, [base_timesteps[position] for position in positions], told, seed, **call)[-1]
-        found[grid] = ((final - points[-1]).norm() / points[-1].norm()).item(), positions
-    return dict(sorted(found.items(), key=lambda item: item[1][0]))
+    points, sigmas, velocities = kept(points, sigmas, positions)
+    found = []
+    for index, slope in enumerate(segment_slopes(points, sigmas)):
+        basis = [part.flatten().double() for part in velocities[max(index - 1, 0) : index + 1][::-1]]
+        solution = torch.linalg.lstsq(torch.stack(basis, dim=1), slope.flatten()[:, None].double()).solution
+        found.append([*solution.flatten().tolist(), 0.0][:2])
+    return found
+
+
+def segment_targets(points, sigmas, positions, coefficients=None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What the trajectory loss trains on: the points at `positions`, and the velocities with which a step from there
+    lands on the next of them, Euler's or the fitted solver's."""
+    starts, sigmas, velocities = kept(points, sigmas, positions)
+    targets = segment_slopes(starts, sigmas)
+    for index, (own, before) in enumerate(coefficients or ()):
+        targets[index] = (targets[index] - before * velocities[max(index - 1, 0)]) / own
+    return starts[:-1], targets
+
+
+def walk(
+    pipe: DiffusionPipeline, timesteps: list[float], told, seed: int, coefficients=None, **call
+) -> list[torch.Tensor]:
+    """The latents before each of these steps of the pipeline and after the last, on the CPU, summed up in float32
+    whatever the pipeline computes in."""
+    sigmas, points = [*timesteps_to_sigmas(timesteps), 0.0], []
+    previous, sign = 0.0, -1 if counts_image(pipe.scheduler) else 1
+
+    def on_step(index, model_output, sample):
+        nonlocal previous
+        velocity = sign * model_output.float()
+        own, before = coefficients[index] if coefficients else (1.0, 0.0)
+        if index == 0:
+            points.append(sample.to(torch.float32, copy=True))  # some pipelines write into it
+        points.append(points[-1] + (sigmas[index + 1] - sigmas[index]) * (own * velocity + before * previous))
+        if index == len(timesteps) - 1:
+            raise Answer  # what some pipelines do to the final latents needs the VAE, which was freed
+        previous = velocity
+        return points[-1].to(sample)
+
+    probe = Probe(sigmas[:-1], on_step, told(sigmas[:-1]), pipe.scheduler)
+    with replaced(pipe, "scheduler", probe):
+        try:
+            pipe(
+                output_type="latent",
+                num_inference_steps=len(timesteps),
+                generator=torch.Generator().manual_seed(seed),
+                **call,
+            )
+        except Answer:
+            return [point.cpu() for point in points]
+    raise RuntimeError(f"{type(pipe).__name__} ended before its {len(timesteps)} steps")
+
+
+def relative_error(latents: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((latents - exact).norm() / exact.norm()).item()

@@ -10,6 +10,12 @@ With more than one image, out.png becomes out-000.png, out-001.png, ... `acceler
 images over its processes. --compare draws the base at full steps, the base at ten and Glance beside each other.
 """
 
+import start
+
+
+if __name__ == "__main__":
+    start.as_script("what was not saved yet is lost")
+
 import logging
 import os
 import re
@@ -62,6 +68,7 @@ def parse_args(argv: list[str] | None = None):
     add("--height", type=cli.positive(int, glance.MAX_SIDE), help="as trained by default")
     add("--width", type=cli.positive(int, glance.MAX_SIDE), help="as trained by default")
     add("--guidance_scale", type=cli.finite, help="as trained by default")
+    add("--guidance", choices=("keep", "fold"), help="as trained by default; fold: none, it is in the LoRAs")
     add("--pipeline_kwargs", type=cli.json_object, default={}, help="JSON: further arguments of the pipeline's call")
     add("--compare", action="store_true", help="one labelled picture: base at full steps, base at ten, Glance")
     add("--dtype", "--torch_dtype", choices=tuple(DTYPES), default="float32")
@@ -106,11 +113,7 @@ def check_combination(args) -> None:
 
 
 def read_prompts(args) -> list[str]:
-    prompts = list(args.prompt or [])
-    if args.prompts_file:
-        lines = cli.read_text(args.prompts_file, "--prompts_file ", 10**6).splitlines()
-        prompts += [cli.check_text(line, f"--prompts_file {args.prompts_file}") for line in lines]
-    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
+    prompts = [prompt.strip() for prompt in args.prompt or [] if prompt.strip()] + cli.read_prompts(args.prompts_file)
     if not prompts:
         raise InputError("no prompt; give --prompt TEXT or --prompts_file FILE")
     return prompts
@@ -141,7 +144,8 @@ def find_loras(args) -> dict[str, Path]:
 
 
 def read_recipes(args, paths: dict[str, Path]) -> tuple[dict, dict[str, list[float]] | None]:
-    """What both files say, checked against each other and the base: (recipe, timesteps by phase).
+    """What both files say, checked against each other and the base: (recipe, timesteps by phase), the recipe with the
+    fitted solver's coefficients of both.
 
     Files that were not trained here say nothing: the pipeline's defaults, and None for the timesteps.
     """
@@ -153,14 +157,16 @@ def read_recipes(args, paths: dict[str, Path]) -> tuple[dict, dict[str, list[flo
         )
     if silent:
         ask.read_model_index(args.pretrained_model_name_or_path, **cli.load_arguments(args))
-        nothing = dict.fromkeys(("height", "width", "guidance_scale")) | {"pipeline_kwargs": {}, "num_base_steps": 50}
-        return nothing, args.custom_timesteps
+        nothing = dict.fromkeys(("height", "width", "guidance_scale", "coefficients"))
+        return nothing | {"pipeline_kwargs": {}, "num_base_steps": 50, "guidance": "keep"}, args.custom_timesteps
     if args.custom_timesteps:
         for phase, recipe in recipes.items():
-            recipe["timesteps"] = args.custom_timesteps[phase]
+            recipe |= {"timesteps": args.custom_timesteps[phase], "coefficients": None}
     check_pair(recipes, paths)
     check_base(args, recipes["slow"])
-    return recipes["slow"], {phase: recipe["timesteps"] for phase, recipe in recipes.items()}
+    fitted = [recipe["coefficients"] for recipe in recipes.values()]
+    recipe = recipes["slow"] | {"coefficients": sum(fitted, []) if all(fitted) else None}
+    return recipe, {phase: recipe["timesteps"] for phase, recipe in recipes.items()}
 
 
 def check_pair(recipes: dict[str, dict], paths: dict[str, Path]) -> None:
@@ -176,7 +182,7 @@ def check_pair(recipes: dict[str, dict], paths: dict[str, Path]) -> None:
             f"the pair does not chain: slow ends at timestep {slow['timesteps'][-1]:g}, fast begins at "
             f"{fast['timesteps'][0]:g}; slow must end above where fast begins, so train both on one schedule"
         )
-    for key in ("base_model", "pipeline", "height", "width"):
+    for key in ("base_model", "pipeline", "height", "width", "guidance"):
         if slow[key] != fast[key]:
             raise InputError(f"the pair does not match: slow has {key} {slow[key]}, fast has {fast[key]}")
 
@@ -307,7 +313,8 @@ def main(argv: list[str] | None = None):
     if schedule is None:
         schedule = glance.derive_timesteps(ask.ask_timesteps(pipe, recipe["num_base_steps"], **calls[0]))
     told = ask.ask_told(pipe, recipe["num_base_steps"], **calls[0])
-    steps = sum(map(len, schedule.values()))
+    steps, folded = sum(map(len, schedule.values())), (args.guidance or recipe["guidance"]) == "fold"
+    single = ask.ask_single_branch(pipe, **calls[0]) if folded else {}
     counter = Counter(pipe)
     with state.split_between_processes(list(range(len(jobs)))) as mine:
         rows = []
@@ -316,7 +323,10 @@ def main(argv: list[str] | None = None):
             row = []
             for count in (recipe["num_base_steps"], steps) if args.compare else ():
                 row.append((f"base, {count} steps", *timed(pipe, counter, call, seed, num_inference_steps=count)))
-            with glance.glance_inference(pipe, schedule, args.lora_scale, told, args.fuse_lora) as kwargs:
+            inference = glance.glance_inference(
+                pipe, schedule, args.lora_scale, told, args.fuse_lora, recipe["coefficients"]
+            )
+            with inference as kwargs, ask.plain_call(pipe, call | single) as call:
                 row.append((f"Glance, {steps} steps", *timed(pipe, counter, call, seed, **kwargs)))
             rows.append(row)
             if not args.compare:

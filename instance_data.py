@@ -83,12 +83,22 @@ def read_dataset_row(args: argparse.Namespace) -> tuple[Image.Image, str]:
     return row[args.image_column], check_text(caption, f"--caption_column {args.caption_column}")
 
 
-def load_pair(args: argparse.Namespace) -> tuple[Image.Image, str, tuple[int, int]]:
-    """The image, cropped to (height, width), its caption and that size; InputError where either is missing."""
+def chosen_size(args: argparse.Namespace, resolution: int | None = None) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    resolution = resolution or args.resolution or 1024
+    return args.height or resolution, args.width or resolution
+
+
+def load_pair(args: argparse.Namespace) -> tuple[Image.Image | None, str, tuple[int, int]]:
+    """The image, cropped to (height, width), its caption and that size; None for an image where --instance_prompt
+    stands alone, which the base can draw; InputError where the caption is missing too."""
     given = [name for name in SOURCES if getattr(args, name)]
+    if not given and args.instance_prompt and args.instance_prompt.strip():
+        return None, args.instance_prompt.strip(), chosen_size(args)
     if len(given) != 1:
         raise InputError(
-            f"give one of {', '.join('--' + name for name in SOURCES)}; found {', '.join(given) or 'none'}"
+            f"give one of {', '.join('--' + name for name in SOURCES)}, or --instance_prompt alone and the base draws "
+            f"the image; found {', '.join(given) or 'none'}"
         )
     resolution, extension = args.resolution, ".txt"
     if args.dataset_name:
@@ -110,7 +120,7 @@ def load_pair(args: argparse.Namespace) -> tuple[Image.Image, str, tuple[int, in
     caption = caption.strip()
     if not caption:
         raise InputError("the caption is empty; describe the image in --instance_prompt or the .txt beside it")
-    height, width = args.height or resolution or 1024, args.width or resolution or 1024
+    height, width = chosen_size(args, resolution)
     return fit_image(image, height, width), caption, (height, width)
 
 

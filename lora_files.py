@@ -42,6 +42,17 @@ def are_timesteps(value) -> bool:
     )
 
 
+def are_coefficients(value) -> bool:
+    """Of a fitted solver, [a, c] for each step; near [1, 0], which is Euler's."""
+    return value is None or (
+        isinstance(value, list)
+        and len(value) <= 1000
+        and all(
+            isinstance(pair, list) and len(pair) == 2 and all(is_number(part, 100) for part in pair) for pair in value
+        )
+    )
+
+
 RECIPE = {
     "phase": lambda value: value in PHASES,
     "timesteps": are_timesteps,
@@ -56,6 +67,11 @@ RECIPE = {
     "max_train_steps": count(10**6),
     "rank": count(65536),
     "version": is_text,
+}
+# What files of earlier versions do not say, and what they mean by it.
+OPTIONAL = {
+    "guidance": (lambda value: value in ("keep", "fold"), "keep"),
+    "coefficients": (are_coefficients, None),
 }
 
 
@@ -87,6 +103,11 @@ def read_recipe(path: str | Path, required: bool = True) -> dict | None:
         for key, fits in RECIPE.items():
             if not fits(recipe[key]):
                 raise ValueError(f"{key} {shown(recipe[key])}")
+        for key, (fits, usual) in OPTIONAL.items():
+            if not fits(recipe.setdefault(key, usual)):
+                raise ValueError(f"{key} {shown(recipe[key])}")
+        if recipe["coefficients"] and len(recipe["coefficients"]) != len(recipe["timesteps"]):
+            raise ValueError(f"coefficients for {len(recipe['coefficients'])} of {len(recipe['timesteps'])} timesteps")
     except KeyError as error:
         raise InputError(f"{path}: its recipe has no {error}; train it again or get an intact file") from None
     except (TypeError, ValueError, OverflowError, RecursionError) as error:

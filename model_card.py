@@ -13,6 +13,7 @@ import ask_latents
 import ask_pipeline as ask
 import glance_utils as glance
 import load_base
+from faults import TRAJECTORIES
 from glance_utils import InputError, first_line
 from prepare import DTYPES
 
@@ -29,10 +30,12 @@ def draw_preview(args, asked) -> Image.Image:
         setattr(pipe, part, load_base.load_transformer(args.pretrained_model_name_or_path, *how, **asked.where))
     for phase in asked.schedule:
         glance.load_lora(pipe, Path(args.output_dir) / phase / glance.WEIGHT_NAME, phase)
-    with glance.glance_inference(pipe, asked.schedule, told=asked.told) as kwargs:
+    fitted = asked.taught and asked.taught.coefficients
+    inference = glance.glance_inference(pipe, asked.schedule, told=asked.told, coefficients=fitted)
+    with inference as kwargs, ask.plain_call(pipe, asked.call) as call:
         generator = torch.Generator().manual_seed(args.seed)
         with torch.compiler.set_stance("force_eager"):  # one picture is not worth compiling for
-            latents = ask_latents.loop_points(pipe, **asked.call, **kwargs, generator=generator)[-1]
+            latents = ask_latents.loop_points(pipe, **call, **kwargs, generator=generator)[-1]
     for part in parts:
         setattr(pipe, part, None)
     release_memory()
@@ -61,12 +64,13 @@ tags: [text-to-image, diffusers, lora, glance, flow-matching]
 
 # Glance LoRA for {args.pretrained_model_name_or_path}
 
-Slow- and Fast-LoRA ([Glance](https://arxiv.org/abs/2512.02899)) learned from one image: the first steps run with the
-slow one, the last with the fast one, {sum(len(recipe["timesteps"]) for recipe in recipes)} steps in all.
+Slow- and Fast-LoRA ([Glance](https://arxiv.org/abs/2512.02899)): the first steps run with the slow one, the last with
+the fast one, {sum(len(recipe["timesteps"]) for recipe in recipes)} steps in all.
 
 {" ".join(pictures)}
 
-Left: the training image, "{caption}". Right, where both phases were trained: the same caption with both LoRAs.
+Left: the training image, or what the base draws in all its steps, "{caption}".
+Right, where both phases were trained: the same caption with both LoRAs.
 
 | phase | timesteps (0..1000) |
 |---|---|
@@ -91,5 +95,9 @@ def create_hub_repo(args) -> str:
 
 
 def push_to_hub(args, output_dir: Path, repo_id: str) -> None:
-    upload_folder(repo_id=repo_id, folder_path=output_dir, ignore_patterns=["checkpoint-*", f"{args.logging_dir}/*"])
+    upload_folder(
+        repo_id=repo_id,
+        folder_path=output_dir,
+        ignore_patterns=["checkpoint-*", TRAJECTORIES, f"{args.logging_dir}/*"],
+    )
     logger.info(f"Pushed to {repo_id}")

@@ -1,12 +1,13 @@
 """What a run knows before it trains: what the pipeline said, asked once, and its transformer loaded to fit."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 
@@ -16,10 +17,10 @@ import ask_prompts
 import command_line as cli
 import estimate
 import glance_utils as glance
-import grids
 import load_base
 from glance_utils import InputError
-from instance_data import SOURCES, load_pair
+from instance_data import SOURCES, chosen_size, load_pair
+from trajectories import Teacher, Trajectories, draw_trajectories
 
 
 logger = get_logger(__name__)
@@ -33,12 +34,16 @@ class Asked:
 
     pipe: DiffusionPipeline
     where: dict  # revision and variant, for loading further parts
-    call: dict  # the call's arguments at inference
-    train_call: dict  # the same, with classifier-free guidance off
+    call: dict  # the call's arguments at inference, without guidance where it is folded in
+    single_call: dict  # the same, with classifier-free guidance off
+    train_call: dict  # one of the two: what the LoRAs are trained in
+    captions: list[str]
     schedule: dict[str, list[float]]  # timesteps by phase
+    first_step: dict[str, int]  # of each phase among those of both
     grid: str | None  # which of the model's own steps those are; None where they were given
+    taught: Trajectories | None  # what the base drew, where anything is made of it
     told: Callable  # the timesteps that the model is told at sigmas
-    latents: torch.Tensor  # (1, ...) float32
+    latents: torch.Tensor  # (1, ...) float32, of the image or of what the base drew for one
     noise_scale: float
     layers: list[str]  # names of those that the LoRAs adapt
     takes_timesteps: bool  # whether a batch may hold several
@@ -64,7 +69,7 @@ def warn_of_schedule(pipe, schedule, derived, told, train_call) -> None:
 
 
 def ask_call(args, pipe, caption, size) -> tuple[dict, dict, list[str]]:
-    """The call's arguments at inference, the same in training, and the layers to adapt; or InputError."""
+    """The call's arguments with and without classifier-free guidance, and the layers to adapt; or InputError."""
     call = ask.call_arguments(pipe, caption, *size, args.guidance_scale, args.pipeline_kwargs)
     transformer = glance.denoiser(pipe)
     layers = glance.lora_layers(transformer, args.lora_layers)
@@ -76,33 +81,63 @@ def ask_call(args, pipe, caption, size) -> tuple[dict, dict, list[str]]:
     return call, call | ask.ask_single_branch(pipe, **call), layers
 
 
+def trained_call(args, call: dict, single_call: dict) -> dict:
+    """The flow loss trains the conditional branch, the trajectory loss what --guidance says."""
+    return call if args.loss == "trajectory" and args.guidance == "keep" else single_call
+
+
 def batch_call(args, pipe, train_call: dict) -> dict:
     """The arguments of one training step, all of its samples together."""
     return train_call | {ask.batch_argument(pipe): args.train_batch_size * args.timesteps_per_step}
 
 
-def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
-    """Ask the pipeline everything, free its encoders, load the transformer; peak memory is the larger of the two."""
-    dtype, where = DTYPES[args.mixed_precision], cli.load_arguments(args)
-    pipe = ask.load_pipeline(args.pretrained_model_name_or_path, dtype, **where)
-    for component in ask.freeable_components(pipe).values():
-        component.to(accelerator.device)
-    call, train_call, layers = ask_call(args, pipe, caption, size)
+def ask_schedule(args, pipe, call: dict, single_call: dict) -> tuple:
+    """All of the model's timesteps, what it is told at sigmas, those of the grid by phase, and those to train."""
     base_timesteps = ask.ask_timesteps(pipe, args.num_base_steps, **call)
     grid = "glance" if args.grid == "auto" else args.grid  # auto needs the weights
     positions = glance.grid_positions(grid, args.num_inference_steps, len(base_timesteps))
     derived = glance.derive_timesteps(base_timesteps, positions)
     told = ask.ask_told(pipe, args.num_base_steps, **call)
     schedule = {phase: custom or derived[phase] for phase, custom in args.custom_timesteps.items()}
-    warn_of_schedule(pipe, schedule, derived, told, train_call)
+    warn_of_schedule(pipe, schedule, derived, told, single_call)
+    return base_timesteps, told, derived, schedule
+
+
+def needs_teacher(args, image) -> bool:
+    """Whether the base must draw before the LoRAs are trained."""
+    return args.loss == "trajectory" or args.grid == "auto" or args.solver == "fitted" or image is None
+
+
+def remember_captions(args, pipe, captions: list[str], call: dict, train_calls: list[dict], together: bool) -> None:
+    """Let the pipeline encode every caption as it will be asked for: alone to draw it, in batches to train on it."""
+    # Equal timesteps side by side are one run, where a run takes but one.
+    counts = [args.timesteps_per_step] if together else range(1, args.timesteps_per_step + 1)
+    for caption in captions:
+        ask.dry_step(pipe, **call | {"prompt": caption})
+        for train_call, count in itertools.product(train_calls, counts):
+            batch = {ask.batch_argument(pipe): count * args.train_batch_size}
+            ask.dry_step(pipe, **train_call | batch | {"prompt": caption})
+
+
+def prepare_pipeline(args, accelerator, image, captions, size) -> Asked:
+    """Ask the pipeline everything, free its encoders, load the transformer; peak memory is the larger of the two."""
+    dtype, where = DTYPES[args.mixed_precision], cli.load_arguments(args)
+    pipe = ask.load_pipeline(args.pretrained_model_name_or_path, dtype, **where)
+    for component in ask.freeable_components(pipe).values():
+        component.to(accelerator.device)
+    call, single_call, layers = ask_call(args, pipe, captions[0], size)
+    train_call = trained_call(args, call, single_call)
+    base_timesteps, told, derived, schedule = ask_schedule(args, pipe, call, single_call)
+    teacher = Teacher(pipe, base_timesteps, told, call) if needs_teacher(args, image) else None
     layout = ask_latents.ask_layout(pipe, **call)
-    pixels = VaeImageProcessor(do_resize=False).preprocess(image)
-    latents = ask_latents.encode_image(pipe, pixels, layout, **call)
+    latents = None
+    if image is not None:
+        pixels = VaeImageProcessor(do_resize=False).preprocess(image)
+        latents = ask_latents.encode_image(pipe, pixels, layout, **call)
     noise_scale = ask_latents.ask_noise_scale(pipe, **call)
     takes_timesteps = args.timesteps_per_step > 1 and ask.takes_timesteps(pipe, **train_call)
-    for count in range(1, args.timesteps_per_step + 1):  # equal timesteps side by side are one run
-        batch = {ask.batch_argument(pipe): count * args.train_batch_size}
-        ask.dry_step(pipe, **train_call | batch)  # remembers its prompt
+    train_calls = [train_call] + [single_call] * bool(args.flow_weight)
+    remember_captions(args, pipe, captions, call, train_calls, takes_timesteps)
     vae = getattr(pipe, "vae", None)
     checkpointing = choose_checkpointing(args, accelerator, pipe, layers, train_call)
     ask_prompts.free_components(pipe, **train_call)
@@ -111,18 +146,26 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
     base, device, offload = args.pretrained_model_name_or_path, accelerator.device, args.enable_group_offload
     transformer = load_base.load_transformer(base, dtype, device, args.quantization, offload, **where)
     setattr(pipe, glance.denoiser_name(pipe.config), glance.with_adapters(transformer))
-    if args.grid == "auto":
-        grid, derived = measured_grid(args, pipe, base_timesteps, told, call)
-        schedule = {phase: derived[phase] for phase in schedule}
+    grid, taught = args.grid, None
+    if teacher is not None:
+        taught = draw_trajectories(args, accelerator, teacher, captions)
+        latents = taught.picture.to(device) if latents is None else latents
+        if not args.flow_custom_timesteps:
+            grid, derived = taught.grid, glance.derive_timesteps(base_timesteps, taught.positions)
+            schedule = {phase: derived[phase] for phase in schedule}
     if checkpointing:
         load_base.enable_gradient_checkpointing(transformer)
     return Asked(
         pipe=pipe,
         where=where,
-        call=call,
+        call=single_call if args.guidance == "fold" else call,
+        single_call=single_call,
         train_call=train_call,
+        captions=captions,
         schedule=schedule,
+        first_step={"slow": 0, "fast": len(derived["slow"])},
         grid=None if args.flow_custom_timesteps else grid,
+        taught=taught,
         told=told,
         latents=latents,
         noise_scale=noise_scale,
@@ -131,22 +174,6 @@ def prepare_pipeline(args, accelerator, image, caption, size) -> Asked:
         layout=layout,
         vae=vae,
     )
-
-
-def measured_grid(args, pipe, base_timesteps, told, call) -> tuple[str, dict[str, list[float]]]:
-    """The grid whose picture is nearest to that of all the model's own steps, with one noise; all three are logged."""
-    if ask.further_denoisers(pipe):
-        raise InputError(
-            f"--grid auto: {type(pipe).__name__} guides with a second model, which training does not load; give "
-            "--grid glance or even"
-        )
-    found = grids.choose_grid(pipe, base_timesteps, args.num_inference_steps, told, args.seed, **call)
-    for grid, (error, positions) in found.items():
-        logger.info(f"--grid {grid}: error {error:.4f} to {len(base_timesteps)} steps, positions {positions}")
-    found = broadcast_object_list(
-        [next((grid, positions) for grid, (_, positions) in found.items())]
-    )  # the same on all
-    return found[0][0], glance.derive_timesteps(base_timesteps, found[0][1])
 
 
 def choose_checkpointing(args, accelerator, pipe, layers, train_call) -> bool:
@@ -179,11 +206,11 @@ def bytes_of_adam(args) -> int:
 def dry_run(args) -> str:
     """What the run will need, asked of the configs and the tokenizers alone."""
     dtype, device = DTYPES[args.mixed_precision], PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
-    caption = args.instance_prompt or "a picture"
-    size = args.height or args.resolution or 1024, args.width or args.resolution or 1024
-    if any(getattr(args, source) for source in SOURCES):
+    caption, size = "a picture", chosen_size(args)
+    if args.instance_prompt or any(getattr(args, source) for source in SOURCES):
         _, caption, size = load_pair(args)
     pipe = estimate.load_without_weights(args.pretrained_model_name_or_path, dtype, **cli.load_arguments(args))
-    _, train_call, layers = ask_call(args, pipe, caption, size)
+    call, single_call, layers = ask_call(args, pipe, caption, size)
+    train_call = trained_call(args, call, single_call)
     found = estimate.estimate(pipe, layers, args.rank, batch_call(args, pipe, train_call))
     return estimate.report(found, device, dtype)

@@ -10,6 +10,12 @@ infer_glance.py reads the schedule from there. Any diffusers text-to-image pipel
 will do: the schedule, the latents and the velocity are asked of the pipeline itself (ask_pipeline.py).
 """
 
+import start
+
+
+if __name__ == "__main__":
+    start.as_script("not while training, so no checkpoint was written")
+
 import argparse
 import contextlib
 import hashlib
@@ -32,12 +38,13 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from tqdm.auto import tqdm
 
+import ask_latents
 import ask_pipeline as ask
 import command_line as cli
 import faults
 import glance_utils as glance
 import load_base
-from checkpoints import find_resume, load_checkpoint, resume_settings, save_checkpoint, with_run
+from checkpoints import check_lora, find_resume, load_checkpoint, resume_settings, save_checkpoint, with_run
 from glance_utils import InputError
 from instance_data import load_pair
 from model_card import create_hub_repo, draw_preview, push_to_hub, save_picture, write_model_card
@@ -47,6 +54,7 @@ from prepare import Asked, dry_run, prepare_pipeline
 logger = get_logger(__name__)
 
 ADAPTER = "glance"
+SEGMENT_POWERS = {"uniform": 0, "length": 1, "length_squared": 2}
 
 
 def parse_args(argv: list[str] | None = None):
@@ -63,6 +71,7 @@ def parse_args(argv: list[str] | None = None):
     add("--instance_prompt", help="its caption; by default the .txt beside the image")
     add("--instance_data_dir", help="or: a folder that holds one image and its .txt")
     add("--data_backend_config", help="or: a SimpleTuner dataloader JSON (image_dir, caption_extension, resolution)")
+    add("--prompts_file", help="further captions for the trajectory loss, one a line")
     add("--dataset_name", help="or: one row of a data set, hub name or folder")
     add("--dataset_index", type=int, default=0)
     add("--image_column", default="image")
@@ -95,6 +104,28 @@ def parse_args(argv: list[str] | None = None):
         default="glance",
         help="which of the model's own steps: the published ones, every n-th, or of all and of those that follow its "
         "trajectory best the ones that measure best",
+    )
+    # what is learned
+    add(
+        "--loss",
+        choices=("flow", "trajectory"),
+        default="flow",
+        help="towards the image, as published, or along the base's own trajectory, which needs no image",
+    )
+    add("--guidance", choices=("keep", "fold"), default="keep", help="fold: infer without, in half the model calls")
+    add("--num_trajectories", type=cli.positive(int, 10**4), default=4, help="seeds per caption")
+    add(
+        "--segment_weights",
+        choices=tuple(SEGMENT_POWERS),
+        default="uniform",
+        help="of the trajectory loss: alike, or by the length of each step in sigma, or its square",
+    )
+    add("--flow_weight", type=cli.finite, default=0.0, help="so much of the flow loss beside the trajectory loss")
+    add(
+        "--solver",
+        choices=("euler", "fitted"),
+        default="euler",
+        help="fitted: each step also looks at the one before it, as much as the base's own trajectory says",
     )
     # LoRA
     add("--rank", "--lora_rank", type=cli.positive(int, 4096), default=32)
@@ -154,6 +185,15 @@ def parse_args(argv: list[str] | None = None):
         )
     if args.flow_custom_timesteps is not None and args.grid != "glance":
         raise InputError("--flow_custom_timesteps gives the timesteps; leave --grid out")
+    if args.loss == "flow":
+        for name in ("prompts_file", "flow_weight", "segment_weights", "num_trajectories"):
+            if getattr(args, name) != parser.get_default(name):
+                raise InputError(f"--{name} belongs to the trajectory loss; give --loss trajectory or leave it out")
+    elif args.flow_custom_timesteps is not None:
+        raise InputError(
+            "--flow_custom_timesteps: the trajectory loss learns steps of the model's own schedule; give --grid "
+            "instead, or --loss flow"
+        )
     args.custom_timesteps = choose_phases(args)
     args.lora_alpha = args.lora_alpha or args.rank
     return args
@@ -183,6 +223,8 @@ def choose_phases(args) -> dict[str, list[float] | None]:
 def make_recipe(args, asked: Asked, phase: str, size: tuple[int, int]) -> dict:
     """What infer_glance.py needs to know of a LoRA, stored in the header of its file."""
     own = ask.accepted_arguments(asked.pipe).get("guidance_scale")
+    first, steps = asked.first_step[phase], len(asked.schedule[phase])
+    fitted = asked.taught.coefficients if asked.taught else None
     return {
         "phase": phase,
         "timesteps": asked.schedule[phase],
@@ -194,7 +236,9 @@ def make_recipe(args, asked: Asked, phase: str, size: tuple[int, int]) -> dict:
         "pipeline_kwargs": args.pipeline_kwargs,
         "num_base_steps": args.num_base_steps,
         "grid": asked.grid,
-        "loss": "flow",
+        "coefficients": fitted and fitted[first : first + steps],
+        "guidance": args.guidance,
+        "loss": args.loss,
         "max_train_steps": args.max_train_steps,
         "rank": args.rank,
         "version": glance.__version__,
@@ -238,23 +282,51 @@ def check_finite(value: float, phase: str, step: int, timestep: float, name: str
         )
 
 
+def flow_batch(asked: Asked, sigmas: list[float], noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the flow loss trains on, (noisy, target velocity), both (sigmas * B, ...), for noise of that shape."""
+    parts = noise.to(asked.latents.device).unflatten(0, (len(sigmas), -1))
+    noisy = [glance.add_noise(asked.latents, part, sigma) for part, sigma in zip(parts, sigmas)]
+    return torch.cat(noisy), torch.cat([part - asked.latents for part in parts])
+
+
+def trajectory_batch(asked: Asked, caption: int, seeds: list[int], steps: list[int]) -> tuple[torch.Tensor, ...]:
+    """The same for the trajectory loss: (point, target velocity) at each of the steps, of each of the seeds."""
+    rows = caption, torch.tensor(seeds), torch.tensor(steps)[:, None]
+    parts = (asked.taught.starts[rows], asked.taught.targets[rows])
+    return tuple(part.flatten(0, 1).to(asked.latents.device) for part in parts)
+
+
+def mean_losses(model, batch: tuple[torch.Tensor, torch.Tensor], sigmas: list[float], **call) -> torch.Tensor:
+    """velocity_loss at each of the sigmas, (sigmas,) float32."""
+    noisy, targets = (part.unflatten(0, (len(sigmas), -1)) for part in batch)
+    velocity = model(batch[0], [sigma for sigma in sigmas for _ in noisy[0]], **call).unflatten(0, noisy.shape[:2])
+    return torch.stack([glance.velocity_loss(*pair) for pair in zip(velocity, targets)])
+
+
 def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume: dict | None):
     """Train one LoRA for --max_train_steps and leave it in the transformer.
 
     `done` steps were trained in earlier phases; `resume` is a checkpoint of this phase. Where a signal asked to stop,
     returns the checkpoint that was written instead of going on.
     """
-    phase, transformer, latents = recipe["phase"], glance.denoiser(asked.pipe), asked.latents
+    phase, transformer = recipe["phase"], glance.denoiser(asked.pipe)
     parameters = fresh_adapter(args, accelerator, transformer, asked.layers)
     optimizer, lr_scheduler = make_optimizer(args, parameters)
-    model = ask.PipelineVelocity(asked.pipe, asked.told, asked.takes_timesteps, **asked.train_call)
+    model = ask.PipelineVelocity(asked.pipe, asked.told, asked.takes_timesteps)
     model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, True])  # it is placed already
 
     sigmas, accumulation = glance.timesteps_to_sigmas(recipe["timesteps"]), args.gradient_accumulation_steps
-    generator = torch.Generator().manual_seed(args.seed + glance.PHASES.index(phase))
+    seed, first = args.seed + glance.PHASES.index(phase), asked.first_step[phase]
+    generator, chooser = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     count, start, together = args.max_train_steps * accumulation, 0, args.timesteps_per_step
     order = glance.timestep_order(len(sigmas), count * together, args.flow_timesteps_mode, generator)
     order = order.reshape(count, together).tolist()
+    # Every process draws what all of them train on and takes its rows: the run does not depend on how many share it.
+    batch, rank, processes = args.train_batch_size, accelerator.process_index, accelerator.num_processes
+    captions = glance.timestep_order(len(asked.captions), count, "stratified", chooser).tolist()
+    seeds = glance.timestep_order(args.num_trajectories, count * processes * batch, "stratified", chooser)
+    seeds = seeds.reshape(count, processes, batch)[:, rank].tolist()
+    weights = segment_weights(args, asked, first, len(sigmas))
     stateful = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "scaler": accelerator.scaler}
     stateful = {name: part for name, part in stateful.items() if part is not None}
     seen = {timestep: [] for timestep in recipe["timesteps"]}  # losses, comparable within a timestep alone
@@ -265,25 +337,24 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
         for name, part in stateful.items():
             part.load_state_dict(resume[name])
 
-    # Every process draws the noise of all and takes its rows: the run does not depend on how many share it.
-    batch, rank = args.train_batch_size, accelerator.process_index
-    shape = (accelerator.num_processes, together * batch, *latents.shape[1:])
-    latents = latents.expand(batch, *latents.shape[1:])
     hidden = not accelerator.is_local_main_process
     with tqdm(total=args.max_train_steps, initial=start, desc=phase, disable=hidden) as progress:
         for index in range(start * accumulation, count):
             step, chosen = index // accumulation + 1, [sigmas[position] for position in order[index]]
-            noise = asked.noise_scale * torch.randn(shape, generator=generator)
-            noise = noise[rank].to(latents.device).split(batch)  # one part for each timestep
             with accelerator.accumulate(model):
-                noisy = [glance.add_noise(latents, part, sigma) for part, sigma in zip(noise, chosen)]
-                velocity = model(torch.cat(noisy), [sigma for sigma in chosen for _ in range(batch)])
-                losses = [
-                    glance.flow_matching_loss(predicted, latents, part)
-                    for predicted, part in zip(velocity.split(batch), noise)
-                ]
-                loss = torch.stack(losses).mean()
-                by_timestep = accelerator.gather(torch.stack(losses).detach()[None]).mean(0).tolist()
+                losses = 0.0
+                if args.loss == "trajectory":
+                    steps, call = [first + position for position in order[index]], dict(asked.train_call)
+                    call["prompt"] = asked.captions[captions[index]]
+                    points = trajectory_batch(asked, captions[index], seeds[index], steps)
+                    losses = mean_losses(model, points, chosen, **call)
+                if args.loss == "flow" or args.flow_weight:
+                    noise = torch.randn(processes, together * batch, *asked.latents.shape[1:], generator=generator)
+                    points = flow_batch(asked, chosen, asked.noise_scale * noise[rank])
+                    weight = args.flow_weight if args.loss == "trajectory" else 1.0
+                    losses = losses + weight * mean_losses(model, points, chosen, **asked.single_call)
+                loss = (losses * weights[order[index]].to(losses)).mean()
+                by_timestep = accelerator.gather(losses.detach()[None]).mean(0).tolist()
                 mean_loss = sum(by_timestep) / together
                 check_finite(mean_loss, phase, step, 1000 * max(chosen))
                 for position, value in zip(order[index], by_timestep):
@@ -320,6 +391,13 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
     accelerator.free_memory()
 
 
+def segment_weights(args, asked: Asked, first: int, count: int) -> torch.Tensor:
+    """How much each of a phase's steps counts, 1 in the mean."""
+    lengths = asked.taught.lengths[first : first + count] if args.loss == "trajectory" else [1.0] * count
+    weights = torch.tensor(lengths) ** SEGMENT_POWERS[args.segment_weights]
+    return weights / weights.mean()
+
+
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     if args.dry_run:
@@ -348,7 +426,9 @@ def main(argv: list[str] | None = None):
 def train(args, accelerator):
     """The whole run, in an output folder that no other run writes to."""
     image, caption, size = load_pair(args)
-    args.image_and_caption = hashlib.sha256(image.tobytes() + caption.encode()).hexdigest()
+    captions = [caption, *(prompt for prompt in cli.read_prompts(args.prompts_file) if prompt != caption)]
+    learned = [b"" if image is None else image.tobytes(), *(text.encode() for text in captions)]
+    args.image_and_caption = hashlib.sha256(b"\0".join(learned)).hexdigest()
     state = load_checkpoint(args.resume_from_checkpoint, args.output_dir)
     output_dir = Path(args.output_dir)
     phases = args.custom_timesteps
@@ -356,9 +436,13 @@ def train(args, accelerator):
     for folder in folders.values():
         cli.check_writable(folder, "--output_dir")
 
-    asked = prepare_pipeline(args, accelerator, image, caption, size)
+    asked = prepare_pipeline(args, accelerator, image, captions, size)
+    if image is None:
+        image = ask_latents.decode(asked.vae, asked.latents.cpu(), asked.layout)
     recipes = {phase: make_recipe(args, asked, phase, size) for phase in asked.schedule}
     finished, resume = find_resume(args, recipes, folders, state)
+    for checkpoint in resume.values():
+        check_lora(checkpoint["lora"], glance.denoiser(asked.pipe), asked.layers, args.rank)
     repo_id = create_hub_repo(args) if args.push_to_hub and accelerator.is_main_process else None
     if accelerator.is_main_process:
         faults.sweep(output_dir)

@@ -1,7 +1,8 @@
 """Kill -9 training runs at random moments and resume them: `make soak`, or `python tests/soak.py --rounds 50`.
 
-Every run trains both LoRAs on a tiny FLUX and writes a checkpoint every second step. A round kills it, resumes it with
---resume_from_checkpoint latest where there is something to resume, kills that again with even odds, and lets it end.
+Every run trains both LoRAs on a tiny FLUX and writes a checkpoint after every step. A round draws the step after
+which the run is killed, or that training is over, and how long after; resumes it with --resume_from_checkpoint latest
+where there is something to resume, kills that again with even odds at a step of those that are left, and lets it end.
 survived: whatever is on the disk after each kill is whole, and the run comes to its end.
 equal: all its files are, byte for byte, those of the run that nothing befell.
 """
@@ -29,20 +30,45 @@ from tqdm.auto import tqdm  # noqa: E402
 
 import command_line as cli  # noqa: E402
 from checkpoints import find_checkpoints, load_checkpoint  # noqa: E402
+from faults import LEFTOVER  # noqa: E402
 from glance_utils import PHASES, WEIGHT_NAME  # noqa: E402
 from lora_files import read_recipe  # noqa: E402
 
 
-FILES = ("instance.png", "glance.png", "README.md", *(f"{phase}/{WEIGHT_NAME}" for phase in PHASES))
+FIRST, LAST = "instance.png", "README.md"  # written where training begins, and after all else
+FILES = (FIRST, LAST, "glance.png", *(f"{phase}/{WEIGHT_NAME}" for phase in PHASES))
+STEPS = 20  # of each phase
+MOMENTS = ("before the first checkpoint", "in the slow phase", "in the fast phase", "after training")
+HALF = "amid the writing of a file"
 
 
-def train(flags: list[str], seconds: float | None = None) -> int | None:
-    """A training run in a process of its own: its exit code, or None where it was killed after so many seconds.
+def written_at(path: Path) -> float:
+    """When the file was written, in seconds; 0 where it was not."""
+    return path.stat().st_mtime if path.exists() else 0
+
+
+def steps_done(output: Path) -> int:
+    """How many steps a run has saved; one more where its last LoRA is there too."""
+    if (output / "fast" / WEIGHT_NAME).exists():
+        return 2 * STEPS + 1
+    return max((step for step, _ in find_checkpoints(output)), default=0)
+
+
+def train(flags: list[str], output: Path, steps: int = 0, seconds: float | None = None) -> int | None:
+    """A training run in a process of its own: its exit code, or None where it was killed so many seconds after so many
+    steps. The seconds count from what it has written, since a busy machine may slow all that comes before.
 
     Not a fork of this one: torch has threads, and a lock that one of them holds would be held in the fork for ever.
     """
     command, nowhere = [sys.executable, str(ROOT / "train_glance_lora.py"), *flags], subprocess.DEVNULL
-    with subprocess.Popen(command, stdout=nowhere, stderr=nowhere, start_new_session=True) as process:
+    before = written_at(output / FIRST)  # by the run that this one resumes
+    with subprocess.Popen(
+        [*command, f"--output_dir={output}"], stdout=nowhere, stderr=nowhere, start_new_session=True
+    ) as process:
+        while seconds is not None and process.poll() is None:
+            if written_at(output / FIRST) != before and steps_done(output) >= steps:
+                break
+            time.sleep(0.005)
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -60,7 +86,7 @@ def make_inputs(root: Path) -> None:
 def flags_of_run(root: Path) -> list[str]:
     """All but the output folder."""
     flags = {"pretrained_model_name_or_path": root / "flux", "instance_image": root / "glance.png", "resolution": 32}
-    flags |= {"rank": 8, "max_train_steps": 20, "checkpointing_steps": 2, "checkpoints_total_limit": 3}
+    flags |= {"rank": 64, "max_train_steps": STEPS, "checkpointing_steps": 1, "checkpoints_total_limit": 3}
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
@@ -79,24 +105,23 @@ def is_whole(output: Path) -> bool:
 
 
 def where(output: Path, resumable: bool) -> str:
-    """What a run was doing, by what it left."""
+    """What a run was doing, by what it left: one of MOMENTS."""
     if (output / "fast" / WEIGHT_NAME).exists():
-        return "after training"
-    if (output / "slow" / WEIGHT_NAME).exists():
-        return "fast phase"
-    return "slow phase" if resumable else "before the first checkpoint"
+        return MOMENTS[3]
+    return MOMENTS[2] if (output / "slow" / WEIGHT_NAME).exists() else MOMENTS[resumable]
 
 
 def soak_round(flags: list[str], output: Path, duration: float, chance: random.Random, killed: Counter) -> bool:
     """One run, killed once or twice and resumed to its end; whether it survived."""
-    flags, kills, again = [*flags, f"--output_dir={output}"], 1 + (chance.random() < 0.5), []
+    kills, again = 1 + (chance.random() < 0.5), []
     while True:
-        seconds = chance.uniform(duration / 2, duration) if kills else None  # the first half is imports
-        code = train(flags + again, seconds)
+        steps = chance.randint(steps_done(output), 2 * STEPS + 1)
+        code = train(flags + again, output, steps, chance.uniform(0, duration / 10) if kills else None)
         if code is not None:
             return code == 0
         resumable = bool(find_checkpoints(output) or list(output.glob(f"*/{WEIGHT_NAME}")))
         killed[where(output, resumable)] += 1
+        killed[HALF] += any(LEFTOVER.fullmatch(path.name) for path in output.rglob(".*"))
         if not is_whole(output):
             return False
         again = ["--resume_from_checkpoint=latest"] if resumable else []
@@ -110,6 +135,12 @@ def content(output: Path) -> list[bytes] | None:
     return [(output / name).read_bytes() for name in FILES] if found == set(FILES) else None
 
 
+def summary(killed: Counter, survived: int, equal: int) -> str:
+    moments = ", ".join(f"{killed[moment]} {moment}" for moment in MOMENTS)
+    kills = f"{sum(killed[moment] for moment in MOMENTS)} kills ({moments}; {killed[HALF]} of all {HALF})"
+    return f"{kills}: {survived} survived, {equal} equal"
+
+
 def main() -> int:
     parser = cli.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=cli.positive(int), default=50)
@@ -119,17 +150,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as root:
         flags, whole = flags_of_run(Path(root)), Path(root) / "whole"
         make_inputs(Path(root))
-        begin = time.monotonic()
-        if train([*flags, f"--output_dir={whole}"]) != 0:
+        if train(flags, whole) != 0:
             raise RuntimeError("a run that nothing befell should come to its end")
-        duration, wanted = time.monotonic() - begin, content(whole)
-        for number in tqdm(range(args.rounds)):
+        duration, wanted = written_at(whole / LAST) - written_at(whole / FIRST), content(whole)
+        for number in (progress := tqdm(range(args.rounds))):
             output = Path(root) / f"round-{number}"
             if soak_round(flags, output, duration, chance, killed):
                 survived += 1
                 equal += wanted is not None and content(output) == wanted
-    moments = ", ".join(f"{count} {moment}" for moment, count in killed.items())
-    print(f"{args.rounds} rounds, {killed.total()} kills ({moments}): {survived} survived, {equal} equal")
+            progress.set_postfix_str(summary(killed, survived, equal))
+    print(f"{args.rounds} rounds, {summary(killed, survived, equal)}")
     return 0 if survived == equal == args.rounds else 1
 
 

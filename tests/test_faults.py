@@ -41,12 +41,12 @@ def at_step(monkeypatch):
     def call(number, act):
         count = 0
 
-        def watched(self, noisy, sigmas):
+        def watched(self, noisy, sigmas, **kwargs):
             nonlocal count
             count += 1
             if count == number:
                 act()
-            return forward(self, noisy, sigmas)
+            return forward(self, noisy, sigmas, **kwargs)
 
         monkeypatch.setattr(ask.PipelineVelocity, "forward", watched)
 
@@ -98,6 +98,18 @@ def test_a_signal_before_training_ends_the_run_in_one_line(train, monkeypatch, t
         train()
     assert end.value.code == 130 and list(tmp_path.iterdir()) == []
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["train_glance_lora.py", "infer_glance.py"])
+def test_ctrl_c_while_the_libraries_are_imported_ends_in_one_line(script):
+    command = [sys.executable, "-X", "importtime", str(ROOT / script), "--help"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while "numpy" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        said = [line for line in process.stderr if not line.startswith("import time:")]
+    assert process.returncode == 130 and len(said) == 1
+    assert said[0].startswith(f"{script}: stopped by SIGINT; ")
 
 
 def test_main_runs_outside_the_main_thread(train, whole, tmp_path):

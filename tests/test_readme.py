@@ -45,3 +45,14 @@ def test_plain_diffusers_draws_the_same_picture_bit_for_bit(demo_lora, infer, mo
 def test_the_header_can_be_read_as_shown(demo_lora, monkeypatch, capsys):
     run(next(block for block in BLOCKS if "safe_open" in block), demo_lora, monkeypatch)
     assert capsys.readouterr().out.startswith("[1000.0, ")
+
+
+def test_a_training_step_in_ones_own_loop(monkeypatch, tmp_path):
+    names = run(next(block for block in BLOCKS if "backward()" in block), tmp_path, monkeypatch)
+    gradients = [parameter.grad for parameter in names["pipe"].transformer.parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
+def test_inference_in_ones_own_pipeline(demo_lora, monkeypatch):
+    names = run(next(block for block in BLOCKS if "glance_inference" in block), demo_lora, monkeypatch)
+    assert names["image"].size == (96, 96) and np.asarray(names["image"]).std() > 0

@@ -98,9 +98,9 @@ def seen_timesteps(monkeypatch):
     """The timesteps at which a velocity was asked of the pipeline, in order."""
     seen, forward = [], ask.PipelineVelocity.forward
 
-    def watched(self, noisy, sigmas):
+    def watched(self, noisy, sigmas, **kwargs):
         seen.extend(1000 * sigma for sigma in sigmas)
-        return forward(self, noisy, sigmas)
+        return forward(self, noisy, sigmas, **kwargs)
 
     monkeypatch.setattr(ask.PipelineVelocity, "forward", watched)
     return seen
@@ -622,6 +622,8 @@ def test_output_folder_and_recipes(train, pipelines, pair):
             "pipeline_kwargs": {},
             "num_base_steps": 50,
             "grid": "glance",
+            "coefficients": None,
+            "guidance": "keep",
             "loss": "flow",
             "max_train_steps": 5,
             "rank": 4,

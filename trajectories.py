@@ -1,0 +1,171 @@
+"""What the frozen base teaches about itself: it draws its captions in all its steps, once, and a few points are kept.
+
+From them come the grid that follows the model best, the fitted solver's coefficients, what the trajectory loss trains
+on, and the training image where none is given. They stay beside the LoRAs, so that a resumed run, or another one that
+draws the same, need not draw them again.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+import faults
+import glance_utils as glance
+import grids
+from ask_pipeline import PipelineVelocity, further_denoisers
+from glance_utils import InputError
+
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class Trajectories:
+    """Of the base with its guidance, `captions` x `seeds` of them."""
+
+    grid: str
+    positions: list[int]  # the kept steps, 0-based, among all of the model's
+    lengths: list[float]  # of each of them, in sigma
+    coefficients: list[list[float]] | None  # of the fitted solver, [a, c] for each kept step
+    picture: torch.Tensor  # (1, ...) float32 on the CPU, where the first ends: what the base draws of its caption
+    starts: torch.Tensor  # (captions, seeds, steps, ...) float32 on the CPU, the points at the kept steps
+    targets: torch.Tensor  # the same shape: the velocities that lead from each of them to the next
+
+
+class Teacher:
+    """The base, asked to draw: `draw(caption, seed)` are all points of a trajectory, (1, ...) float32 each."""
+
+    def __init__(self, pipe, base_timesteps: list[float], told, call: dict):
+        if further_denoisers(pipe):
+            raise InputError(
+                f"{type(pipe).__name__} guides with a second model, which training does not load, so it cannot draw; "
+                "give an image, --loss flow, --grid glance or even, --solver euler"
+            )
+        self.pipe, self.timesteps, self.told, self.call = pipe, base_timesteps, told, call
+        self.sigmas = [*glance.timesteps_to_sigmas(base_timesteps), 0.0]
+
+    def draw(self, caption: str, seed: int, positions=None, coefficients=None) -> list[torch.Tensor]:
+        kept = self.timesteps if positions is None else [self.timesteps[position] for position in positions]
+        return grids.walk(self.pipe, kept, self.told, seed, coefficients, **self.call | {"prompt": caption})
+
+    @torch.no_grad()
+    def check(self, points: list[torch.Tensor], positions: list[int]) -> None:
+        """InputError where a single step, as training sees it, has not the velocity of the trajectory's first step."""
+        model, slopes = PipelineVelocity(self.pipe, self.told, **self.call), glance.segment_slopes(points, self.sigmas)
+        for position in positions:
+            velocity = model(points[position], self.sigmas[position]).float().cpu()
+            if (error := grids.relative_error(velocity, slopes[position])) > 0.02:
+                raise InputError(
+                    f"{type(self.pipe).__name__}: its guidance at timestep {self.timesteps[position]:.0f} depends on "
+                    f"the steps before (the velocity alone is {error:.2f} off); train with --guidance fold"
+                )
+
+
+def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], other: tuple[str, int]):
+    """(grid, positions, coefficients or None), found on one trajectory and measured on another, (caption, seed).
+
+    Where there is a choice, every grid draws once and the one that ends nearest to all the model's own steps is taken.
+    """
+    count, steps = args.num_inference_steps, len(teacher.timesteps)
+    choices, measured = ("auto", "glance", "even") if args.grid == "auto" else (args.grid,), {}
+    exact = teacher.draw(*other)[-1] if len(choices) > 1 or args.solver == "fitted" else None
+    for grid in choices:
+        named = grid != "auto"
+        positions = (
+            glance.grid_positions(grid, count, steps) if named else grids.best_positions(points, teacher.sigmas, count)
+        )
+        solvers = {"euler": None}
+        if args.solver == "fitted":
+            solvers["fitted"] = grids.fit_coefficients(points, teacher.sigmas, positions)
+        errors = {}
+        for solver, coefficients in solvers.items() if exact is not None else ():
+            final = teacher.draw(*other, positions, coefficients)[-1]
+            errors[solver] = grids.relative_error(final, exact)
+        measured[grid] = errors, positions, solvers[args.solver]
+    ranked = sorted(measured.items(), key=lambda item: item[1][0].get(args.solver, 0.0))
+    for grid, (errors, positions, _) in ranked if exact is not None else ():
+        told = ", ".join(f"{error:.4f} ({solver})" for solver, error in errors.items())
+        logger.info(f"--grid {grid}: error {told} to {steps} steps, positions {positions}")
+    grid, (errors, positions, coefficients) = ranked[0]
+    if errors.get("fitted", 0.0) > errors.get("euler", 1.0):
+        logger.warning("--solver fitted is further from all the model's steps than euler is on this grid")
+    return grid, positions, coefficients
+
+
+def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str]) -> Trajectories:
+    """The base's trajectories: those in the output folder if they are of these settings, else drawn by all processes
+    together and written there."""
+    path, digest = Path(args.output_dir) / faults.TRAJECTORIES, settings_digest(args, teacher, captions)
+    found = broadcast_object_list([load(path, digest) if accelerator.is_main_process else None])[0]
+    if found is not None:
+        logger.info(f"Trajectories: those in {path}")
+        return found
+    seeds = args.num_trajectories if args.loss == "trajectory" else 1
+    # Other noises than the preview's, which has --seed itself.
+    jobs = [(caption, args.seed + 1 + i * seeds + k) for i, caption in enumerate(captions) for k in range(seeds)]
+    first = teacher.draw(*jobs[0])
+    other = jobs[-1] if len(jobs) > 1 else (captions[0], args.seed + 2)
+    sampler = broadcast_object_list([choose_sampler(args, teacher, first, other)])[0]
+    grid, positions, coefficients = sampler
+    if args.loss == "trajectory" and args.guidance == "keep":
+        teacher.check(first, positions)
+
+    def learn(index: int) -> list[torch.Tensor]:
+        points = first if index == 0 else teacher.draw(*jobs[index])
+        return [torch.stack(part) for part in grids.segment_targets(points, teacher.sigmas, positions, coefficients)]
+
+    # Every process draws equally many, some twice: a sharded model computes on all of them or on none.
+    count, rank = accelerator.num_processes, accelerator.process_index
+    rounds = tqdm(range(-(-len(jobs) // count)), desc="trajectories", disable=not accelerator.is_local_main_process)
+    mine = [learn(min(number * count + rank, len(jobs) - 1)) for number in rounds]
+    drawn = gather_object(mine)  # those of the first process, then of the second, ...
+    drawn = [drawn[index % count * len(mine) + index // count] for index in range(len(jobs))]
+    starts, targets = (torch.stack(part)[:, :, 0].unflatten(0, (len(captions), seeds)) for part in zip(*drawn))
+    ends = [teacher.sigmas[position] for position in positions] + [0.0]
+    lengths = [high - low for high, low in zip(ends, ends[1:])]
+    picture = broadcast_object_list([first[-1]])[0]
+    found = Trajectories(grid, positions, lengths, coefficients, picture, starts, targets)
+    if accelerator.is_main_process:
+        with faults.one_line_errors(args.output_dir):
+            save(path, digest, found)
+    return found
+
+
+def settings_digest(args, teacher: Teacher, captions: list[str]) -> str:
+    """Of all that trajectories depend on; a local model's files count by their size and date."""
+    names = ("pretrained_model_name_or_path", "revision", "variant", "seed", "num_inference_steps", "grid", "solver")
+    names += ("mixed_precision", "quantization", "loss", "guidance", "num_trajectories")
+    settings = {name: getattr(args, name) for name in names}
+    settings |= {"captions": captions, "call": teacher.call, "timesteps": teacher.timesteps}
+    files = sorted(Path(args.pretrained_model_name_or_path).rglob("*.safetensors"))
+    settings["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def save(path: Path, digest: str, found: Trajectories) -> None:
+    tensors = {name: getattr(found, name).contiguous() for name in ("picture", "starts", "targets")}
+    sampler = {name: getattr(found, name) for name in ("grid", "positions", "lengths", "coefficients")}
+    header = {"digest": digest, "sampler": json.dumps(sampler)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    glance.replace_file(path, lambda temporary: save_file(tensors, temporary, header))
+
+
+def load(path: Path, digest: str) -> Trajectories | None:
+    """What `save` wrote with this digest, or None."""
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            if header.get("digest") != digest:
+                return None
+            tensors = {name: file.get_tensor(name) for name in ("picture", "starts", "targets")}
+            return Trajectories(**json.loads(header["sampler"]), **tensors)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
