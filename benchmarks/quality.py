@@ -24,6 +24,7 @@ import importlib.util
 import json
 import logging
 import re
+import shutil
 import statistics
 import sys
 import time
@@ -40,22 +41,25 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 from judge import load_judge  # noqa: E402
 from quality_draw import Bench, Counter, draw, loaded, lora_file, pictures, teacher  # noqa: E402
-from quality_numbers import by_name, diversity, fine_detail, frechet, make_table, plot, psnr, relative_error  # noqa: E402
+from quality_numbers import by_name, diversity, fine_detail, frechet, make_table, plot, psnr  # noqa: E402
 from quality_rows import BASE_STEPS, Row, all_rows  # noqa: E402
 from scenes import RESOLUTION, caption_of, scene_of, split_scenes  # noqa: E402
 
 import ask_latents  # noqa: E402
 import ask_pipeline as ask  # noqa: E402
 import command_line as cli  # noqa: E402
+import faults  # noqa: E402
 import glance_utils as glance  # noqa: E402
 import infer_glance  # noqa: E402
 import lora_files  # noqa: E402
 import train_glance_lora  # noqa: E402
 from glance_utils import InputError, replaced  # noqa: E402
+from grids import relative_error  # noqa: E402
 from instance_data import load_pair  # noqa: E402
 
 
 logger = logging.getLogger(__name__)
+BACKWARD = 3  # model calls that one with gradients costs: backward is two more
 VALIDATION = 64  # of the demo's 256 held-out captions; the 96 after them are reported
 
 
@@ -97,36 +101,46 @@ def measure(bench: Bench, settings: dict) -> dict:
 
 @contextlib.contextmanager
 def counted_forwards(kind: type):
-    """Counts samples that pass models of this class, also in pipelines that are made inside: 3 calls with gradients,
-    as backward costs two forwards. What has a shape and no content is not counted."""
-    forward, spent = kind.forward, {"calls": 0}
+    """Counts samples that pass models of this class, also in pipelines that are made inside: those with gradients
+    as "trained", others as "drawn". What has a shape and no content is not counted."""
+    forward, spent = kind.forward, {"trained": 0, "drawn": 0}
 
     @functools.wraps(forward)
     def count(model, *args, **kwargs):
         samples = ask.model_input(args, kwargs)
         if type(samples) in (torch.Tensor, list) and model.device.type != "meta":
-            spent["calls"] += len(samples) * (3 if torch.is_grad_enabled() else 1)
+            spent["trained" if torch.is_grad_enabled() else "drawn"] += len(samples)
         return forward(model, *args, **kwargs)
 
     with replaced(kind, "forward", count):
         yield spent
 
 
-def train(bench: Bench, settings: dict, rate: float, seed: int) -> tuple[str, int]:
-    """(folder of the trained pair, model calls spent); a pair that is there is not trained again."""
-    args, key = bench.args, [settings["train"], settings.get("phases"), rate, seed]
-    folder = Path(args.output_dir, "loras", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16])
+def train(bench: Bench, settings: dict, rate: float, seed: int) -> tuple[str, dict]:
+    """(folder of the trained pair, model calls spent); a pair that is there is not trained again.
+
+    Runs that differ in their rate alone share the trajectories that the base drew for the first.
+    """
+    args, key = bench.args, [settings["train"], settings.get("phases"), seed]
+    runs = Path(args.output_dir, "loras", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16])
+    folder = runs / f"{rate:g}"
     if (folder / "spent.json").exists():
-        return str(folder), json.loads((folder / "spent.json").read_text())["calls"]
+        return str(folder), json.loads((folder / "spent.json").read_text())
+    drawn = [json.loads(file.read_text())["drawn"] for file in runs.glob("*/spent.json")]
     flags = ["--config", args.train_config, f"--learning_rate={rate}", f"--seed={seed}"]
     flags += [flag.replace("CAPTIONS", f"{args.output_dir}/captions.txt") for flag in settings["train"]]
     with counted_forwards(type(glance.denoiser(bench.pipe))) as spent:
         for phase, more in settings.get("phases", {"both": []}).items():
-            AcceleratorState._reset_state(reset_partial_state=True)
             output = folder if phase == "both" else folder / phase
+            output.mkdir(parents=True, exist_ok=True)
+            others = list(runs.glob(f"*/{output.relative_to(folder)}/{faults.TRAJECTORIES}"))
+            if others and not (output / faults.TRAJECTORIES).exists():
+                shutil.copy(others[0], output)
+            AcceleratorState._reset_state(reset_partial_state=True)
             train_glance_lora.main([*flags, f"--output_dir={output}", f"--phase={phase}", *more])
+    spent["drawn"] = max([spent["drawn"], *drawn])
     (folder / "spent.json").write_text(json.dumps(spent))
-    return str(folder), spent["calls"]
+    return str(folder), spent
 
 
 def measure_trained(bench: Bench, results: dict, row: Row) -> None:
@@ -138,18 +152,19 @@ def measure_trained(bench: Bench, results: dict, row: Row) -> None:
         folder, spent = train(bench, settings, rate, 0)
         with torch.no_grad(), loaded(bench, folder):
             final = draw(bench, {"lora": folder}, "validation")
-        return {"error": relative_error(final, teacher(bench, "validation")), "spent": spent}
+        return {"error": relative_error(final, teacher(bench, "validation"))} | spent
 
     for rate in row.settings["rates"] if len(row.settings["rates"]) > 1 else ():
         entry = finished(bench, results, settings | {"validated": rate}, functools.partial(validate, rate))
-        rates[rate], tuning = entry["error"], tuning + entry["spent"]
+        rates[rate], tuning = entry["error"], tuning + BACKWARD * entry["trained"] + (0 if tuning else entry["drawn"])
     rate = min(rates, key=rates.get, default=row.settings["rates"][0])
 
     def report(seed: int) -> dict:
         folder, spent = train(bench, settings, rate, seed)
         shown = {key: row.settings[key] for key in ("scales", "guided") if key in row.settings}
         numbers = measure(bench, shown | {"lora": folder})
-        return numbers | {"rate": rate, "spent": spent, "tuning": tuning}
+        numbers |= {"rate": rate, "spent": BACKWARD * spent["trained"] + spent["drawn"]}
+        return numbers | ({"tuning": tuning} if rates else {})
 
     for seed in range(bench.args.seeds):
         finished(bench, results, row.settings | {"seed": seed}, functools.partial(report, seed), row)
@@ -330,7 +345,7 @@ def main(argv: list[str] | None = None):
             raise InputError(f"--output_dir {folder}: its rows were measured otherwise; give another folder")
     rows, bench = all_rows(args), make_bench(args, sets)
     for row in rows:
-        if not row.settings.get("guided", True) and not set(bench.single) & set(ask.accepted_arguments(bench.pipe)):
+        if not row.settings.get("guided", True) and not bench.single:
             continue  # it has no guidance to leave out
         if not re.search(args.rows, row.name):
             continue

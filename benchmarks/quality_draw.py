@@ -106,24 +106,28 @@ def prepared(bench: Bench, settings: dict):
             glance.denoiser(pipe).enable_cache(getattr(diffusers.hooks, name)(**options, **precise))
             stack.callback(glance.denoiser(pipe).disable_cache)
         elif "lora" in settings:
-            call, phases = recipe_of(bench, settings["lora"])
-            inference = glance.glance_inference(pipe, phases, settings.get("scales"), bench.told, fuse=True)
+            call, phases, coefficients = recipe_of(bench, settings["lora"])
+            scales = settings.get("scales")
+            inference = glance.glance_inference(pipe, phases, scales, bench.told, True, coefficients)
             kwargs = stack.enter_context(inference)
         else:
             timesteps = grid_timesteps(bench, settings["grid"], settings["steps"])
             kwargs = stack.enter_context(glance.glance_inference(pipe, {"base": timesteps}, told=bench.told))
-        yield call | kwargs | ({} if settings.get("guided", True) else bench.single)
+        call = call | kwargs | ({} if settings.get("guided", True) else bench.single)
+        yield stack.enter_context(ask.plain_call(pipe, call))
 
 
-def recipe_of(bench: Bench, folder: str) -> tuple[dict, dict[str, list[float]]]:
-    """The call and the timesteps that a pair was trained for; those of the pipeline where its files do not say."""
+def recipe_of(bench: Bench, folder: str) -> tuple[dict, dict[str, list[float]], list | None]:
+    """The call, timesteps and coefficients that a pair was trained for; the pipeline's where its files do not say."""
     recipes = {phase: lora_files.read_recipe(lora_file(folder, phase), required=False) for phase in glance.PHASES}
     if not all(recipes.values()):
-        return bench.call, glance.derive_timesteps(bench.timesteps)
-    own = recipes["slow"]
+        return bench.call, glance.derive_timesteps(bench.timesteps), None
+    own, fitted = recipes["slow"], [recipe["coefficients"] for recipe in recipes.values()]
     call = bench.call | own["pipeline_kwargs"] | {key: own[key] for key in ("height", "width")}
     call |= {} if own["guidance_scale"] is None else {"guidance_scale": own["guidance_scale"]}
-    return call, {phase: recipe["timesteps"] for phase, recipe in recipes.items()}
+    call |= bench.single if own["guidance"] == "fold" else {}
+    phases = {phase: recipe["timesteps"] for phase, recipe in recipes.items()}
+    return call, phases, sum(fitted, []) if all(fitted) else None
 
 
 def lora_file(folder: str | Path, phase: str) -> Path:

@@ -10,11 +10,6 @@ from quality_rows import Row
 from glance_utils import replace_file
 
 
-def relative_error(latents: torch.Tensor, teacher: torch.Tensor) -> float:
-    """||latents - teacher|| / ||teacher|| over all pictures."""
-    return ((latents - teacher).norm() / teacher.norm()).item()
-
-
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
     """Decibels between pictures in 0..1, from the mean square over all; inf where they are equal."""
     error = (images - reference).square().mean().item()

@@ -15,40 +15,52 @@ class Row(NamedTuple):
 # Best of them on validation captions; the first is the script's default, in case of a tie.
 RATES = [3e-4, 1e-4, 3e-5, 1e-5]
 TRAJECTORY = ["--loss=trajectory", "--grid=auto", "--num_trajectories=16", "--timesteps_per_step=5"]
-CAPTIONS = ["--prompts_file=CAPTIONS"]  # 63 further ones that are not held out
+# A further 63 captions that are not held out, one trajectory each.
+CAPTIONS = ["--loss=trajectory", "--grid=auto", "--num_trajectories=1", "--timesteps_per_step=5"]
+CAPTIONS += ["--prompts_file=CAPTIONS"]
 FITTED = ["--solver=fitted"]
+FOLD = ["--guidance=fold", "--rank=32"]
+OFF = {"slow": {"scales": {"slow": 0.0, "fast": 1.0}}, "fast": {"scales": {"slow": 1.0, "fast": 0.0}}}
 TRAINED = {
-    "flow": ({"train": []}, {"train": ["--grid=even"]}, {"train": ["--grid=auto"]}),
-    "trajectory": (
-        {"train": TRAJECTORY},
-        {"train": TRAJECTORY + CAPTIONS},
-        {"train": TRAJECTORY + ["--segment_weights"]},
-    ),
-    "fitted": (
-        {"train": TRAJECTORY + FITTED},
-        {"train": TRAJECTORY + FITTED + CAPTIONS},
-        {"train": TRAJECTORY + FITTED, "scales": {"slow": 0.0, "fast": 0.0}},
-    ),
-    "fold": (
-        {"train": TRAJECTORY + ["--guidance=fold"]},
-        {"train": TRAJECTORY + CAPTIONS + ["--guidance=fold", "--max_train_steps=300"]},
-    ),
-    "ablation": tuple(
-        {"train": train, "scales": {"slow": 1.0, "fast": 1.0} | {phase: 0.0}}
-        for train in ([], TRAJECTORY, TRAJECTORY + CAPTIONS)
-        for phase in ("fast", "slow")
-    ),
-    "knob": (
-        {"train": TRAJECTORY + ["--rank=2"]},
-        {"train": TRAJECTORY + ["--rank=32"]},
-        {"train": TRAJECTORY, "phases": {"slow": ["--rank=2"], "fast": ["--rank=32"]}},
-        {"train": TRAJECTORY, "phases": {"slow": ["--rank=32"], "fast": ["--rank=2"]}},
-        {"train": TRAJECTORY + ["--timesteps_per_step=1"]},
-        {"train": TRAJECTORY + ["--num_trajectories=1"]},
-        {"train": TRAJECTORY + ["--lr_scheduler=cosine"]},
-        {"train": TRAJECTORY + ["--lora_layers=to_q,to_k,to_v"]},
-        {"train": TRAJECTORY + ["--lora_layers=norm.linear,norm1.linear,norm1_context.linear"]},
-    ),
+    "flow": {
+        "glance grid": {"train": []},
+        "even grid": {"train": ["--grid=even"]},
+        "auto grid": {"train": ["--grid=auto"]},
+        "auto grid, fitted solver": {"train": ["--grid=auto", *FITTED]},
+    },
+    "trajectory": {
+        "one caption": {"train": TRAJECTORY},
+        "64 captions": {"train": CAPTIONS},
+        "and flow, weight 0.1": {"train": [*TRAJECTORY, "--flow_weight=0.1"]},
+        "and flow, weight 1": {"train": [*TRAJECTORY, "--flow_weight=1"]},
+    },
+    "fitted solver": {
+        "no LoRA": {"train": TRAJECTORY + FITTED, "scales": {"slow": 0.0, "fast": 0.0}, "rates": RATES[:1]},
+        "one caption": {"train": TRAJECTORY + FITTED},
+        "64 captions": {"train": CAPTIONS + FITTED},
+    },
+    "folded guidance": {
+        "one caption": {"train": TRAJECTORY + FOLD},
+        "64 captions, 300 steps": {"train": [*CAPTIONS, *FOLD, "--max_train_steps=300"]},
+    },
+    "ablation": {
+        f"{name}, only {'slow' if off == 'fast' else 'fast'}": {"train": train} | OFF[off]
+        for name, train in {"flow": [], "trajectory": TRAJECTORY, "64 captions": CAPTIONS}.items()
+        for off in ("fast", "slow")
+    },
+    "knob": {
+        "flow, five timesteps per update": {"train": ["--timesteps_per_step=5"]},
+        "rank 2": {"train": [*TRAJECTORY, "--rank=2"]},
+        "rank 32": {"train": [*TRAJECTORY, "--rank=32"]},
+        "rank 2 slow, 32 fast": {"train": TRAJECTORY, "phases": {"slow": ["--rank=2"], "fast": ["--rank=32"]}},
+        "rank 32 slow, 2 fast": {"train": TRAJECTORY, "phases": {"slow": ["--rank=32"], "fast": ["--rank=2"]}},
+        "one timestep per update": {"train": [*TRAJECTORY, "--timesteps_per_step=1"]},
+        "one trajectory": {"train": [*TRAJECTORY, "--num_trajectories=1"]},
+        "errors weighed by step length": {"train": [*TRAJECTORY, "--segment_weights=length"]},
+        "cosine rate": {"train": [*TRAJECTORY, "--lr_scheduler=cosine"]},
+        "only q, k, v": {"train": [*TRAJECTORY, "--lora_layers=to_q,to_k,to_v"]},
+        "only modulation": {"train": [*TRAJECTORY, "--lora_layers=norm.linear,norm1.linear,norm1_context.linear"]},
+    },
 }
 CACHES = [("FirstBlockCacheConfig", {"threshold": threshold}) for threshold in (0.05, 0.1, 0.2, 0.4)]
 CACHES += [("TaylorSeerCacheConfig", {"cache_interval": interval}) for interval in (3, 5)]
@@ -78,7 +90,7 @@ def all_rows(args) -> list[Row]:
     for name, folder in args.lora.items():
         rows.append(Row(name, "given LoRAs", {"lora": str(folder)}))
     if args.train_config:  # further captions are the demo's alone
-        rows += [row for row in trained_rows() if not args.prompts_file or CAPTIONS[0] not in row.settings["train"]]
+        rows += [row for row in trained_rows() if not args.prompts_file or CAPTIONS[-1] not in row.settings["train"]]
     return rows
 
 
@@ -86,9 +98,6 @@ def trained_rows() -> list[Row]:
     rows = [Row("flow, as published", "flow LoRA", {"train": [], "rates": RATES[:1]})]
     rows.append(Row("flow, as published, no guidance", "flow LoRA", rows[0].settings | {"guided": False}))
     for kind, many in TRAINED.items():
-        for settings in many:
-            words = settings["train"] + [f"{p} {' '.join(flags)}" for p, flags in settings.get("phases", {}).items()]
-            words += [f"{phase} LoRA off" for phase, scale in settings.get("scales", {}).items() if scale == 0]
-            name = " ".join(word.removeprefix("--") for word in words) or "default flags"
+        for name, settings in many.items():
             rows.append(Row(f"{kind}: {name}", f"{kind} LoRA", {"rates": RATES} | settings))
     return rows

@@ -22,7 +22,9 @@ import quality_draw  # noqa: E402
 import quality_numbers as numbers  # noqa: E402
 import quality_rows  # noqa: E402
 
+import lora_files  # noqa: E402
 from glance_utils import InputError  # noqa: E402
+from grids import relative_error  # noqa: E402
 
 
 SMALL = {"num_prompts": 2, "diversity_captions": 1, "diversity_seeds": 2, "training_seeds": 1, "seeds": 1}
@@ -46,7 +48,7 @@ def test_psnr_and_relative_error_of_known_pairs():
     image = torch.full((1, 3, 8, 8), 0.5)
     assert numbers.psnr(image + 0.1, image) == pytest.approx(20, abs=1e-4)
     assert numbers.psnr(image, image) == math.inf
-    assert numbers.relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(0.2)
+    assert relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(0.2)
 
 
 def test_frechet_of_two_known_gaussians():
@@ -126,17 +128,36 @@ def test_schedulers_of_diffusers_are_set_up_for_flow(name, measured):
 def test_a_pair_is_trained_once_and_its_model_calls_are_counted(measured, tmp_path, monkeypatch):
     quick = {"train": ["--max_train_steps=2"], "rates": [1e-4, 1e-2]}
     off = {"scales": {"slow": 0.0, "fast": 0.0}}
-    monkeypatch.setattr(quality_rows, "TRAINED", {"quick": (quick, quick | off, {"train": ["--no_such_flag"]})})
+    rows = {"pair": quick, "no LoRA": quick | off, "unknown": {"train": ["--no_such_flag"]}}
+    monkeypatch.setattr(quality_rows, "TRAINED", {"quick": rows})
     monkeypatch.setattr(quality, "VALIDATION", 2)
     found = measured(r"quick:|base, glance grid, 10 steps$")
-    trained, untrained = (row for name, row in found.items() if name.startswith("quick"))
+    trained, untrained = found["quick: pair"], found["quick: no LoRA"]
     # two phases of two steps, backward as two calls, and the ten guided steps of the picture at the end
-    assert trained["spent"] == 2 * 2 * 3 + 20 and trained["tuning"] == 2 * trained["spent"]
+    assert trained["spent"] == 2 * 2 * 3 + 20 and trained["tuning"] == 2 * 2 * 2 * 3 + 20
     assert trained["rate"] == 1e-4 and trained["calls"] == 20
     assert trained["error"] != untrained["error"]
     assert untrained["error"] == pytest.approx(found["base, glance grid, 10 steps"]["error"], rel=1e-4)
     assert len(found) == 3  # without the row whose flag is unknown
-    assert len(list((tmp_path / "loras").iterdir())) == 2
+    assert len(list((tmp_path / "loras").glob("*/*/spent.json"))) == 2
+
+
+def test_runs_of_other_rates_share_what_the_base_drew(measured, tmp_path, monkeypatch):
+    flags = ["--loss=trajectory", "--grid=even", "--num_trajectories=2", "--max_train_steps=2"]
+    rows = {"pair": {"train": flags, "rates": [1e-4, 1e-5]}, "folded": {"train": [*flags, "--guidance=fold"]}}
+    rows["folded"] |= {"rates": [1e-4]}
+    rows["apart"] = {"train": flags, "rates": [1e-4], "phases": {"slow": ["--rank=2"], "fast": ["--rank=4"]}}
+    monkeypatch.setattr(quality_rows, "TRAINED", {"quick": rows})
+    monkeypatch.setattr(quality, "VALIDATION", 2)
+    found = measured("quick:")
+    pair, folded, apart = (found[f"quick: {name}"] for name in rows)
+    # steps guided in training as in inference, two trajectories of 50, a check of some velocities, the preview
+    trained, drawn = 2 * 2 * 2 * 3, 2 * 50 * 2
+    assert pair["spent"] >= trained + drawn + 20 and pair["tuning"] == pair["spent"] + trained
+    assert pair["calls"] == apart["calls"] == 20 and folded["calls"] == 10
+    assert folded["spent"] < pair["spent"] < apart["spent"]
+    ranks = [lora_files.read_recipe(file)["rank"] for file in tmp_path.glob("loras/*/*/*/pytorch*.safetensors")]
+    assert {2, 4} <= set(ranks)
 
 
 def test_clip_scores_from_a_local_folder(tmp_path):
