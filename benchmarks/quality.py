@@ -7,7 +7,8 @@
 
 Writes table.md, results.json and quality.png into --output_dir. The rows, by the `settings` that results.json keeps:
 
-- steps, grid: the base on the published grid, on every n-th of its own steps and on the grid of its own trajectory
+- steps, grid: the base on the published grid, on every n-th of its own steps and on the grid of its own trajectory;
+  solver: with the fitted solver's coefficients
 - scheduler, cache: what diffusers ships and needs no training (UniPC, DPM++; first-block cache, TaylorSeer)
 - lora: a pair given with --lora
 - train: pairs that are trained here with train_glance_lora.py, by --train_config and these flags. Of `rates` the one
@@ -95,7 +96,8 @@ def measure(bench: Bench, settings: dict) -> dict:
     drawn = VaeImageProcessor.numpy_to_pil(images.permute(0, 2, 3, 1).numpy()) if bench.scorers else []
     numbers |= {name: statistics.fmean(scorer(drawn, captions)) for name, scorer in bench.scorers.items()}
     if "lora" not in settings:
-        numbers["spent"] = bench.trajectory[1] if settings.get("grid") == "auto" else 0
+        asked = settings.get("grid") == "auto" or "solver" in settings
+        numbers["spent"] = bench.trajectory[1] if asked else 0
     return numbers
 
 

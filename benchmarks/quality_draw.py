@@ -55,7 +55,7 @@ class Bench:
 
     @functools.cached_property
     def trajectory(self) -> tuple[list[torch.Tensor], int]:
-        """The walk of the training caption, with one noise, on which --grid auto is found; the model calls it took."""
+        """The walk of the training caption, with one noise, on which grid and solver are found; its model calls."""
         calls, call = self.counter.calls, self.call | {"prompt": self.sets["training"][0]}
         points = grids.walk(self.pipe, self.timesteps, self.told, 0, **call)
         return points, self.counter.calls - calls
@@ -79,15 +79,17 @@ def teacher(bench: Bench, name: str) -> torch.Tensor:
 
 
 @functools.cache
-def grid_timesteps(bench: Bench, grid: str, steps: int) -> list[float]:
+def sampler(bench: Bench, grid: str, steps: int, solver: str) -> tuple[list[float], list[list[float]] | None]:
+    """(timesteps, the fitted solver's coefficients or None), as training finds them on one trajectory of the base."""
     if steps >= BASE_STEPS:
-        return ask.ask_timesteps(bench.pipe, steps, **bench.call)
-    if grid == "auto":
-        sigmas = [*glance.timesteps_to_sigmas(bench.timesteps), 0.0]
-        positions = grids.best_positions(bench.trajectory[0], sigmas, steps)
-    else:
-        positions = glance.grid_positions(grid, steps, BASE_STEPS)
-    return [bench.timesteps[position] for position in positions]
+        return ask.ask_timesteps(bench.pipe, steps, **bench.call), None
+    points, sigmas = None, [*glance.timesteps_to_sigmas(bench.timesteps), 0.0]
+    if grid == "auto" or solver == "fitted":
+        points = bench.trajectory[0]
+    auto = grid == "auto"
+    positions = grids.best_positions(points, sigmas, steps) if auto else glance.grid_positions(grid, steps, BASE_STEPS)
+    coefficients = grids.fit_coefficients(points, sigmas, positions) if solver == "fitted" else None
+    return [bench.timesteps[position] for position in positions], coefficients
 
 
 @contextlib.contextmanager
@@ -111,8 +113,9 @@ def prepared(bench: Bench, settings: dict):
             inference = glance.glance_inference(pipe, phases, scales, bench.told, True, coefficients)
             kwargs = stack.enter_context(inference)
         else:
-            timesteps = grid_timesteps(bench, settings["grid"], settings["steps"])
-            kwargs = stack.enter_context(glance.glance_inference(pipe, {"base": timesteps}, told=bench.told))
+            found = sampler(bench, settings["grid"], settings["steps"], settings.get("solver", "euler"))
+            inference = glance.glance_inference(pipe, {"base": found[0]}, told=bench.told, coefficients=found[1])
+            kwargs = stack.enter_context(inference)
         call = call | kwargs | ({} if settings.get("guided", True) else bench.single)
         yield stack.enter_context(ask.plain_call(pipe, call))
 

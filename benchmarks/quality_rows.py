@@ -35,7 +35,6 @@ TRAINED = {
         "and flow, weight 1": {"train": [*TRAJECTORY, "--flow_weight=1"]},
     },
     "fitted solver": {
-        "no LoRA": {"train": TRAJECTORY + FITTED, "scales": {"slow": 0.0, "fast": 0.0}, "rates": RATES[:1]},
         "one caption": {"train": TRAJECTORY + FITTED},
         "64 captions": {"train": CAPTIONS + FITTED},
     },
@@ -79,6 +78,10 @@ def all_rows(args) -> list[Row]:
             label = f"{grid} grid, " if steps < BASE_STEPS else ""
             settings = {"steps": steps, "grid": grid} | ({} if guided else {"guided": False})
             rows.append(Row(f"base, {label}{steps} steps{end}", f"base, {grid}", settings))
+    for steps in (20, 10, 8, 4):
+        for grid in ("even", "auto"):
+            settings = {"steps": steps, "grid": grid, "solver": "fitted"}
+            rows.append(Row(f"base, {grid} grid, fitted solver, {steps} steps", f"base, {grid}, fitted", settings))
     for scheduler, name in {"UniPCMultistepScheduler": "UniPC", "DPMSolverMultistepScheduler": "DPM++"}.items():
         for steps in (BASE_STEPS, 20, 10, 8, 4):
             rows.append(Row(f"{name}, {steps} steps", name, {"steps": steps, "scheduler": scheduler}))

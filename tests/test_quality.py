@@ -92,7 +92,7 @@ def test_held_out_captions_are_not_among_those_that_train(tmp_path, monkeypatch)
 
 
 def test_the_base_against_itself_and_on_few_steps(measured, tmp_path, monkeypatch, capsys):
-    rows = r"base, 50 steps$|base, (even|auto) grid, 4 steps|lite, interval 5"
+    rows = r"base, 50 steps$|base, (even|auto) grid, 4 steps|lite, interval 5|even grid, fitted solver, 10"
     found = measured(rows)
     teacher, even = found["base, 50 steps"], found["base, even grid, 4 steps"]
     assert teacher["error"] == teacher["training_error"] == 0 and teacher["psnr"] == math.inf
@@ -102,6 +102,8 @@ def test_the_base_against_itself_and_on_few_steps(measured, tmp_path, monkeypatc
     assert (teacher["calls"], even["calls"], unguided["calls"]) == (100, 8, 4)
     assert even["work"] == pytest.approx(8) and unguided["work"] == pytest.approx(4)
     assert even["spent"] == 0 and found["base, auto grid, 4 steps"]["spent"] == 100
+    fitted = found["base, even grid, fitted solver, 10 steps"]
+    assert fitted["calls"] == 20 and fitted["spent"] == 100 and fitted["error"] < even["error"] / 2
     cached = found["TaylorSeer lite, interval 5, order 2"]
     assert cached["calls"] == 100 and 20 < cached["work"] < 40 and 0 < cached["error"] < 0.1
     assert (tmp_path / "quality.png").read_bytes()[:4] == b"\x89PNG"
