@@ -220,6 +220,23 @@ TRAINING = {
     "backend missing": (IMAGE | {"data_backend_config": "{bad}/nowhere.json"}, "nowhere.json"),
     "backend without a folder": (IMAGE | {"data_backend_config": "{bad}/backend.json"}, "image_dir"),
     "data set missing": (IMAGE | {"dataset_name": "{bad}/nowhere"}, "nowhere"),
+    # what is learned
+    "prompts with the flow loss": ({"prompts_file": "x.txt"}, "--prompts_file belongs to the trajectory loss"),
+    "flow weight with the flow loss": ({"flow_weight": 0.5}, "--flow_weight belongs to the trajectory loss"),
+    "weights with the flow loss": ({"segment_weights": "length"}, "--segment_weights belongs to the trajectory loss"),
+    "seeds with the flow loss": ({"num_trajectories": 8}, "--num_trajectories belongs to the trajectory loss"),
+    "list with the trajectory loss": (
+        {"loss": "trajectory", "flow_custom_timesteps": "1000,900;500,100"},
+        "the model's own schedule",
+    ),
+    "prompts missing": ({"loss": "trajectory", "prompts_file": "{bad}/nowhere.txt"}, "nowhere.txt: cannot be read"),
+    "prompts empty": ({"loss": "trajectory", "prompts_file": "{bad}/empty.txt"}, "holds no prompt"),
+    "prompts not UTF-8": ({"loss": "trajectory", "prompts_file": "{bad}/latin1.txt"}, "UTF-8"),
+    "no such loss": ({"loss": "mse"}, "--loss"),
+    "no such guidance": ({"guidance": "half"}, "--guidance"),
+    "no such solver": ({"solver": "heun"}, "--solver"),
+    "no trajectories": ({"loss": "trajectory", "num_trajectories": 0}, "--num_trajectories"),
+    "flow weight not finite": ({"loss": "trajectory", "flow_weight": "nan"}, "--flow_weight"),
     # the config
     "unknown key": ({"config": "{bad}/unknown.yaml"}, "'rnak'; did you mean 'rank'?"),
     "unknown flag": ({"rnak": 4}, "--rnak"),

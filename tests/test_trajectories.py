@@ -386,22 +386,6 @@ def test_the_fitted_solvers_targets_land_on_the_trajectory(teacher):
 # What cannot be
 
 
-@pytest.mark.parametrize(
-    "settings, match",
-    [
-        ({"prompts_file": "x.txt"}, "--prompts_file belongs to the trajectory loss"),
-        ({"flow_weight": 0.5}, "--flow_weight belongs to the trajectory loss"),
-        ({"segment_weights": "length"}, "--segment_weights belongs to the trajectory loss"),
-        ({"num_trajectories": 8}, "--num_trajectories belongs to the trajectory loss"),
-        ({"loss": "trajectory", "flow_custom_timesteps": "1000,900;500,100"}, "steps of the model's own schedule"),
-        ({"loss": "trajectory", "prompts_file": "nowhere.txt"}, "nowhere.txt: cannot be read"),
-    ],
-)
-def test_what_does_not_go_together_is_told(settings, match, train):
-    with pytest.raises(InputError, match=match):
-        train(**settings)
-
-
 def test_guidance_that_depends_on_the_step_cannot_be_kept(train, tmp_path):
     """Lumina 2 can guide its first steps alone; what a single step shows is then not what the trajectory did."""
     base = make_lumina2(tmp_path / "lumina2")
