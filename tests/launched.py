@@ -1,11 +1,15 @@
-"""Started by test_train.py under `accelerate launch`: `launched.py RUNS.json` with [[flag, ...], ...].
+"""Run by test_distribution.py under `accelerate launch`: `launched.py RUNS.json` with [[[flag, ...], signal], ...].
 
-Calls train_glance_lora's main() with one list of flags after the other; every rank also keeps the LoRA it holds after
-each phase, as OUTPUT_DIR/PHASE-rank-N.pt.
+Calls train_glance_lora's main() with one list of flags after the other. Where the signal is not 0, the last process
+sends it to itself in the run's third step, the time since 1970 written to OUTPUT_DIR/signal.txt. Every process also
+keeps the LoRA that it holds after each phase, as OUTPUT_DIR/PHASE-rank-N.pt.
 """
 
+import contextlib
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 
@@ -15,19 +19,39 @@ import torch  # noqa: E402
 from accelerate.state import PartialState  # noqa: E402
 from peft import get_peft_model_state_dict  # noqa: E402
 
+import ask_pipeline as ask  # noqa: E402
+import glance_utils as glance  # noqa: E402
 import train_glance_lora  # noqa: E402
 
 
-train_phase = train_glance_lora.train_phase
+train_phase, forward = train_glance_lora.train_phase, ask.PipelineVelocity.forward
 
 
 def train_and_keep(args, accelerator, asked, recipe, *rest):
-    train_phase(args, accelerator, asked, recipe, *rest)
-    lora = get_peft_model_state_dict(asked.pipe.transformer, adapter_name=train_glance_lora.ADAPTER)
+    stopped = train_phase(args, accelerator, asked, recipe, *rest)
+    lora = get_peft_model_state_dict(glance.denoiser(asked.pipe), adapter_name=train_glance_lora.ADAPTER)
     torch.save(lora, Path(args.output_dir) / f"{recipe['phase']}-rank-{accelerator.process_index}.pt")
+    return stopped
+
+
+def run(arguments: list[str], number: int) -> None:
+    steps, last = 0, os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+
+    def counted(self, *rest):
+        nonlocal steps
+        steps += 1
+        if number and last and steps == 3:
+            output_dir = next(text for text in arguments if text.startswith("--output_dir=")).partition("=")[2]
+            Path(output_dir, "signal.txt").write_text(str(time.time()))
+            os.kill(os.getpid(), number)
+        return forward(self, *rest)
+
+    ask.PipelineVelocity.forward = counted
+    with contextlib.suppress(SystemExit) if number else contextlib.nullcontext():
+        train_glance_lora.main(arguments)
 
 
 train_glance_lora.train_phase = train_and_keep
 PartialState.destroy_process_group = lambda self, group=None: None  # the processes meet only once
-for arguments in json.loads(Path(sys.argv[1]).read_text()):
-    train_glance_lora.main(arguments)
+for arguments, number in json.loads(Path(sys.argv[1]).read_text()):
+    run(arguments, number)
