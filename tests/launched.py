@@ -47,11 +47,14 @@ def run(arguments: list[str], number: int) -> None:
         return forward(self, *rest)
 
     ask.PipelineVelocity.forward = counted
-    with contextlib.suppress(SystemExit) if number else contextlib.nullcontext():
-        train_glance_lora.main(arguments)
+    train_glance_lora.main(arguments)
 
 
 train_glance_lora.train_phase = train_and_keep
 PartialState.destroy_process_group = lambda self, group=None: None  # the processes meet only once
-for arguments, number in json.loads(Path(sys.argv[1]).read_text()):
-    run(arguments, number)
+*runs, last_run = json.loads(Path(sys.argv[1]).read_text())
+for arguments, number in runs:
+    with contextlib.suppress(SystemExit) if number else contextlib.nullcontext():
+        run(arguments, number)
+    torch.distributed.barrier()  # the next may go on from what this one wrote
+run(*last_run)
