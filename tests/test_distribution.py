@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, flags, run_train
+from peak_memory import small_flux
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,6 +23,8 @@ from checkpoints import find_checkpoints
 
 PHASES = ("slow", "fast")
 KINDS = {"ddp": ["--multi_gpu"], "fsdp": ["--use_fsdp", "--fsdp_version=2"]}
+# Gives memory back at once, so that it can be measured.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
 COMMON = {"resolution": 32, "rank": 4, "max_train_steps": 4, "learning_rate": 1e-4}
 
 
@@ -31,7 +35,7 @@ def launch(kind: list[str], processes: int, *command) -> subprocess.CompletedPro
     launcher = [*launcher.split(), "--mixed_precision=no", f"--num_processes={processes}", *kind]
     return subprocess.run(
         [sys.executable, *launcher, *map(str, command)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | ALLOCATOR,
         capture_output=True,
         text=True,
         timeout=200,
@@ -151,6 +155,24 @@ def test_a_killed_process_ends_the_launch(kind, processes, launched):
     root, done, ended = launched(kind, processes)
     assert done.returncode != 0 and ended < 60
     assert not (root / "killed" / "slow" / glance.WEIGHT_NAME).exists()
+
+
+def test_no_process_but_the_first_ever_holds_the_whole_base(pipelines, tmp_path):
+    """In its own memory: it has its rows and one parameter more. The first one maps the files, and holds the base only
+    where it must convert it: the second of the two, in float32."""
+    for dtype in (torch.bfloat16, torch.float32):
+        shutil.copytree(pipelines["flux"], tmp_path / str(dtype))
+        shutil.rmtree(tmp_path / str(dtype) / "transformer")
+        small_flux().to(dtype).save_pretrained(tmp_path / str(dtype) / "transformer", max_shard_size="40MB")
+    done = launch(KINDS["fsdp"], 2, ROOT / "tests" / "peak_memory.py", "share", *sorted(tmp_path.iterdir()))
+    assert done.returncode == 0, done.stderr[-5000:]
+    ranks = [json.loads(line) for line in done.stdout.splitlines()]
+    for mapped, converted in ranks:
+        assert mapped["held"] < 0.51 * mapped["model"]
+        assert mapped["peak"] < mapped["held"] + 2 * mapped["largest"]
+    peaks = sorted(converted["peak"] for _, converted in ranks)
+    limit = converted["held"] + 2 * converted["largest"]
+    assert peaks[0] < limit and peaks[1] < converted["model"] + limit
 
 
 # --------------------------------------------------------------------------------------------------------------------
