@@ -52,6 +52,8 @@ def check_combination(args, accelerator) -> None:
         raise InputError(
             f"--quantization {args.quantization} does not go with FSDP, which shards full weights; leave one out"
         )
+    if not torch.distributed.is_initialized():
+        raise InputError("FSDP shards the base among several processes; launch them with --num_processes")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -458,6 +458,30 @@ def test_training(row, train, bad, pipelines, request, tmp_path, capsys):
     assert (snapshot(tmp_path), snapshot(bad)) == ({}, before[1])
 
 
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+LAUNCHED = {
+    "half a process a phase": ({}, {"parallel_phases": True}, "even number of processes, 1 launched"),
+    "three processes, two phases": ({"WORLD_SIZE": "3"}, {"parallel_phases": True}, "even number of processes, 3"),
+    "one phase in parallel": ({}, {"parallel_phases": True, "phase": "slow"}, "--parallel_phases trains both"),
+    "one list in parallel": ({}, {"parallel_phases": True, "flow_custom_timesteps": "1000,900"}, "--parallel_phases"),
+    "one checkpoint, two phases": ({}, {"parallel_phases": True, "resume_from_checkpoint": "x"}, "give latest"),
+    "FSDP of one process": (FSDP, {}, "--num_processes"),
+    "FSDP 1": (FSDP | {"FSDP_VERSION": "1"}, {}, "fsdp_version: 2"),
+    "FSDP offloaded": (FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params"),
+    "FSDP in fp16": (FSDP, {"mixed_precision": "fp16"}, "use bf16"),
+    **{f"FSDP of {name}": (FSDP, {"quantization": name}, f"--quantization {name}") for name in ("nf4", "int8", "fp8")},
+}
+
+
+@pytest.mark.parametrize("row", LAUNCHED)
+def test_launches(row, train, tmp_path, monkeypatch, capsys):
+    environment, settings, word = LAUNCHED[row]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert_refused(capsys, word, train, **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_in_the_place_of_a_phases_folder(train, tmp_path):
     """Better said at once than after an hour of training."""
     (tmp_path / "output").mkdir()
