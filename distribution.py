@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import (
+    DistributedType,
     FullyShardedDataParallelPlugin,
     broadcast_object_list,
     disable_fsdp_ram_efficient_loading,
@@ -34,26 +35,36 @@ def is_sharded() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
+def is_deepspeed(accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
 def check_combination(args, accelerator) -> None:
     """InputError where what was launched does not go with what was asked for."""
     if args.enable_group_offload and accelerator.num_processes > 1:
         raise InputError("--enable_group_offload goes with one process; leave it out, or launch one")
-    if not is_sharded():
-        return
-    disable_fsdp_ram_efficient_loading()  # with it transformers gives only the first process its text encoders
-    plugin = FullyShardedDataParallelPlugin()  # of what the launcher put into the environment
-    if plugin.fsdp_version != 2:
-        raise InputError("FSDP 1 cannot shard a base whose LoRA is of another dtype; set fsdp_version: 2")
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        raise InputError("fsdp_offload_params: a sharded base stays on its accelerators; launch more of them")
-    if args.mixed_precision == "fp16":
-        raise InputError("--mixed_precision fp16 does not go with FSDP; use bf16")
-    if args.quantization != "none":
-        raise InputError(
-            f"--quantization {args.quantization} does not go with FSDP, which shards full weights; leave one out"
-        )
-    if not torch.distributed.is_initialized():
-        raise InputError("FSDP shards the base among several processes; launch them with --num_processes")
+    if is_deepspeed(accelerator):
+        if accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise InputError("ZeRO 3 would shard the LoRA alone; set zero_stage: 2, or shard the base by FSDP")
+        refuse(args, "DeepSpeed", "checkpointing_steps", "resume_from_checkpoint", "use_8bit_adam", "parallel_phases")
+    if is_sharded():
+        plugin = FullyShardedDataParallelPlugin()  # of what the launcher put into the environment
+        if plugin.fsdp_version != 2:
+            raise InputError("FSDP 1 cannot shard a base whose LoRA is of another dtype; set fsdp_version: 2")
+        if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+            raise InputError("fsdp_offload_params: a sharded base stays on its accelerators; launch more of them")
+        refuse(args, "FSDP", "compile", *(["quantization"] if args.quantization != "none" else []))
+        if not torch.distributed.is_initialized():
+            raise InputError("FSDP shards the base among several processes; launch them with --num_processes")
+        disable_fsdp_ram_efficient_loading()  # with it transformers gives only the first process its text encoders
+
+
+def refuse(args, kind: str, *names: str) -> None:
+    """InputError where one of these flags is set, or fp16 with its loss scaling."""
+    given = [f"--{name}" for name in names if getattr(args, name)]
+    given += ["--mixed_precision fp16"] if args.mixed_precision == "fp16" else []
+    if given:
+        raise InputError(f"{given[0]} does not go with {kind}; leave one of the two out")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -101,12 +112,30 @@ def shard(transformer: torch.nn.Module, weights: dict, device: torch.device, res
     kind.__name__, kind.__module__ = kind.__mro__[2].__name__, kind.__mro__[2].__module__
 
 
-def prepare(accelerator, model, optimizer):
-    """accelerator.prepare for a model that is placed already and, under FSDP, sharded."""
-    if not is_sharded():
-        return accelerator.prepare(model, optimizer, device_placement=[False, True])
-    model.set_requires_gradient_sync = lambda requires: None  # accelerate's no_sync; the base has no gradients
-    return model, accelerator.prepare_optimizer(optimizer)
+def prepare(args, accelerator, model, parameters, optimizer):
+    """accelerator.prepare for a model that is placed already and of which `parameters`, the LoRA, are trained."""
+    if is_sharded():
+        model.set_requires_gradient_sync = lambda requires: None  # accelerate's no_sync; the base has no gradients
+        return model, accelerator.prepare_optimizer(optimizer)
+    if is_deepspeed(accelerator):
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        config["gradient_clipping"] = args.max_grad_norm
+        config["bf16"] = {"enabled": False}  # of what it is given, the LoRA; the base has its dtype
+        return accelerator.prepare(LoraAlone(model, parameters), optimizer)
+    return accelerator.prepare(model, optimizer, device_placement=[False, True])
+
+
+class LoraAlone(torch.nn.Module):
+    """A model that shows nothing but its LoRA: DeepSpeed takes parameters of one dtype, all of them."""
+
+    def __init__(self, model, parameters):
+        super().__init__()
+        self.parts = torch.nn.ParameterList(parameters)
+        self.call = model.__call__
+
+    def forward(self, *args):
+        return self.call(*args)
 
 
 def average_gradients(accelerator, parameters) -> None:

@@ -321,7 +321,7 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
     parameters = fresh_adapter(args, accelerator, transformer, asked.layers)
     optimizer, lr_scheduler = make_optimizer(args, parameters)
     model = ask.PipelineVelocity(asked.pipe, asked.told, asked.takes_timesteps)
-    model, optimizer = distribution.prepare(accelerator, model, optimizer)
+    model, optimizer = distribution.prepare(args, accelerator, model, parameters, optimizer)
 
     sigmas, accumulation = glance.timesteps_to_sigmas(recipe["timesteps"]), args.gradient_accumulation_steps
     seed, first = args.seed + glance.PHASES.index(phase), asked.first_step[phase]
@@ -472,7 +472,9 @@ def train(args, accelerator, halves=None):
     logger.info(
         f"  Total batch size = {args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps}"
     )
-    with faults.signals_noted(accelerator.set_trigger) as noted:
+    # DeepSpeed's optimizer is in parts, which no checkpoint holds: there a signal ends the run at once.
+    resumable = not distribution.is_deepspeed(accelerator)
+    with faults.signals_noted(accelerator.set_trigger) if resumable else contextlib.nullcontext([]) as noted:
         for number, (phase, recipe) in enumerate(recipes.items()):
             timesteps = ", ".join(f"{timestep:.4f}" for timestep in recipe["timesteps"])
             if phase in finished:

@@ -16,7 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from accelerate.state import PartialState  # noqa: E402
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env  # noqa: E402
 from peft import get_peft_model_state_dict  # noqa: E402
 
 import ask_pipeline as ask  # noqa: E402
@@ -51,6 +53,12 @@ def run(arguments: list[str], number: int) -> None:
 
 
 train_glance_lora.train_phase = train_and_keep
+if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):  # accelerate knows of no backend for it on a CPU
+
+    def with_gloo(*args, kwargs_handlers, **kwargs):
+        return Accelerator(*args, kwargs_handlers=[*kwargs_handlers, InitProcessGroupKwargs("gloo")], **kwargs)
+
+    train_glance_lora.Accelerator = with_gloo
 PartialState.destroy_process_group = lambda self, group=None: None  # the processes meet only once
 *runs, last_run = json.loads(Path(sys.argv[1]).read_text())
 for arguments, number in runs:

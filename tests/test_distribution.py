@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import is_deepspeed_available
 from conftest import ROOT, flags, run_train
 from peak_memory import small_flux
 from PIL import Image
@@ -23,6 +24,9 @@ from checkpoints import find_checkpoints
 
 PHASES = ("slow", "fast")
 KINDS = {"ddp": ["--multi_gpu"], "fsdp": ["--use_fsdp", "--fsdp_version=2"]}
+KINDS["deepspeed"] = ["--use_deepspeed", "--zero_stage=2"]
+ON_CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+DEEPSPEED_ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
 # Gives memory back at once, so that it can be measured.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
 COMMON = {"resolution": 32, "rank": 4, "max_train_steps": 4, "learning_rate": 1e-4}
@@ -35,7 +39,7 @@ def launch(kind: list[str], processes: int, *command) -> subprocess.CompletedPro
     launcher = [*launcher.split(), "--mixed_precision=no", f"--num_processes={processes}", *kind]
     return subprocess.run(
         [sys.executable, *launcher, *map(str, command)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | ALLOCATOR,
+        env=os.environ | ALLOCATOR | (DEEPSPEED_ON_CPU if "--use_deepspeed" in kind else ON_CPU),
         capture_output=True,
         text=True,
         timeout=200,
@@ -155,6 +159,16 @@ def test_a_killed_process_ends_the_launch(kind, processes, launched):
     root, done, ended = launched(kind, processes)
     assert done.returncode != 0 and ended < 60
     assert not (root / "killed" / "slow" / glance.WEIGHT_NAME).exists()
+
+
+@pytest.mark.skipif(not is_deepspeed_available(), reason="pip install deepspeed, which builds its operators here")
+def test_zero_2_equals_one_process(settings, single, tmp_path):
+    done = launch_runs(KINDS["deepspeed"], 2, tmp_path, [(settings("flux", tmp_path / "output", 2), 0)])
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert_close(tmp_path / "output", single("flux"), 1e-5)
+    for phase in PHASES:
+        ranks = [torch.load(tmp_path / "output" / f"{phase}-rank-{rank}.pt") for rank in range(2)]
+        assert all(torch.equal(value, ranks[1][name]) for name, value in ranks[0].items())
 
 
 def test_no_process_but_the_first_ever_holds_the_whole_base(pipelines, tmp_path):

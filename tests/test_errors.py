@@ -468,8 +468,12 @@ LAUNCHED = {
     "FSDP of one process": (FSDP, {}, "--num_processes"),
     "FSDP 1": (FSDP | {"FSDP_VERSION": "1"}, {}, "fsdp_version: 2"),
     "FSDP offloaded": (FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params"),
-    "FSDP in fp16": (FSDP, {"mixed_precision": "fp16"}, "use bf16"),
-    **{f"FSDP of {name}": (FSDP, {"quantization": name}, f"--quantization {name}") for name in ("nf4", "int8", "fp8")},
+    "FSDP in fp16": (FSDP, {"mixed_precision": "fp16"}, "--mixed_precision fp16"),
+    "FSDP compiled": (FSDP, {"compile": True}, "--compile does not go with FSDP"),
+    **{
+        f"FSDP of {name}": (FSDP, {"quantization": name}, "--quantization does not go")
+        for name in ("nf4", "int8", "fp8")
+    },
 }
 
 
