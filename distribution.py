@@ -134,8 +134,8 @@ class LoraAlone(torch.nn.Module):
         self.parts = torch.nn.ParameterList(parameters)
         self.call = model.__call__
 
-    def forward(self, *args):
-        return self.call(*args)
+    def forward(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
 
 
 def average_gradients(accelerator, parameters) -> None:

@@ -118,12 +118,13 @@ def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str]) 
     if args.loss == "trajectory" and args.guidance == "keep":
         teacher.check(first, positions)
 
+    count, rank = accelerator.num_processes, accelerator.process_index
+
     def learn(index: int) -> list[torch.Tensor]:
-        points = first if index == 0 else teacher.draw(*jobs[index])
+        points = first if count == 1 and index == 0 else teacher.draw(*jobs[index])
         return [torch.stack(part) for part in grids.segment_targets(points, teacher.sigmas, positions, coefficients)]
 
     # Every process draws equally many, some twice: a sharded model computes on all of them or on none.
-    count, rank = accelerator.num_processes, accelerator.process_index
     rounds = tqdm(range(-(-len(jobs) // count)), desc="trajectories", disable=not accelerator.is_local_main_process)
     mine = [learn(min(number * count + rank, len(jobs) - 1)) for number in rounds]
     drawn = gather_object(mine)  # those of the first process, then of the second, ...
