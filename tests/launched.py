@@ -39,14 +39,14 @@ def train_and_keep(args, accelerator, asked, recipe, *rest):
 def run(arguments: list[str], number: int) -> None:
     steps, last = 0, os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
 
-    def counted(self, *rest):
+    def counted(self, *rest, **call):
         nonlocal steps
         steps += 1
         if number and last and steps == 3:
             output_dir = next(text for text in arguments if text.startswith("--output_dir=")).partition("=")[2]
             Path(output_dir, "signal.txt").write_text(str(time.time()))
             os.kill(os.getpid(), number)
-        return forward(self, *rest)
+        return forward(self, *rest, **call)
 
     ask.PipelineVelocity.forward = counted
     train_glance_lora.main(arguments)

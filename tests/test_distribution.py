@@ -87,13 +87,14 @@ def settings(pipelines, pair):
 
 @pytest.fixture(scope="module")
 def single(settings, tmp_path_factory):
-    """single(base): the folder of one process's run."""
+    """single(name of a base, or "trajectory"): the folder of one process's run."""
     folders = {}
 
-    def call(base: str) -> Path:
-        if base not in folders:
-            folders[base] = run_train(settings(base, tmp_path_factory.mktemp("single") / base, 1), {})
-        return folders[base]
+    def call(name: str) -> Path:
+        if name not in folders:
+            base, further = ("flux", {"loss": name}) if name == "trajectory" else (name, {})
+            folders[name] = run_train(settings(base, tmp_path_factory.mktemp("single") / name, 1), further)
+        return folders[name]
 
     return call
 
@@ -108,13 +109,15 @@ def launched(settings, tmp_path_factory):
         if (kind, processes) not in found:
             root = tmp_path_factory.mktemp(f"{kind}-{processes}")
             stopped = settings("flux", root / "stopped", processes)
-            runs = [
-                (settings("flux", root / "flux", processes), 0),
-                (settings("qwen", root / "qwen", processes, gradient_checkpointing=True), 0),
-                (stopped, signal.SIGTERM),
-                (stopped | {"resume_from_checkpoint": "latest"}, 0),
-                (settings("flux", root / "killed", processes, max_train_steps=1000), signal.SIGKILL),
-            ]
+            runs = [(settings("flux", root / "flux", processes), 0)]
+            if processes == 2:
+                runs += [
+                    (settings("qwen", root / "qwen", 2, gradient_checkpointing=True), 0),
+                    (settings("flux", root / "trajectory", 2, loss="trajectory"), 0),
+                    (stopped, signal.SIGTERM),
+                    (stopped | {"resume_from_checkpoint": "latest"}, 0),
+                ]
+            runs += [(settings("flux", root / "killed", processes, max_train_steps=1000), signal.SIGKILL)]
             done = launch_runs(KINDS[kind], processes, root, runs)
             killed = root / "killed" / "signal.txt"
             found[kind, processes] = root, done, time.time() - float(killed.read_text() if killed.exists() else 0)
@@ -127,12 +130,12 @@ def launched(settings, tmp_path_factory):
 # DDP and FSDP2
 
 
-EACH = pytest.mark.parametrize("kind, processes", [("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)])
+RUNS = [(kind, processes, "flux") for kind in ("ddp", "fsdp") for processes in (2, 4)]
+RUNS += [(kind, 2, name) for kind in ("ddp", "fsdp") for name in ("qwen", "trajectory")]
 
 
-@EACH
-@pytest.mark.parametrize("base", ["flux", "qwen"])
-def test_several_processes_equal_one_with_the_same_batch(base, kind, processes, launched, single):
+@pytest.mark.parametrize("kind, processes, base", RUNS)
+def test_several_processes_equal_one_with_the_same_batch(kind, processes, base, launched, single):
     root, done, _ = launched(kind, processes)
     assert (root / base / "glance.png").exists(), done.stderr[-5000:]
     assert max(value.abs().max() for name, value in lora(single(base) / "slow").items() if "lora_B" in name) > 1e-4
@@ -146,15 +149,15 @@ def test_several_processes_equal_one_with_the_same_batch(base, kind, processes, 
             assert all(torch.equal(value, other[name]) for other in ranks[1:]), name
 
 
-@EACH
-def test_a_signal_to_one_process_stops_all_at_a_checkpoint_and_resumed_equals_uninterrupted(kind, processes, launched):
-    root, done, _ = launched(kind, processes)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_signal_to_one_process_stops_all_at_a_checkpoint_and_resumed_equals_uninterrupted(kind, launched):
+    root, done, _ = launched(kind, 2)
     assert "stopped by SIGTERM; go on with" in done.stderr and done.stderr.count("go on with") == 1
     assert [step for step, _ in find_checkpoints(root / "stopped")] == [3]
     assert files_in(root / "stopped") == files_in(root / "flux")
 
 
-@EACH
+@pytest.mark.parametrize("kind, processes", [("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)])
 def test_a_killed_process_ends_the_launch(kind, processes, launched):
     root, done, ended = launched(kind, processes)
     assert done.returncode != 0 and ended < 60
