@@ -79,9 +79,15 @@ def load_transformer(accelerator, *how, part=None, **where) -> torch.nn.Module:
     name, kind = find_denoiser(path, **where)
     weights = {}
     if accelerator.is_main_process:  # mapped, not read, where the files' dtype is `dtype`
-        weights = load_base.load_transformer(path, dtype, torch.device("cpu"), part=part, **where).state_dict()
-    with init_empty_weights():
-        transformer = kind.from_config(kind.load_config(path, subfolder=part or name, **where)).eval()
+        whole = load_base.load_transformer(path, dtype, torch.device("cpu"), part=part, **where)
+        weights = dict([*whole.named_parameters(), *whole.named_buffers()])
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as from_pretrained does, for what a model computes when it is made
+    try:
+        with init_empty_weights():
+            transformer = kind.from_config(kind.load_config(path, subfolder=part or name, **where)).eval()
+    finally:
+        torch.set_default_dtype(default)
     shard(transformer.requires_grad_(False), weights, device, FullyShardedDataParallelPlugin().reshard_after_forward)
     return transformer
 
@@ -96,7 +102,7 @@ def shard(transformer: torch.nn.Module, weights: dict, device: torch.device, res
     for name, parameter in transformer.named_parameters():
         parameter.data = parameter.to(dtypes[name])
     for name, buffer in transformer.named_buffers():
-        buffer.data = weights.get(name, buffer).to(device)
+        buffer.data = weights.get(name, buffer).to(device, dtypes[name])
         torch.distributed.broadcast(buffer, src=0)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for part in transformer.children():
@@ -105,7 +111,9 @@ def shard(transformer: torch.nn.Module, weights: dict, device: torch.device, res
     fully_shard(transformer, mesh=mesh)
     rows = {}
     for name, parameter in transformer.named_parameters():
-        whole = weights[name] if weights else torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        whole = (
+            weights[name].detach() if weights else torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        )
         rows[name] = distribute_tensor(whole, mesh, parameter.placements)  # sent by the first process
     transformer.load_state_dict(rows, strict=False, assign=True)
     kind = type(transformer)  # named as diffusers knows it: a pipeline writes down its models' classes

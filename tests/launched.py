@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
-from accelerate.state import PartialState  # noqa: E402
+from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env  # noqa: E402
 from peft import get_peft_model_state_dict  # noqa: E402
 
@@ -49,6 +49,7 @@ def run(arguments: list[str], number: int) -> None:
         return forward(self, *rest, **call)
 
     ask.PipelineVelocity.forward = counted
+    AcceleratorState._reset_state()
     train_glance_lora.main(arguments)
 
 
