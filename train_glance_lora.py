@@ -45,6 +45,7 @@ import distribution
 import faults
 import glance_utils as glance
 import load_base
+import trajectories
 from checkpoints import check_lora, find_resume, load_checkpoint, resume_settings, save_checkpoint, with_run
 from glance_utils import InputError
 from instance_data import load_pair
@@ -459,6 +460,8 @@ def train(args, accelerator, halves=None):
         faults.sweep(output_dir)
         with faults.one_line_errors(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
+            if asked.taught is not None:
+                trajectories.save(output_dir, asked.taught)
             if halves is None:
                 save_picture(image, output_dir / "instance.png")
     if args.report_to != "none":

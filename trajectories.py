@@ -31,6 +31,7 @@ logger = get_logger(__name__)
 class Trajectories:
     """Of the base with its guidance, `captions` x `seeds` of them."""
 
+    digest: str  # of all that they depend on
     grid: str
     positions: list[int]  # the kept steps, 0-based, among all of the model's
     lengths: list[float]  # of each of them, in sigma
@@ -102,7 +103,7 @@ def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], other: tu
 
 def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str]) -> Trajectories:
     """The base's trajectories: those in the output folder if they are of these settings, else drawn by all processes
-    together and written there."""
+    together. They are not written yet."""
     path, digest = Path(args.output_dir) / faults.TRAJECTORIES, settings_digest(args, teacher, captions)
     found = broadcast_object_list([load(path, digest) if accelerator.is_main_process else None])[0]
     if found is not None:
@@ -133,11 +134,7 @@ def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str]) 
     ends = [teacher.sigmas[position] for position in positions] + [0.0]
     lengths = [high - low for high, low in zip(ends, ends[1:])]
     picture = broadcast_object_list([first[-1]])[0]
-    found = Trajectories(grid, positions, lengths, coefficients, picture, starts, targets)
-    if accelerator.is_main_process:
-        with faults.one_line_errors(args.output_dir):
-            save(path, digest, found)
-    return found
+    return Trajectories(digest, grid, positions, lengths, coefficients, picture, starts, targets)
 
 
 def settings_digest(args, teacher: Teacher, captions: list[str]) -> str:
@@ -151,12 +148,12 @@ def settings_digest(args, teacher: Teacher, captions: list[str]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def save(path: Path, digest: str, found: Trajectories) -> None:
+def save(directory: Path, found: Trajectories) -> None:
+    """Write them where the next run of the same settings finds them."""
     tensors = {name: getattr(found, name).contiguous() for name in ("picture", "starts", "targets")}
     sampler = {name: getattr(found, name) for name in ("grid", "positions", "lengths", "coefficients")}
-    header = {"digest": digest, "sampler": json.dumps(sampler)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    glance.replace_file(path, lambda temporary: save_file(tensors, temporary, header))
+    header = {"digest": found.digest, "sampler": json.dumps(sampler)}
+    glance.replace_file(directory / faults.TRAJECTORIES, lambda temporary: save_file(tensors, temporary, header))
 
 
 def load(path: Path, digest: str) -> Trajectories | None:
@@ -167,6 +164,6 @@ def load(path: Path, digest: str) -> Trajectories | None:
             if header.get("digest") != digest:
                 return None
             tensors = {name: file.get_tensor(name) for name in ("picture", "starts", "targets")}
-            return Trajectories(**json.loads(header["sampler"]), **tensors)
+            return Trajectories(digest, **json.loads(header["sampler"]), **tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None

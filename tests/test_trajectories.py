@@ -300,8 +300,10 @@ def test_resumed_equals_uninterrupted(extra, train, tmp_path):
 
 def test_a_resumed_run_of_other_trajectories_is_refused(train):
     output = train(**SHORT, checkpointing_steps=2)
+    content = (output / TRAJECTORIES).read_bytes()
     with pytest.raises(InputError, match="its guidance is keep, this run's is fold"):
         train(**SHORT, guidance="fold", resume_from_checkpoint=output / "checkpoint-2")
+    assert (output / TRAJECTORIES).read_bytes() == content
 
 
 # --------------------------------------------------------------------------------------------------------------------
