@@ -56,6 +56,11 @@ from prepare import Asked, dry_run, prepare_pipeline
 logger = get_logger(__name__)
 
 ADAPTER = "glance"
+# The flow loss's are the published method's, the trajectory loss's are what measured best (benchmarks/README.md).
+DEFAULTS = {
+    "flow": {"grid": "glance", "solver": "euler", "learning_rate": 3e-4},
+    "trajectory": {"grid": "auto", "solver": "fitted", "learning_rate": 1e-5},
+}
 SEGMENT_POWERS = {"uniform": 0, "length": 1, "length_squared": 2}
 
 
@@ -104,9 +109,8 @@ def parse_args(argv: list[str] | None = None):
     add(
         "--grid",
         choices=("glance", "even", "auto"),
-        default="glance",
-        help="which of the model's own steps: the published ones, every n-th, or of all and of those that follow its "
-        "trajectory best the ones that measure best",
+        help="which of the model's own steps: the published ones, every n-th, or whichever measure best of these and "
+        "of those that follow its trajectory best; glance for the flow loss, auto for the trajectory loss",
     )
     # what is learned
     add(
@@ -127,8 +131,8 @@ def parse_args(argv: list[str] | None = None):
     add(
         "--solver",
         choices=("euler", "fitted"),
-        default="euler",
-        help="fitted: each step also looks at the one before it, as much as the base's own trajectory says",
+        help="fitted: each step also looks at the one before it, as much as the base's own trajectory says, where "
+        "that measures better; euler for the flow loss, fitted for the trajectory loss",
     )
     # LoRA
     add("--rank", "--lora_rank", type=cli.positive(int, 4096), default=32)
@@ -143,7 +147,7 @@ def parse_args(argv: list[str] | None = None):
     add("--train_batch_size", type=cli.positive(int), default=1)
     add("--timesteps_per_step", type=cli.positive(int), default=1, help="5 trains all of a phase's in every step")
     add("--gradient_accumulation_steps", type=cli.positive(int), default=1)
-    add("--learning_rate", type=cli.positive(float), default=3e-4)
+    add("--learning_rate", type=cli.positive(float), help="3e-4 for the flow loss, 1e-5 for the trajectory loss")
     add(
         "--lr_scheduler",
         choices=[kind.value for kind in SchedulerType if kind.value != "piecewise_constant"],
@@ -186,7 +190,7 @@ def parse_args(argv: list[str] | None = None):
             "--no-gradient_checkpointing: with --enable_group_offload or --quantization fp8 every layer's full weight "
             "would stay until the backward pass; leave it out"
         )
-    if args.flow_custom_timesteps is not None and args.grid != "glance":
+    if args.flow_custom_timesteps is not None and args.grid is not None:
         raise InputError("--flow_custom_timesteps gives the timesteps; leave --grid out")
     if args.loss == "flow":
         for name in ("prompts_file", "flow_weight", "segment_weights", "num_trajectories"):

@@ -73,31 +73,27 @@ class Teacher:
 def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], other: tuple[str, int]):
     """(grid, positions, coefficients or None), found on one trajectory and measured on another, (caption, seed).
 
-    Where there is a choice, every grid draws once and the one that ends nearest to all the model's own steps is taken.
+    Where there is a choice, every way draws once and the one that ends nearest to all the model's own steps is taken:
+    --grid auto may end with any grid, --solver fitted with Euler where the numbers do not carry over.
     """
-    count, steps = args.num_inference_steps, len(teacher.timesteps)
-    choices, measured = ("auto", "glance", "even") if args.grid == "auto" else (args.grid,), {}
-    exact = teacher.draw(*other)[-1] if len(choices) > 1 or args.solver == "fitted" else None
-    for grid in choices:
-        named = grid != "auto"
-        positions = (
-            glance.grid_positions(grid, count, steps) if named else grids.best_positions(points, teacher.sigmas, count)
-        )
-        solvers = {"euler": None}
+    count, steps, choices = args.num_inference_steps, len(teacher.timesteps), []
+    for grid in ("auto", "glance", "even") if args.grid == "auto" else (args.grid,):
+        if grid == "auto":
+            positions = grids.best_positions(points, teacher.sigmas, count)
+        else:
+            positions = glance.grid_positions(grid, count, steps)
+        choices.append((grid, "euler", positions, None))
         if args.solver == "fitted":
-            solvers["fitted"] = grids.fit_coefficients(points, teacher.sigmas, positions)
-        errors = {}
-        for solver, coefficients in solvers.items() if exact is not None else ():
-            final = teacher.draw(*other, positions, coefficients)[-1]
-            errors[solver] = grids.relative_error(final, exact)
-        measured[grid] = errors, positions, solvers[args.solver]
-    ranked = sorted(measured.items(), key=lambda item: item[1][0].get(args.solver, 0.0))
-    for grid, (errors, positions, _) in ranked if exact is not None else ():
-        told = ", ".join(f"{error:.4f} ({solver})" for solver, error in errors.items())
-        logger.info(f"--grid {grid}: error {told} to {steps} steps, positions {positions}")
-    grid, (errors, positions, coefficients) = ranked[0]
-    if errors.get("fitted", 0.0) > errors.get("euler", 1.0):
-        logger.warning("--solver fitted is further from all the model's steps than euler is on this grid")
+            choices.append((grid, "fitted", positions, grids.fit_coefficients(points, teacher.sigmas, positions)))
+    if len(choices) > 1:
+        exact, errors = teacher.draw(*other)[-1], []
+        for _, _, positions, coefficients in choices:
+            errors.append(grids.relative_error(teacher.draw(*other, positions, coefficients)[-1], exact))
+        ranked = sorted(zip(errors, choices), key=lambda pair: pair[0])
+        for error, (grid, solver, positions, _) in ranked:
+            logger.info(f"{grid} grid, {solver} solver: error {error:.4f} to {steps} steps, positions {positions}")
+        choices = [choice for _, choice in ranked]
+    grid, _, positions, coefficients = choices[0]
     return grid, positions, coefficients
 
 
