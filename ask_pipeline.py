@@ -164,7 +164,10 @@ def call_arguments(pipe: DiffusionPipeline, prompt, height, width, guidance_scal
 def further_denoisers(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     """Models of the transformer's class beside it: some pipelines keep one for guidance."""
     first = denoiser(pipe)
-    return {name: part for name, part in pipe.components.items() if type(part) is type(first) and part is not first}
+    # FSDP and added adapter methods make the first one's class a subclass of what it was.
+    return {
+        name: part for name, part in pipe.components.items() if isinstance(first, type(part)) and part is not first
+    }
 
 
 @contextlib.contextmanager

@@ -12,28 +12,26 @@ from PIL import Image
 import ask_latents
 import ask_pipeline as ask
 import glance_utils as glance
-import load_base
 from faults import TRAJECTORIES
 from glance_utils import InputError, first_line
-from prepare import DTYPES
 
 
 logger = logging.getLogger(__name__)
 
 
-def draw_preview(args, asked) -> Image.Image:
+def draw_preview(asked, recipes: dict[str, dict], output_dir: Path, seed: int) -> Image.Image:
     """The caption in ten steps, with the LoRA files just written; the VAE follows when the transformer has gone."""
-    pipe, device, dtype = asked.pipe, asked.pipe._execution_device, DTYPES[args.mixed_precision]
+    pipe, device = asked.pipe, asked.pipe._execution_device
     parts = [glance.denoiser_name(pipe.config), *ask.further_denoisers(pipe)]
     for part in parts[1:]:
-        how = (dtype, device, args.quantization, args.enable_group_offload, part)
-        setattr(pipe, part, load_base.load_transformer(args.pretrained_model_name_or_path, *how, **asked.where))
-    for phase in asked.schedule:
-        glance.load_lora(pipe, Path(args.output_dir) / phase / glance.WEIGHT_NAME, phase)
+        setattr(pipe, part, asked.load_transformer(part=part))
+    schedule = {phase: recipe["timesteps"] for phase, recipe in recipes.items()}
+    for phase in schedule:
+        glance.load_lora(pipe, output_dir / phase / glance.WEIGHT_NAME, phase)
     fitted = asked.taught and asked.taught.coefficients
-    inference = glance.glance_inference(pipe, asked.schedule, told=asked.told, coefficients=fitted)
+    inference = glance.glance_inference(pipe, schedule, told=asked.told, coefficients=fitted)
     with inference as kwargs, ask.plain_call(pipe, asked.call) as call:
-        generator = torch.Generator().manual_seed(args.seed)
+        generator = torch.Generator().manual_seed(seed)
         with torch.compiler.set_stance("force_eager"):  # one picture is not worth compiling for
             latents = ask_latents.loop_points(pipe, **call, **kwargs, generator=generator)[-1]
     for part in parts:
@@ -98,6 +96,6 @@ def push_to_hub(args, output_dir: Path, repo_id: str) -> None:
     upload_folder(
         repo_id=repo_id,
         folder_path=output_dir,
-        ignore_patterns=["checkpoint-*", TRAJECTORIES, f"{args.logging_dir}/*"],
+        ignore_patterns=["*checkpoint-*", f"*{TRAJECTORIES}", f"*{args.logging_dir}/*"],
     )
     logger.info(f"Pushed to {repo_id}")

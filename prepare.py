@@ -1,5 +1,6 @@
 """What a run knows before it trains: what the pipeline said, asked once, and its transformer loaded to fit."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import ask_latents
 import ask_pipeline as ask
 import ask_prompts
 import command_line as cli
+import distribution
 import estimate
 import glance_utils as glance
 import load_base
@@ -33,7 +35,7 @@ class Asked:
     """What the pipeline said, and the pipeline: its transformer loaded, its encoders freed."""
 
     pipe: DiffusionPipeline
-    where: dict  # revision and variant, for loading further parts
+    load_transformer: Callable  # loads it, or another `part` of its class
     call: dict  # the call's arguments at inference, without guidance where it is folded in
     single_call: dict  # the same, with classifier-free guidance off
     train_call: dict  # one of the two: what the LoRAs are trained in
@@ -143,13 +145,14 @@ def prepare_pipeline(args, accelerator, image, captions, size) -> Asked:
     ask_prompts.free_components(pipe, **train_call)
     vae = vae and vae.cpu()
     accelerator.free_memory()
-    base, device, offload = args.pretrained_model_name_or_path, accelerator.device, args.enable_group_offload
-    transformer = load_base.load_transformer(base, dtype, device, args.quantization, offload, **where)
+    how = (args.pretrained_model_name_or_path, dtype, accelerator.device, args.quantization, args.enable_group_offload)
+    load_transformer = functools.partial(distribution.load_transformer, accelerator, *how, **where)
+    transformer = load_transformer()
     setattr(pipe, glance.denoiser_name(pipe.config), glance.with_adapters(transformer))
     grid, taught = args.grid, None
     if teacher is not None:
         taught = draw_trajectories(args, accelerator, teacher, captions)
-        latents = taught.picture.to(device) if latents is None else latents
+        latents = taught.picture.to(accelerator.device) if latents is None else latents
         if not args.flow_custom_timesteps:
             grid, derived = taught.grid, glance.derive_timesteps(base_timesteps, taught.positions)
             schedule = {phase: derived[phase] for phase in schedule}
@@ -157,7 +160,7 @@ def prepare_pipeline(args, accelerator, image, captions, size) -> Asked:
         load_base.enable_gradient_checkpointing(transformer)
     return Asked(
         pipe=pipe,
-        where=where,
+        load_transformer=load_transformer,
         call=single_call if args.guidance == "fold" else call,
         single_call=single_call,
         train_call=train_call,

@@ -41,9 +41,11 @@ from tqdm.auto import tqdm
 import ask_latents
 import ask_pipeline as ask
 import command_line as cli
+import distribution
 import faults
 import glance_utils as glance
 import load_base
+import trajectories
 from checkpoints import check_lora, find_resume, load_checkpoint, resume_settings, save_checkpoint, with_run
 from glance_utils import InputError
 from instance_data import load_pair
@@ -54,6 +56,11 @@ from prepare import Asked, dry_run, prepare_pipeline
 logger = get_logger(__name__)
 
 ADAPTER = "glance"
+# The flow loss's are the published method's, the trajectory loss's are what measured best (benchmarks/README.md).
+DEFAULTS = {
+    "flow": {"grid": "glance", "solver": "euler", "learning_rate": 3e-4},
+    "trajectory": {"grid": "auto", "solver": "fitted", "learning_rate": 1e-5},
+}
 SEGMENT_POWERS = {"uniform": 0, "length": 1, "length_squared": 2}
 
 
@@ -89,6 +96,7 @@ def parse_args(argv: list[str] | None = None):
         choices=("slow", "fast", "both"),
         help="both by default, or the one that a single list of timesteps is",
     )
+    add("--parallel_phases", action="store_true", help="slow on one half of the processes, fast on the other")
     add("--flow_custom_timesteps", help="'LIST' for one phase, 'SLOW LIST;FAST LIST' for both; derived by default")
     add("--flow_timesteps_mode", choices=("stratified", "random"), default="stratified")
     add(
@@ -101,9 +109,8 @@ def parse_args(argv: list[str] | None = None):
     add(
         "--grid",
         choices=("glance", "even", "auto"),
-        default="glance",
-        help="which of the model's own steps: the published ones, every n-th, or of all and of those that follow its "
-        "trajectory best the ones that measure best",
+        help="which of the model's own steps: the published ones, every n-th, or whichever measure best of these and "
+        "of those that follow its trajectory best; glance for the flow loss, auto for the trajectory loss",
     )
     # what is learned
     add(
@@ -124,8 +131,8 @@ def parse_args(argv: list[str] | None = None):
     add(
         "--solver",
         choices=("euler", "fitted"),
-        default="euler",
-        help="fitted: each step also looks at the one before it, as much as the base's own trajectory says",
+        help="fitted: each step also looks at the one before it, as much as the base's own trajectory says, where "
+        "that measures better; euler for the flow loss, fitted for the trajectory loss",
     )
     # LoRA
     add("--rank", "--lora_rank", type=cli.positive(int, 4096), default=32)
@@ -140,7 +147,7 @@ def parse_args(argv: list[str] | None = None):
     add("--train_batch_size", type=cli.positive(int), default=1)
     add("--timesteps_per_step", type=cli.positive(int), default=1, help="5 trains all of a phase's in every step")
     add("--gradient_accumulation_steps", type=cli.positive(int), default=1)
-    add("--learning_rate", type=cli.positive(float), default=3e-4)
+    add("--learning_rate", type=cli.positive(float), help="3e-4 for the flow loss, 1e-5 for the trajectory loss")
     add(
         "--lr_scheduler",
         choices=[kind.value for kind in SchedulerType if kind.value != "piecewise_constant"],
@@ -183,7 +190,7 @@ def parse_args(argv: list[str] | None = None):
             "--no-gradient_checkpointing: with --enable_group_offload or --quantization fp8 every layer's full weight "
             "would stay until the backward pass; leave it out"
         )
-    if args.flow_custom_timesteps is not None and args.grid != "glance":
+    if args.flow_custom_timesteps is not None and args.grid is not None:
         raise InputError("--flow_custom_timesteps gives the timesteps; leave --grid out")
     if args.loss == "flow":
         for name in ("prompts_file", "flow_weight", "segment_weights", "num_trajectories"):
@@ -195,6 +202,12 @@ def parse_args(argv: list[str] | None = None):
             "instead, or --loss flow"
         )
     args.custom_timesteps = choose_phases(args)
+    if args.parallel_phases and len(args.custom_timesteps) == 1:
+        raise InputError(
+            "--parallel_phases trains both phases; leave it out, or --phase and a single list of timesteps"
+        )
+    if args.parallel_phases and args.resume_from_checkpoint not in (None, "latest"):
+        raise InputError("--parallel_phases resumes each phase from its own checkpoint; give latest")
     args.lora_alpha = args.lora_alpha or args.rank
     return args
 
@@ -313,7 +326,7 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
     parameters = fresh_adapter(args, accelerator, transformer, asked.layers)
     optimizer, lr_scheduler = make_optimizer(args, parameters)
     model = ask.PipelineVelocity(asked.pipe, asked.told, asked.takes_timesteps)
-    model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, True])  # it is placed already
+    model, optimizer = distribution.prepare(args, accelerator, model, parameters, optimizer)
 
     sigmas, accumulation = glance.timesteps_to_sigmas(recipe["timesteps"]), args.gradient_accumulation_steps
     seed, first = args.seed + glance.PHASES.index(phase), asked.first_step[phase]
@@ -361,6 +374,7 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
                     seen[recipe["timesteps"][position]].append(value)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
+                    distribution.average_gradients(accelerator, parameters)
                     norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                     if norm is not None and accelerator.scaler is None:  # fp16's scaler leaves such a step out
                         check_finite(float(norm), phase, step, 1000 * max(chosen), "gradients' norm")
@@ -405,6 +419,7 @@ def main(argv: list[str] | None = None):
         print(dry_run(args))
         return
     cli.check_writable(args.output_dir, "--output_dir")
+    halves = distribution.split(args) if args.parallel_phases else None
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -416,15 +431,16 @@ def main(argv: list[str] | None = None):
         kwargs_handlers=[AutocastKwargs(enabled=False), DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     cli.set_up_logging()
-    if args.enable_group_offload and accelerator.num_processes > 1:
-        raise InputError("--enable_group_offload goes with one process; leave it out, or launch one")
-    alone = faults.locked(args.output_dir) if accelerator.is_main_process else contextlib.nullcontext()
-    with faults.signals_handled(), alone:
-        train(args, accelerator)
+    distribution.check_combination(args, accelerator)
+    first, home = accelerator.is_main_process, args.output_dir
+    if halves is not None:
+        first, home = first and halves.phase == "slow", halves.output_dir
+    with faults.signals_handled(), faults.locked(home) if first else contextlib.nullcontext():
+        train(args, accelerator, halves)
 
 
-def train(args, accelerator):
-    """The whole run, in an output folder that no other run writes to."""
+def train(args, accelerator, halves=None):
+    """The whole run, or its half with --parallel_phases, in an output folder that no other run writes to."""
     image, caption, size = load_pair(args)
     captions = [caption, *(prompt for prompt in cli.read_prompts(args.prompts_file) if prompt != caption)]
     learned = [b"" if image is None else image.tobytes(), *(text.encode() for text in captions)]
@@ -447,7 +463,11 @@ def train(args, accelerator):
     if accelerator.is_main_process:
         faults.sweep(output_dir)
         with faults.one_line_errors(output_dir):
-            save_picture(image, output_dir / "instance.png")
+            output_dir.mkdir(parents=True, exist_ok=True)
+            if asked.taught is not None:
+                trajectories.save(output_dir, asked.taught)
+            if halves is None:
+                save_picture(image, output_dir / "instance.png")
     if args.report_to != "none":
         shown = {key: value for key, value in vars(args).items() if isinstance(value, int | float | str)}
         shown.pop("instance_prompt", None)  # prompts do not belong in logs
@@ -459,7 +479,9 @@ def train(args, accelerator):
     logger.info(
         f"  Total batch size = {args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps}"
     )
-    with faults.signals_noted(accelerator.set_trigger) as noted:
+    # DeepSpeed's optimizer is in parts, which no checkpoint holds: there a signal ends the run at once.
+    resumable = not distribution.is_deepspeed(accelerator)
+    with faults.signals_noted(accelerator.set_trigger) if resumable else contextlib.nullcontext([]) as noted:
         for number, (phase, recipe) in enumerate(recipes.items()):
             timesteps = ", ".join(f"{timestep:.4f}" for timestep in recipe["timesteps"])
             if phase in finished:
@@ -484,10 +506,18 @@ def train(args, accelerator):
         glance.denoiser(asked.pipe).unload_lora()  # the base is as it was
     accelerator.wait_for_everyone()
 
-    if accelerator.is_main_process:
+    if halves is not None:
+        recipes, output_dir = halves.meet(accelerator, recipes), halves.output_dir
+    preview = None
+    if len(recipes) == 2 and (accelerator.is_main_process or distribution.is_sharded()):
+        preview = draw_preview(asked, recipes, output_dir, args.seed)
+    if accelerator.is_main_process and recipes:
         with faults.one_line_errors(output_dir):
-            if len(recipes) == 2:
-                save_picture(draw_preview(args, asked), output_dir / "glance.png")
+            if halves is not None:
+                faults.sweep(output_dir)
+                save_picture(image, output_dir / "instance.png")
+            if preview is not None:
+                save_picture(preview, output_dir / "glance.png")
             write_model_card(args, output_dir, list(recipes.values()), caption)
         if args.push_to_hub:
             push_to_hub(args, output_dir, repo_id)

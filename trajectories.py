@@ -31,6 +31,7 @@ logger = get_logger(__name__)
 class Trajectories:
     """Of the base with its guidance, `captions` x `seeds` of them."""
 
+    digest: str  # of all that they depend on
     grid: str
     positions: list[int]  # the kept steps, 0-based, among all of the model's
     lengths: list[float]  # of each of them, in sigma
@@ -72,37 +73,33 @@ class Teacher:
 def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], other: tuple[str, int]):
     """(grid, positions, coefficients or None), found on one trajectory and measured on another, (caption, seed).
 
-    Where there is a choice, every grid draws once and the one that ends nearest to all the model's own steps is taken.
+    Where there is a choice, every way draws once and the one that ends nearest to all the model's own steps is taken:
+    --grid auto may end with any grid, --solver fitted with Euler where the numbers do not carry over.
     """
-    count, steps = args.num_inference_steps, len(teacher.timesteps)
-    choices, measured = ("auto", "glance", "even") if args.grid == "auto" else (args.grid,), {}
-    exact = teacher.draw(*other)[-1] if len(choices) > 1 or args.solver == "fitted" else None
-    for grid in choices:
-        named = grid != "auto"
-        positions = (
-            glance.grid_positions(grid, count, steps) if named else grids.best_positions(points, teacher.sigmas, count)
-        )
-        solvers = {"euler": None}
+    count, steps, choices = args.num_inference_steps, len(teacher.timesteps), []
+    for grid in ("auto", "glance", "even") if args.grid == "auto" else (args.grid,):
+        if grid == "auto":
+            positions = grids.best_positions(points, teacher.sigmas, count)
+        else:
+            positions = glance.grid_positions(grid, count, steps)
+        choices.append((grid, "euler", positions, None))
         if args.solver == "fitted":
-            solvers["fitted"] = grids.fit_coefficients(points, teacher.sigmas, positions)
-        errors = {}
-        for solver, coefficients in solvers.items() if exact is not None else ():
-            final = teacher.draw(*other, positions, coefficients)[-1]
-            errors[solver] = grids.relative_error(final, exact)
-        measured[grid] = errors, positions, solvers[args.solver]
-    ranked = sorted(measured.items(), key=lambda item: item[1][0].get(args.solver, 0.0))
-    for grid, (errors, positions, _) in ranked if exact is not None else ():
-        told = ", ".join(f"{error:.4f} ({solver})" for solver, error in errors.items())
-        logger.info(f"--grid {grid}: error {told} to {steps} steps, positions {positions}")
-    grid, (errors, positions, coefficients) = ranked[0]
-    if errors.get("fitted", 0.0) > errors.get("euler", 1.0):
-        logger.warning("--solver fitted is further from all the model's steps than euler is on this grid")
+            choices.append((grid, "fitted", positions, grids.fit_coefficients(points, teacher.sigmas, positions)))
+    if len(choices) > 1:
+        exact, errors = teacher.draw(*other)[-1], []
+        for _, _, positions, coefficients in choices:
+            errors.append(grids.relative_error(teacher.draw(*other, positions, coefficients)[-1], exact))
+        ranked = sorted(zip(errors, choices), key=lambda pair: pair[0])
+        for error, (grid, solver, positions, _) in ranked:
+            logger.info(f"{grid} grid, {solver} solver: error {error:.4f} to {steps} steps, positions {positions}")
+        choices = [choice for _, choice in ranked]
+    grid, _, positions, coefficients = choices[0]
     return grid, positions, coefficients
 
 
 def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str]) -> Trajectories:
     """The base's trajectories: those in the output folder if they are of these settings, else drawn by all processes
-    together and written there."""
+    together. They are not written yet."""
     path, digest = Path(args.output_dir) / faults.TRAJECTORIES, settings_digest(args, teacher, captions)
     found = broadcast_object_list([load(path, digest) if accelerator.is_main_process else None])[0]
     if found is not None:
@@ -118,12 +115,13 @@ def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str]) 
     if args.loss == "trajectory" and args.guidance == "keep":
         teacher.check(first, positions)
 
+    count, rank = accelerator.num_processes, accelerator.process_index
+
     def learn(index: int) -> list[torch.Tensor]:
-        points = first if index == 0 else teacher.draw(*jobs[index])
+        points = first if count == 1 and index == 0 else teacher.draw(*jobs[index])
         return [torch.stack(part) for part in grids.segment_targets(points, teacher.sigmas, positions, coefficients)]
 
     # Every process draws equally many, some twice: a sharded model computes on all of them or on none.
-    count, rank = accelerator.num_processes, accelerator.process_index
     rounds = tqdm(range(-(-len(jobs) // count)), desc="trajectories", disable=not accelerator.is_local_main_process)
     mine = [learn(min(number * count + rank, len(jobs) - 1)) for number in rounds]
     drawn = gather_object(mine)  # those of the first process, then of the second, ...
@@ -132,11 +130,7 @@ def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str]) 
     ends = [teacher.sigmas[position] for position in positions] + [0.0]
     lengths = [high - low for high, low in zip(ends, ends[1:])]
     picture = broadcast_object_list([first[-1]])[0]
-    found = Trajectories(grid, positions, lengths, coefficients, picture, starts, targets)
-    if accelerator.is_main_process:
-        with faults.one_line_errors(args.output_dir):
-            save(path, digest, found)
-    return found
+    return Trajectories(digest, grid, positions, lengths, coefficients, picture, starts, targets)
 
 
 def settings_digest(args, teacher: Teacher, captions: list[str]) -> str:
@@ -150,12 +144,12 @@ def settings_digest(args, teacher: Teacher, captions: list[str]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def save(path: Path, digest: str, found: Trajectories) -> None:
+def save(directory: Path, found: Trajectories) -> None:
+    """Write them where the next run of the same settings finds them."""
     tensors = {name: getattr(found, name).contiguous() for name in ("picture", "starts", "targets")}
     sampler = {name: getattr(found, name) for name in ("grid", "positions", "lengths", "coefficients")}
-    header = {"digest": digest, "sampler": json.dumps(sampler)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    glance.replace_file(path, lambda temporary: save_file(tensors, temporary, header))
+    header = {"digest": found.digest, "sampler": json.dumps(sampler)}
+    glance.replace_file(directory / faults.TRAJECTORIES, lambda temporary: save_file(tensors, temporary, header))
 
 
 def load(path: Path, digest: str) -> Trajectories | None:
@@ -166,6 +160,6 @@ def load(path: Path, digest: str) -> Trajectories | None:
             if header.get("digest") != digest:
                 return None
             tensors = {name: file.get_tensor(name) for name in ("picture", "starts", "targets")}
-            return Trajectories(**json.loads(header["sampler"]), **tensors)
+            return Trajectories(digest, **json.loads(header["sampler"]), **tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None

@@ -1,33 +1,69 @@
-"""Started by test_train.py under `accelerate launch`: `launched.py RUNS.json` with [[flag, ...], ...].
+"""Run by test_distribution.py under `accelerate launch`: `launched.py RUNS.json` with [[[flag, ...], signal], ...].
 
-Calls train_glance_lora's main() with one list of flags after the other; every rank also keeps the LoRA it holds after
-each phase, as OUTPUT_DIR/PHASE-rank-N.pt.
+Calls train_glance_lora's main() with one list of flags after the other. Where the signal is not 0, the last process
+sends it to itself in the run's third step, the time since 1970 written to OUTPUT_DIR/signal.txt. Every process also
+keeps the LoRA that it holds after each phase, as OUTPUT_DIR/PHASE-rank-N.pt.
 """
 
+import contextlib
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
-from accelerate.state import PartialState  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from accelerate.state import AcceleratorState, PartialState  # noqa: E402
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env  # noqa: E402
 from peft import get_peft_model_state_dict  # noqa: E402
 
+import ask_pipeline as ask  # noqa: E402
+import glance_utils as glance  # noqa: E402
 import train_glance_lora  # noqa: E402
 
 
-train_phase = train_glance_lora.train_phase
+train_phase, forward = train_glance_lora.train_phase, ask.PipelineVelocity.forward
 
 
 def train_and_keep(args, accelerator, asked, recipe, *rest):
-    train_phase(args, accelerator, asked, recipe, *rest)
-    lora = get_peft_model_state_dict(asked.pipe.transformer, adapter_name=train_glance_lora.ADAPTER)
+    stopped = train_phase(args, accelerator, asked, recipe, *rest)
+    lora = get_peft_model_state_dict(glance.denoiser(asked.pipe), adapter_name=train_glance_lora.ADAPTER)
     torch.save(lora, Path(args.output_dir) / f"{recipe['phase']}-rank-{accelerator.process_index}.pt")
+    return stopped
+
+
+def run(arguments: list[str], number: int) -> None:
+    steps, last = 0, os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+
+    def counted(self, *rest, **call):
+        nonlocal steps
+        steps += 1
+        if number and last and steps == 3:
+            output_dir = next(text for text in arguments if text.startswith("--output_dir=")).partition("=")[2]
+            Path(output_dir, "signal.txt").write_text(str(time.time()))
+            os.kill(os.getpid(), number)
+        return forward(self, *rest, **call)
+
+    ask.PipelineVelocity.forward = counted
+    AcceleratorState._reset_state()
+    train_glance_lora.main(arguments)
 
 
 train_glance_lora.train_phase = train_and_keep
+if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):  # accelerate knows of no backend for it on a CPU
+
+    def with_gloo(*args, kwargs_handlers, **kwargs):
+        return Accelerator(*args, kwargs_handlers=[*kwargs_handlers, InitProcessGroupKwargs("gloo")], **kwargs)
+
+    train_glance_lora.Accelerator = with_gloo
 PartialState.destroy_process_group = lambda self, group=None: None  # the processes meet only once
-for arguments in json.loads(Path(sys.argv[1]).read_text()):
-    train_glance_lora.main(arguments)
+*runs, last_run = json.loads(Path(sys.argv[1]).read_text())
+for arguments, number in runs:
+    with contextlib.suppress(SystemExit) if number else contextlib.nullcontext():
+        run(arguments, number)
+    torch.distributed.barrier()  # the next may go on from what this one wrote
+run(*last_run)

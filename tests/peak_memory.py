@@ -1,6 +1,7 @@
 """Host memory at its peak, measured in a process of its own; each prints its numbers as JSON, in bytes.
 
 python tests/peak_memory.py load PIPELINE QUANTIZATION      loading a transformer
+accelerate launch ... tests/peak_memory.py share PIPELINE...   loading under FSDP, each process for itself
 python tests/peak_memory.py step PIPELINE none|checkpointing   a training step of a FLUX of 90 M parameters
 """
 
@@ -14,11 +15,12 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
 import torch  # noqa: E402
-from accelerate import init_empty_weights  # noqa: E402
+from accelerate import Accelerator, init_empty_weights  # noqa: E402
 from diffusers import FluxTransformer2DModel  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 
 import ask_pipeline as ask  # noqa: E402
+import distribution  # noqa: E402
 import estimate  # noqa: E402
 import glance_utils as glance  # noqa: E402
 import load_base  # noqa: E402
@@ -63,6 +65,18 @@ def load(pipeline: str, quantization: str) -> dict:
     return {"peak": max(samples), "model": model}
 
 
+def share(*pipelines: str) -> list[dict]:
+    accelerator, found = Accelerator(), []
+    for pipeline in pipelines:
+        with watched() as samples:
+            transformer = distribution.load_transformer(accelerator, pipeline, torch.bfloat16, accelerator.device)
+        sizes = [value.numel() * value.element_size() for value in transformer.parameters()]
+        rows = [value.to_local() for value in transformer.parameters()]
+        held = sum(value.numel() * value.element_size() for value in rows)
+        found.append({"peak": max(samples), "model": sum(sizes), "held": held, "largest": max(sizes)})
+    return found
+
+
 def step(pipeline: str, checkpointing: str) -> dict:
     checkpointing = checkpointing == "checkpointing"
     pipe = ask.load_pipeline(pipeline)
@@ -88,4 +102,4 @@ def step(pipeline: str, checkpointing: str) -> dict:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({"load": load, "step": step}[sys.argv[1]](*sys.argv[2:])))
+    print(json.dumps({"load": load, "share": share, "step": step}[sys.argv[1]](*sys.argv[2:])))

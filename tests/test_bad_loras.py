@@ -54,6 +54,8 @@ FORGED = {
         "max_train_steps": ("60", -1, 10**12, True),
         "rank": ("4", 0, 2.5, True, nested(50), 10**9),
         "version": (1, LONG, ["0.1"]),
+        "guidance": ("none", True, ["fold"], LONG, CODE),
+        "coefficients": (CODE, 3, [1.0], [[1.0, 0.0]], [["1", 0.0]] * 5, [[1.0]] * 5, [[1e9, 0.0]] * 5, {"0": [1, 0]}),
     }.items()
     for number, value in enumerate(values)
 }
@@ -139,6 +141,7 @@ def loras(trained, tmp_path_factory):
     wrong("guidance a string", guidance_scale="high")
     wrong("no base steps", num_base_steps=None)
     wrong("base steps -1", num_base_steps=-1)
+    wrong("folded", guidance="fold")
     wrong("arguments a list", pipeline_kwargs=[1])
     wrong("argument is ours", pipeline_kwargs={"latents": 1})
     wrong("another height", height=64)
@@ -223,6 +226,7 @@ INFERENCE = {
     "recipe: guidance a string": (pair_in("guidance a string"), "guidance_scale"),
     "recipe: no base steps": (pair_in("no base steps") | {"compare": True}, "num_base_steps"),
     "recipe: base steps -1": (pair_in("base steps -1") | {"compare": True}, "num_base_steps"),
+    "guidance of one folded in": (pair_in("folded"), "slow has guidance fold, fast has keep"),
     "recipe: arguments a list": (pair_in("arguments a list"), "pipeline_kwargs"),
     "recipe: argument is ours": (pair_in("argument is ours"), "latents"),
     "swapped": (NO_LORA | {"slow_lora": "{loras}/good/fast", "fast_lora": "{loras}/good/slow"}, "trained as the fast"),

@@ -220,6 +220,23 @@ TRAINING = {
     "backend missing": (IMAGE | {"data_backend_config": "{bad}/nowhere.json"}, "nowhere.json"),
     "backend without a folder": (IMAGE | {"data_backend_config": "{bad}/backend.json"}, "image_dir"),
     "data set missing": (IMAGE | {"dataset_name": "{bad}/nowhere"}, "nowhere"),
+    # what is learned
+    "prompts with the flow loss": ({"prompts_file": "x.txt"}, "--prompts_file belongs to the trajectory loss"),
+    "flow weight with the flow loss": ({"flow_weight": 0.5}, "--flow_weight belongs to the trajectory loss"),
+    "weights with the flow loss": ({"segment_weights": "length"}, "--segment_weights belongs to the trajectory loss"),
+    "seeds with the flow loss": ({"num_trajectories": 8}, "--num_trajectories belongs to the trajectory loss"),
+    "list with the trajectory loss": (
+        {"loss": "trajectory", "flow_custom_timesteps": "1000,900;500,100"},
+        "the model's own schedule",
+    ),
+    "prompts missing": ({"loss": "trajectory", "prompts_file": "{bad}/nowhere.txt"}, "nowhere.txt: cannot be read"),
+    "prompts empty": ({"loss": "trajectory", "prompts_file": "{bad}/empty.txt"}, "holds no prompt"),
+    "prompts not UTF-8": ({"loss": "trajectory", "prompts_file": "{bad}/latin1.txt"}, "UTF-8"),
+    "no such loss": ({"loss": "mse"}, "--loss"),
+    "no such guidance": ({"guidance": "half"}, "--guidance"),
+    "no such solver": ({"solver": "heun"}, "--solver"),
+    "no trajectories": ({"loss": "trajectory", "num_trajectories": 0}, "--num_trajectories"),
+    "flow weight not finite": ({"loss": "trajectory", "flow_weight": "nan"}, "--flow_weight"),
     # the config
     "unknown key": ({"config": "{bad}/unknown.yaml"}, "'rnak'; did you mean 'rank'?"),
     "unknown flag": ({"rnak": 4}, "--rnak"),
@@ -439,6 +456,34 @@ def test_training(row, train, bad, pipelines, request, tmp_path, capsys):
     shutil.rmtree(tmp_path / "output")
     assert_refused(capsys, word, train, **settings)
     assert (snapshot(tmp_path), snapshot(bad)) == ({}, before[1])
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+LAUNCHED = {
+    "half a process a phase": ({}, {"parallel_phases": True}, "even number of processes, 1 launched"),
+    "three processes, two phases": ({"WORLD_SIZE": "3"}, {"parallel_phases": True}, "even number of processes, 3"),
+    "one phase in parallel": ({}, {"parallel_phases": True, "phase": "slow"}, "--parallel_phases trains both"),
+    "one list in parallel": ({}, {"parallel_phases": True, "flow_custom_timesteps": "1000,900"}, "--parallel_phases"),
+    "one checkpoint, two phases": ({}, {"parallel_phases": True, "resume_from_checkpoint": "x"}, "give latest"),
+    "FSDP of one process": (FSDP, {}, "--num_processes"),
+    "FSDP 1": (FSDP | {"FSDP_VERSION": "1"}, {}, "fsdp_version: 2"),
+    "FSDP offloaded": (FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params"),
+    "FSDP in fp16": (FSDP, {"mixed_precision": "fp16"}, "--mixed_precision fp16"),
+    "FSDP compiled": (FSDP, {"compile": True}, "--compile does not go with FSDP"),
+    **{
+        f"FSDP of {name}": (FSDP, {"quantization": name}, "--quantization does not go")
+        for name in ("nf4", "int8", "fp8")
+    },
+}
+
+
+@pytest.mark.parametrize("row", LAUNCHED)
+def test_launches(row, train, tmp_path, monkeypatch, capsys):
+    environment, settings, word = LAUNCHED[row]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert_refused(capsys, word, train, **settings)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_in_the_place_of_a_phases_folder(train, tmp_path):

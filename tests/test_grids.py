@@ -69,7 +69,7 @@ def test_a_walk_is_the_stock_pipelines(base, pipelines):
 def test_auto_trains_and_draws_on_the_grid_that_measures_best(train, infer, caplog):
     caplog.set_level("INFO")
     output = train(grid="auto", num_inference_steps=6, num_base_steps=20, max_train_steps=3)
-    errors = dict(re.findall(r"--grid (\w+): error ([\d.]+) \(euler\) to 20 steps", " ".join(caplog.messages)))
+    errors = dict(re.findall(r"(\w+) grid, euler solver: error ([\d.]+) to 20 steps", " ".join(caplog.messages)))
     errors = {grid: float(error) for grid, error in errors.items()}
     assert set(errors) == {"auto", "glance", "even"} and list(errors.values()) == sorted(errors.values())
     recipes = [read_recipe(output / phase / glance.WEIGHT_NAME) for phase in glance.PHASES]

@@ -2,11 +2,8 @@
 
 import json
 import logging
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -355,64 +352,6 @@ def test_tensorboard_logs_each_optimizer_step(train):
         found = [tag for tag in logs.Tags()["scalars"] if tag.startswith(f"{phase}/loss_at_")]
         assert set(found) <= names
         assert {log.step: log.value for tag in found for log in logs.Scalars(tag)} == losses
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Two processes
-
-
-def launch(*command) -> subprocess.CompletedProcess:
-    """Run a script in two processes. `accelerate launch --cpu` starts but one where there is no MPI; its launcher for
-    several GPUs, which is torchrun, serves CPUs as well."""
-    launcher = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
-    return subprocess.run(
-        [sys.executable, *launcher.split(), "--mixed_precision", "no", "--dynamo_backend", "no", *map(str, command)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-@pytest.fixture(scope="module")
-def two_processes(pipelines, pair, tmp_path_factory):
-    """FLUX and then Qwen-Image trained by two processes: the folder of their folders, and how it went."""
-    root = tmp_path_factory.mktemp("two-processes")
-    common = {"instance_image": pair, "resolution": 32, "rank": 4, "max_train_steps": 4, "learning_rate": 1e-4}
-    runs = [
-        flags(pretrained_model_name_or_path=pipelines[base], output_dir=root / base, **common)
-        for base in ("flux", "qwen")
-    ]
-    (root / "runs.json").write_text(json.dumps(runs))
-    return root, launch(ROOT / "tests" / "launched.py", root / "runs.json")
-
-
-@pytest.mark.parametrize("base", ["flux", "qwen"])
-def test_two_processes_equal_one_with_twice_the_batch(base, two_processes, train):
-    root, done = two_processes
-    assert (root / base / "glance.png").exists(), done.stderr[-5000:]
-    single = train(base, train_batch_size=2, max_train_steps=4, learning_rate=1e-4)
-    assert max(value.abs().max() for name, value in lora(single / "slow").items() if "lora_B" in name) > 1e-4
-    assert_close(root / base, single, 1e-5)
-    for phase in PHASES:
-        ranks = [torch.load(root / base / f"{phase}-rank-{rank}.pt") for rank in (0, 1)]
-        assert len(ranks[0]) == len(lora(single / phase))
-        assert_equal(*ranks)
-
-
-def test_two_processes_share_the_pictures(trained, infer, pipelines, tmp_path):
-    settings = {"lora": trained("flux"), "prompt": ["a red ring", "a blue ring", "a dog"]}
-    (tmp_path / "two").mkdir()
-    output = {"pretrained_model_name_or_path": pipelines["flux"], "output": tmp_path / "two" / "out.png"}
-    done = launch(ROOT / "infer_glance.py", *flags(**output, **settings))
-    assert done.returncode == 0, done.stderr[-5000:]
-    single = infer(**settings)
-    names = ["out-000.png", "out-001.png", "out-002.png"]
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
-    for name in names:
-        assert np.array_equal(Image.open(tmp_path / "two" / name), Image.open(single.with_name(name)))
-    assert done.stdout.count("out-*.png") == 1  # one process reports
-    assert "3/3" not in done.stderr  # neither drew all
 
 
 # --------------------------------------------------------------------------------------------------------------------

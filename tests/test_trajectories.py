@@ -24,6 +24,7 @@ from glance_utils import InputError
 
 PHASES = ("slow", "fast")
 SHORT = {"loss": "trajectory", "num_base_steps": 12, "num_inference_steps": 4, "grid": "even", "num_trajectories": 1}
+SHORT |= {"solver": "euler", "learning_rate": 3e-4}
 
 
 def drawn(output: Path) -> dict[str, torch.Tensor]:
@@ -132,7 +133,9 @@ def end_error(teacher, output: Path, seed: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize("base", ["flux", "sd3", "qwen"])
 def test_the_loras_land_where_all_the_bases_steps_do(base, train, teacher):
-    output = train(base, **SHORT, max_train_steps=60, learning_rate=1e-2, lr_scheduler="cosine", timesteps_per_step=2)
+    output = train(
+        base, **SHORT | {"max_train_steps": 60, "learning_rate": 1e-2, "lr_scheduler": "cosine"}, timesteps_per_step=2
+    )
     before, after = end_error(teacher(base), output, seed=1)
     assert after < 0.5 * before
 
@@ -266,7 +269,7 @@ def test_trajectories_are_drawn_once_for_the_same_settings(train, walks):
     content, count = lora_content(first), len(walks)
     assert count == 2 + 1 + 3  # two trajectories, the second again to measure by, and that on three grids
     assert lora_content(train(**settings)) == content and len(walks) == count
-    assert train(**settings, learning_rate=1e-5) and len(walks) == count
+    assert train(**settings | {"learning_rate": 1e-5}) and len(walks) == count
     train(**settings, seed=5)
     assert len(walks) == 2 * count
 
@@ -300,8 +303,10 @@ def test_resumed_equals_uninterrupted(extra, train, tmp_path):
 
 def test_a_resumed_run_of_other_trajectories_is_refused(train):
     output = train(**SHORT, checkpointing_steps=2)
+    content = (output / TRAJECTORIES).read_bytes()
     with pytest.raises(InputError, match="its guidance is keep, this run's is fold"):
         train(**SHORT, guidance="fold", resume_from_checkpoint=output / "checkpoint-2")
+    assert (output / TRAJECTORIES).read_bytes() == content
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -333,24 +338,28 @@ def test_a_step_of_the_models_own_is_left_alone(teacher):
 
 
 @pytest.mark.parametrize("base", ["flux", "sd3", "qwen"])
-def test_the_fitted_solver_is_measured_and_it_is_told_where_it_is_worse(base, train, teacher, caplog):
+def test_the_fitted_solver_is_measured_and_taken_where_it_is_nearer(base, train, teacher, caplog):
+    """It is not on the tiny SD3."""
     caplog.set_level("INFO")
-    output = train(base, **SHORT | {"num_inference_steps": 6}, solver="fitted", max_train_steps=1, learning_rate=1e-9)
-    recipes = [recipe_of(output / phase) for phase in PHASES]
+    output = train(
+        base, **SHORT | {"num_inference_steps": 6, "solver": "fitted", "learning_rate": 1e-9}, max_train_steps=1
+    )
     asked, positions = teacher(base), [0, 2, 4, 6, 8, 10]
-    found = sum((recipe["coefficients"] for recipe in recipes), [])
-    expected = grids.fit_coefficients(asked.draw("a red ring", 1), asked.sigmas, positions)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    fitted = grids.fit_coefficients(asked.draw("a red ring", 1), asked.sigmas, positions)
     exact = asked.draw("a red ring", 2)[-1]
-    errors = [grids.relative_error(asked.draw("a red ring", 2, positions, way)[-1], exact) for way in (None, found)]
-    assert ("fitted is further" in caplog.text) == (errors[1] > errors[0]) == (base == "sd3")
-    assert f"error {errors[0]:.4f} (euler), {errors[1]:.4f} (fitted) to 12 steps" in caplog.text
+    errors = [grids.relative_error(asked.draw("a red ring", 2, positions, way)[-1], exact) for way in (None, fitted)]
+    for solver, error in zip(("euler", "fitted"), errors):
+        assert f"even grid, {solver} solver: error {error:.4f} to 12 steps" in caplog.text
+    found = [recipe_of(output / phase)["coefficients"] for phase in PHASES]
+    assert (base == "sd3") == (errors[1] > errors[0]) == (found == [None, None])
+    if base != "sd3":
+        np.testing.assert_allclose(sum(found, []), fitted, atol=1e-4)
 
 
 def test_inference_goes_along_both_velocities(train, infer, teacher, tmp_path):
     """The LoRAs do nothing here, so the picture is that of the base on the fitted solver."""
-    settings = SHORT | {"num_inference_steps": 6, "solver": "fitted"}
-    output = train(**settings, max_train_steps=1, learning_rate=1e-9)
+    settings = SHORT | {"num_inference_steps": 6, "solver": "fitted", "learning_rate": 1e-9}
+    output = train(**settings, max_train_steps=1)
     asked = teacher()
     found = sum((recipe_of(output / phase)["coefficients"] for phase in PHASES), [])
     exact = asked.draw("a red ring", 0, [0, 2, 4, 6, 8, 10], found)[-1]
@@ -386,22 +395,6 @@ def test_the_fitted_solvers_targets_land_on_the_trajectory(teacher):
 # What cannot be
 
 
-@pytest.mark.parametrize(
-    "settings, match",
-    [
-        ({"prompts_file": "x.txt"}, "--prompts_file belongs to the trajectory loss"),
-        ({"flow_weight": 0.5}, "--flow_weight belongs to the trajectory loss"),
-        ({"segment_weights": "length"}, "--segment_weights belongs to the trajectory loss"),
-        ({"num_trajectories": 8}, "--num_trajectories belongs to the trajectory loss"),
-        ({"loss": "trajectory", "flow_custom_timesteps": "1000,900;500,100"}, "steps of the model's own schedule"),
-        ({"loss": "trajectory", "prompts_file": "nowhere.txt"}, "nowhere.txt: cannot be read"),
-    ],
-)
-def test_what_does_not_go_together_is_told(settings, match, train):
-    with pytest.raises(InputError, match=match):
-        train(**settings)
-
-
 def test_guidance_that_depends_on_the_step_cannot_be_kept(train, tmp_path):
     """Lumina 2 can guide its first steps alone; what a single step shows is then not what the trajectory did."""
     base = make_lumina2(tmp_path / "lumina2")
@@ -409,3 +402,14 @@ def test_guidance_that_depends_on_the_step_cannot_be_kept(train, tmp_path):
     with pytest.raises(InputError, match="depends on the steps before .* train with --guidance fold"):
         train(base, **settings)
     train(base, **settings, guidance="fold")
+
+
+def test_each_losss_defaults_are_what_measured_best(train):
+    """The flow loss's are the published method's."""
+    settings = {"num_base_steps": 30, "num_inference_steps": 8, "max_train_steps": 1}
+    recipes = {loss: recipe_of(train(**settings, loss=loss) / "slow") for loss in ("flow", "trajectory")}
+    assert recipes["flow"]["grid"] == "glance" and recipes["flow"]["coefficients"] is None
+    defaults = train_glance_lora.parse_args(["--loss=trajectory", "--pretrained_model_name_or_path=x"])
+    assert (defaults.grid, defaults.solver, defaults.learning_rate) == ("auto", "fitted", 1e-5)
+    defaults = train_glance_lora.parse_args(["--pretrained_model_name_or_path=x"])
+    assert (defaults.grid, defaults.solver, defaults.learning_rate) == ("glance", "euler", 3e-4)

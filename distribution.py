@@ -1,0 +1,198 @@
+"""Several processes: a base whose weights they share out among them (FSDP2), two phases on two halves of them.
+
+Under DDP accelerate does all there is to do. Under FSDP2 the frozen base alone is sharded: it is what does not fit one
+card. The LoRA, a hundredth of it, is whole on every process and its gradients are averaged, as DDP does; so LoRA
+files, checkpoints and the optimizer are those of any other run.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    broadcast_object_list,
+    disable_fsdp_ram_efficient_loading,
+    parse_flag_from_env,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import distribute_tensor
+
+import load_base
+from ask_pipeline import find_denoiser
+from glance_utils import PHASES, InputError
+
+
+def is_sharded() -> bool:
+    """Whether the base is shared out among the processes: launched so, also on CPUs, where accelerate has no FSDP."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def is_deepspeed(accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def check_combination(args, accelerator) -> None:
+    """InputError where what was launched does not go with what was asked for."""
+    if args.enable_group_offload and accelerator.num_processes > 1:
+        raise InputError("--enable_group_offload goes with one process; leave it out, or launch one")
+    if is_deepspeed(accelerator):
+        if accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise InputError("ZeRO 3 would shard the LoRA alone; set zero_stage: 2, or shard the base by FSDP")
+        refuse(args, "DeepSpeed", "checkpointing_steps", "resume_from_checkpoint", "use_8bit_adam", "parallel_phases")
+    if is_sharded():
+        plugin = FullyShardedDataParallelPlugin()  # of what the launcher put into the environment
+        if plugin.fsdp_version != 2:
+            raise InputError("FSDP 1 cannot shard a base whose LoRA is of another dtype; set fsdp_version: 2")
+        if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+            raise InputError("fsdp_offload_params: a sharded base stays on its accelerators; launch more of them")
+        refuse(args, "FSDP", "compile", *(["quantization"] if args.quantization != "none" else []))
+        if not torch.distributed.is_initialized():
+            raise InputError("FSDP shards the base among several processes; launch them with --num_processes")
+        disable_fsdp_ram_efficient_loading()  # with it transformers gives only the first process its text encoders
+
+
+def refuse(args, kind: str, *names: str) -> None:
+    """InputError where one of these flags is set, or fp16 with its loss scaling."""
+    given = [f"--{name}" for name in names if getattr(args, name)]
+    given += ["--mixed_precision fp16"] if args.mixed_precision == "fp16" else []
+    if given:
+        raise InputError(f"{given[0]} does not go with {kind}; leave one of the two out")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# FSDP2
+
+
+def load_transformer(accelerator, *how, part=None, **where) -> torch.nn.Module:
+    """load_base.load_transformer for this run: all of it on each process or, under FSDP, each one's rows."""
+    if not is_sharded():
+        return load_base.load_transformer(*how, part=part, **where)
+    path, dtype, device, *_ = how
+    name, kind = find_denoiser(path, **where)
+    weights = {}
+    if accelerator.is_main_process:  # mapped, not read, where the files' dtype is `dtype`
+        whole = load_base.load_transformer(path, dtype, torch.device("cpu"), part=part, **where)
+        weights = dict([*whole.named_parameters(), *whole.named_buffers()])
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as from_pretrained does, for what a model computes when it is made
+    try:
+        with init_empty_weights():
+            transformer = kind.from_config(kind.load_config(path, subfolder=part or name, **where)).eval()
+    finally:
+        torch.set_default_dtype(default)
+    shard(transformer.requires_grad_(False), weights, device, FullyShardedDataParallelPlugin().reshard_after_forward)
+    return transformer
+
+
+def shard(transformer: torch.nn.Module, weights: dict, device: torch.device, reshard_after_forward: bool) -> None:
+    """Give each process its rows of the first one's `weights`, one parameter after the other.
+
+    `transformer` is on the meta device. Each of its blocks, those by which LoRA layers are named, is made whole when
+    it computes.
+    """
+    dtypes = broadcast_object_list([{name: value.dtype for name, value in weights.items()}])[0]
+    for name, parameter in transformer.named_parameters():
+        parameter.data = parameter.to(dtypes[name])
+    for name, buffer in transformer.named_buffers():
+        buffer.data = weights.get(name, buffer).to(device, dtypes[name])
+        torch.distributed.broadcast(buffer, src=0)
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for part in transformer.children():
+        for block in part if isinstance(part, torch.nn.ModuleList) else ():
+            fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    fully_shard(transformer, mesh=mesh)
+    rows = {}
+    for name, parameter in transformer.named_parameters():
+        whole = (
+            weights[name].detach() if weights else torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        )
+        rows[name] = distribute_tensor(whole, mesh, parameter.placements)  # sent by the first process
+    transformer.load_state_dict(rows, strict=False, assign=True)
+    kind = type(transformer)  # named as diffusers knows it: a pipeline writes down its models' classes
+    kind.__name__, kind.__module__ = kind.__mro__[2].__name__, kind.__mro__[2].__module__
+
+
+def prepare(args, accelerator, model, parameters, optimizer):
+    """accelerator.prepare for a model that is placed already and of which `parameters`, the LoRA, are trained."""
+    if is_sharded():
+        model.set_requires_gradient_sync = lambda requires: None  # accelerate's no_sync; the base has no gradients
+        return model, accelerator.prepare_optimizer(optimizer)
+    if is_deepspeed(accelerator):
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        config["gradient_clipping"] = args.max_grad_norm
+        config["bf16"] = {"enabled": False}  # of what it is given, the LoRA; the base has its dtype
+        return accelerator.prepare(LoraAlone(model, parameters), optimizer)
+    return accelerator.prepare(model, optimizer, device_placement=[False, True])
+
+
+class LoraAlone(torch.nn.Module):
+    """A model that shows nothing but its LoRA: DeepSpeed takes parameters of one dtype, all of them."""
+
+    def __init__(self, model, parameters):
+        super().__init__()
+        self.parts = torch.nn.ParameterList(parameters)
+        self.call = model.__call__
+
+    def forward(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
+
+def average_gradients(accelerator, parameters) -> None:
+    """Under FSDP, the mean of each gradient over all processes; DDP has taken it in backward."""
+    if not is_sharded():
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients]) / accelerator.num_processes
+    torch.distributed.all_reduce(together)
+    for gradient, mean in zip(gradients, together.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(mean.view_as(gradient))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Two phases on two halves of the processes
+
+
+@dataclass
+class Halves:
+    """This process's half of all: a world of its own, which trains one phase into that phase's folder."""
+
+    phase: str
+    output_dir: Path  # of both phases
+    store: torch.distributed.Store  # all that the two have in common
+
+    def meet(self, accelerator, recipes: dict[str, dict]) -> dict[str, dict]:
+        """Both phases' recipes in the slow half, when the fast one has written its LoRA; {} there, which may leave."""
+        if self.phase == "fast":
+            if accelerator.is_main_process:
+                self.store.set("fast", json.dumps(recipes["fast"]))
+            return {}
+        while not self.store.check(["fast"]):  # not Store.wait, inside which no signal would be heard
+            time.sleep(0.1)
+        return recipes | {"fast": json.loads(self.store.get("fast"))}
+
+
+def split(args) -> Halves:
+    """Begin --parallel_phases: from here on this process goes through a run of one phase, among half the processes.
+
+    To be called before anything asks torch or accelerate about processes.
+    """
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if count % 2:
+        raise InputError(f"--parallel_phases needs an even number of processes, {count} launched; leave it out")
+    phase, output_dir = PHASES[2 * rank // count], Path(args.output_dir)
+    store, _, _ = next(rendezvous("env://"))
+    own_store = torch.distributed.PrefixStore(phase, store)
+    torch.distributed.init_process_group(store=own_store, rank=rank % (count // 2), world_size=count // 2)
+    args.custom_timesteps = {phase: args.custom_timesteps[phase]}
+    args.output_dir = str(output_dir / phase)
+    args.hub_model_id = args.hub_model_id or output_dir.resolve().name
+    return Halves(phase, output_dir, store)

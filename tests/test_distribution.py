@@ -1,0 +1,244 @@
+"""Several processes, on CPUs by gloo: DDP, FSDP2, and the two phases on two halves of the processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.utils import is_deepspeed_available
+from conftest import ROOT, flags, run_train
+from peak_memory import small_flux
+from PIL import Image
+from safetensors.torch import load_file
+
+import glance_utils as glance
+from checkpoints import find_checkpoints
+
+
+PHASES = ("slow", "fast")
+KINDS = {"ddp": ["--multi_gpu"], "fsdp": ["--use_fsdp", "--fsdp_version=2"]}
+KINDS["deepspeed"] = ["--use_deepspeed", "--zero_stage=2"]
+ON_CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+DEEPSPEED_ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+# Gives memory back at once, so that it can be measured.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
+COMMON = {"resolution": 32, "rank": 4, "max_train_steps": 4, "learning_rate": 1e-4}
+
+
+def launch(kind: list[str], processes: int, *command) -> subprocess.CompletedProcess:
+    """Run a script in several processes. `accelerate launch --cpu` starts but one where there is no MPI; its launcher
+    for several GPUs, which is torchrun, serves CPUs as well."""
+    launcher = "-m accelerate.commands.launch --num_machines=1 --main_process_port=0 --dynamo_backend=no"
+    launcher = [*launcher.split(), "--mixed_precision=no", f"--num_processes={processes}", *kind]
+    return subprocess.run(
+        [sys.executable, *launcher, *map(str, command)],
+        env=os.environ | ALLOCATOR | (DEEPSPEED_ON_CPU if "--use_deepspeed" in kind else ON_CPU),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def launch_runs(kind: list[str], processes: int, root: Path, runs: list[tuple]) -> subprocess.CompletedProcess:
+    """tests/launched.py with these (settings, signal)."""
+    (root / "runs.json").write_text(json.dumps([(flags(**run), number) for run, number in runs]))
+    return launch(kind, processes, ROOT / "tests" / "launched.py", root / "runs.json")
+
+
+def lora(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / glance.WEIGHT_NAME)
+
+
+def assert_close(one: Path, other: Path, tolerance: float):
+    for phase in PHASES:
+        one_lora, other_lora = lora(one / phase), lora(other / phase)
+        assert one_lora.keys() == other_lora.keys()
+        for name, value in one_lora.items():
+            assert (value - other_lora[name]).abs().max() <= tolerance, name
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """What a user gets: all but checkpoints and what tests/launched.py keeps."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        name: content
+        for name, content in found.items()
+        if "checkpoint-" not in name and name[-3:] not in (".pt", "txt")
+    }
+
+
+@pytest.fixture(scope="module")
+def settings(pipelines, pair):
+    """settings(base, output folder, **flags) of a run whose processes share a batch of four."""
+
+    def call(base: str, output_dir, processes: int, **flags) -> dict:
+        where = {"pretrained_model_name_or_path": pipelines[base], "instance_image": pair, "output_dir": output_dir}
+        return COMMON | where | {"train_batch_size": 4 // processes} | flags
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def single(settings, tmp_path_factory):
+    """single(name of a base, or "trajectory"): the folder of one process's run."""
+    folders = {}
+
+    def call(name: str) -> Path:
+        if name not in folders:
+            base, further = ("flux", {"loss": name}) if name == "trajectory" else (name, {})
+            folders[name] = run_train(settings(base, tmp_path_factory.mktemp("single") / name, 1), further)
+        return folders[name]
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def launched(settings, tmp_path_factory):
+    """launched(kind, processes): the folder of the output folders of several runs in one launch, the last one killed;
+    the launch; how many seconds it lived on."""
+    found = {}
+
+    def call(kind: str, processes: int) -> tuple:
+        if (kind, processes) not in found:
+            root = tmp_path_factory.mktemp(f"{kind}-{processes}")
+            stopped = settings("flux", root / "stopped", processes)
+            runs = [(settings("flux", root / "flux", processes), 0)]
+            if processes == 2:
+                runs += [
+                    (settings("qwen", root / "qwen", 2, gradient_checkpointing=True), 0),
+                    (settings("flux", root / "trajectory", 2, loss="trajectory"), 0),
+                    (settings("sd3", root / "bf16", 2, mixed_precision="bf16"), 0),
+                    (stopped, signal.SIGTERM),
+                    (stopped | {"resume_from_checkpoint": "latest"}, 0),
+                ]
+            runs += [(settings("flux", root / "killed", processes, max_train_steps=1000), signal.SIGKILL)]
+            done = launch_runs(KINDS[kind], processes, root, runs)
+            killed = root / "killed" / "signal.txt"
+            found[kind, processes] = root, done, time.time() - float(killed.read_text() if killed.exists() else 0)
+        return found[kind, processes]
+
+    return call
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# DDP and FSDP2
+
+
+RUNS = [(kind, processes, "flux") for kind in ("ddp", "fsdp") for processes in (2, 4)]
+RUNS += [(kind, 2, name) for kind in ("ddp", "fsdp") for name in ("qwen", "trajectory")]
+
+
+@pytest.mark.parametrize("kind, processes, base", RUNS)
+def test_several_processes_equal_one_with_the_same_batch(kind, processes, base, launched, single):
+    root, done, _ = launched(kind, processes)
+    assert (root / base / "glance.png").exists(), done.stderr[-5000:]
+    assert max(value.abs().max() for name, value in lora(single(base) / "slow").items() if "lora_B" in name) > 1e-4
+    assert_close(root / base, single(base), 1e-5)
+    pictures = [np.asarray(Image.open(folder / "glance.png")).astype(int) for folder in (root / base, single(base))]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    for phase in PHASES:
+        ranks = [torch.load(root / base / f"{phase}-rank-{rank}.pt") for rank in range(processes)]
+        assert len(ranks[0]) == len(lora(single(base) / phase))
+        for name, value in ranks[0].items():
+            assert all(torch.equal(value, other[name]) for other in ranks[1:]), name
+
+
+def test_a_sharded_base_in_half_precision_is_the_base(launched):
+    """SD3 keeps a buffer in its files, and half precision rounds it. Bit for bit: two gradients have but one sum."""
+    ddp, fsdp = (launched(kind, 2)[0] / "bf16" for kind in ("ddp", "fsdp"))
+    for phase in PHASES:
+        wanted, found = lora(ddp / phase), lora(fsdp / phase)
+        assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_signal_to_one_process_stops_all_at_a_checkpoint_and_resumed_equals_uninterrupted(kind, launched):
+    root, done, _ = launched(kind, 2)
+    assert "stopped by SIGTERM; go on with" in done.stderr and done.stderr.count("go on with") == 1
+    assert [step for step, _ in find_checkpoints(root / "stopped")] == [3]
+    assert files_in(root / "stopped") == files_in(root / "flux")
+
+
+@pytest.mark.parametrize("kind, processes", [("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)])
+def test_a_killed_process_ends_the_launch(kind, processes, launched):
+    root, done, ended = launched(kind, processes)
+    assert done.returncode != 0 and ended < 60
+    assert not (root / "killed" / "slow" / glance.WEIGHT_NAME).exists()
+
+
+@pytest.mark.skipif(not is_deepspeed_available(), reason="pip install deepspeed, which builds its operators here")
+def test_zero_2_equals_one_process(settings, single, tmp_path):
+    done = launch_runs(KINDS["deepspeed"], 2, tmp_path, [(settings("flux", tmp_path / "output", 2), 0)])
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert_close(tmp_path / "output", single("flux"), 1e-5)
+    for phase in PHASES:
+        ranks = [torch.load(tmp_path / "output" / f"{phase}-rank-{rank}.pt") for rank in range(2)]
+        assert all(torch.equal(value, ranks[1][name]) for name, value in ranks[0].items())
+
+
+def test_no_process_but_the_first_ever_holds_the_whole_base(pipelines, tmp_path):
+    """In its own memory: it has its rows and one parameter more. The first one maps the files, and holds the base only
+    where it must convert it: the second of the two, in float32."""
+    for dtype in (torch.bfloat16, torch.float32):
+        shutil.copytree(pipelines["flux"], tmp_path / str(dtype))
+        shutil.rmtree(tmp_path / str(dtype) / "transformer")
+        small_flux().to(dtype).save_pretrained(tmp_path / str(dtype) / "transformer", max_shard_size="40MB")
+    done = launch(KINDS["fsdp"], 2, ROOT / "tests" / "peak_memory.py", "share", *sorted(tmp_path.iterdir()))
+    assert done.returncode == 0, done.stderr[-5000:]
+    ranks = [json.loads(line) for line in done.stdout.splitlines()]
+    for mapped, converted in ranks:
+        assert mapped["held"] < 0.51 * mapped["model"]
+        assert mapped["peak"] < mapped["held"] + 2 * mapped["largest"]
+    peaks = sorted(converted["peak"] for _, converted in ranks)
+    limit = converted["held"] + 2 * converted["largest"]
+    assert peaks[0] < limit and peaks[1] < converted["model"] + limit
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# --parallel_phases
+
+
+def test_phases_in_parallel_equal_phases_in_turn(launched, settings, tmp_path):
+    """On two halves of two processes each, under FSDP2; all files, bit for bit."""
+    run = settings("flux", tmp_path / "output", 2, parallel_phases=True)
+    done = launch_runs(KINDS["fsdp"], 4, tmp_path, [(run, 0)])
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert files_in(tmp_path / "output") == files_in(launched("fsdp", 2)[0] / "flux")
+
+
+def test_phases_in_parallel_stop_together_and_go_on(single, settings, tmp_path):
+    """On two halves of one process each; the fast one is told to stop."""
+    run = settings("flux", tmp_path / "output", 1, parallel_phases=True)
+    done = launch_runs(KINDS["ddp"], 2, tmp_path, [(run, signal.SIGTERM)])
+    output = tmp_path / "output"
+    assert [step for step, _ in find_checkpoints(output / "fast")] == [3], done.stderr[-5000:]
+    assert not (output / "fast" / glance.WEIGHT_NAME).exists() and not (output / "README.md").exists()
+    done = launch_runs(KINDS["ddp"], 2, tmp_path, [(run | {"resume_from_checkpoint": "latest"}, 0)])
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert files_in(output) == files_in(single("flux"))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def test_two_processes_share_the_pictures(trained, infer, pipelines, tmp_path):
+    settings = {"lora": trained("flux"), "prompt": ["a red ring", "a blue ring", "a dog"]}
+    (tmp_path / "two").mkdir()
+    output = {"pretrained_model_name_or_path": pipelines["flux"], "output": tmp_path / "two" / "out.png"}
+    done = launch(KINDS["ddp"], 2, ROOT / "infer_glance.py", *flags(**output, **settings))
+    assert done.returncode == 0, done.stderr[-5000:]
+    single = infer(**settings)
+    names = ["out-000.png", "out-001.png", "out-002.png"]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
+    for name in names:
+        assert np.array_equal(Image.open(tmp_path / "two" / name), Image.open(single.with_name(name)))
+    assert done.stdout.count("out-*.png") == 1  # one process reports
+    assert "3/3" not in done.stderr  # neither drew all
