@@ -15,8 +15,9 @@ from glance_utils import counts_image, replaced, segment_slopes, timesteps_to_si
 def best_positions(points: list[torch.Tensor], sigmas: list[float], count: int) -> list[int]:
     """The `count` steps of the trajectory, 0-based, whose chords miss its velocities least, by dynamic programming.
 
-    `points` are the latents at `sigmas`, the last of which is 0. A segment costs its length times the sum, over the
-    steps in it, of each one's length times its velocity's squared distance from the chord's.
+    `points` are the latents (B, ...) at `sigmas`, the last of which is 0, of one trajectory or of B. A segment costs
+    its length times the sum, over the steps in it, of each one's length times its velocity's squared distance from
+    the chord's.
     """
     points, steps = torch.stack(points).flatten(1).double(), len(sigmas) - 1
     lengths = [high - low for high, low in zip(sigmas, sigmas[1:])]
@@ -49,7 +50,7 @@ def kept(points: list[torch.Tensor], sigmas: list[float], positions: list[int]) 
 
 def fit_coefficients(points: list[torch.Tensor], sigmas: list[float], positions: list[int]) -> list[list[float]]:
     """[a, c] for each step: a * velocity + c * the previous step's velocity is nearest to the slope of its chord, by
-    least squares over all elements of one trajectory. The first step has no previous one: c = 0.
+    least squares over all elements of one trajectory or several. The first step has no previous one: c = 0.
 
     No model is called: a trajectory's own first steps are the velocities. Two-step Adams-Bashforth has such numbers
     too, for any function; these are the model's.

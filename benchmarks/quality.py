@@ -130,7 +130,7 @@ def train(bench: Bench, settings: dict, rate: float, seed: int) -> tuple[str, di
         return str(folder), json.loads((folder / "spent.json").read_text())
     drawn = [json.loads(file.read_text())["drawn"] for file in runs.glob("*/spent.json")]
     flags = ["--config", args.train_config, f"--learning_rate={rate}", f"--seed={seed}"]
-    flags += [flag.replace("CAPTIONS", f"{args.output_dir}/captions.txt") for flag in settings["train"]]
+    flags += [flag.replace("CAPTIONS", f"{args.output_dir}/captions") for flag in settings["train"]]
     with counted_forwards(type(glance.denoiser(bench.pipe))) as spent:
         for phase, more in settings.get("phases", {"both": []}).items():
             output = folder if phase == "both" else folder / phase
@@ -269,7 +269,8 @@ def captions_of(args) -> dict[str, list[str]]:
     training = args.instance_prompt or reported[0]
     diverse = [caption for caption in reported[: args.diversity_captions] for _ in range(args.diversity_seeds)]
     if args.train_config:
-        Path(args.output_dir, "captions.txt").write_text("".join(f"{caption}\n" for caption in further))
+        for count in (15, 63):
+            Path(args.output_dir, f"captions-{count}.txt").write_text("\n".join(further[:count]))
         if shared := {training, *further} & {*validation, *reported} or {*validation} & {*reported}:
             raise InputError(f"{shared.pop()!r} would be trained on, or choose a rate, and be reported; leave it out")
     sets = {"reported": reported, "training": [training] * args.training_seeds, "diversity": diverse}

@@ -14,12 +14,12 @@ class Row(NamedTuple):
 
 # Best of them on validation captions; the first is the script's default, in case of a tie.
 RATES = [3e-4, 1e-4, 3e-5, 1e-5]
-TRAJECTORY = ["--loss=trajectory", "--grid=auto", "--num_trajectories=16", "--timesteps_per_step=5"]
-# A further 63 captions that are not held out, one trajectory each.
-CAPTIONS = ["--loss=trajectory", "--grid=auto", "--num_trajectories=1", "--timesteps_per_step=5"]
-CAPTIONS += ["--prompts_file=CAPTIONS"]
+TRAJECTORY = ["--loss=trajectory", "--grid=auto", "--solver=euler", "--timesteps_per_step=5", "--num_trajectories=16"]
+# With further captions that are not held out.
+CAPTIONS_16 = [*TRAJECTORY, "--num_trajectories=4", "--prompts_file=CAPTIONS-15.txt"]
+CAPTIONS_64 = [*TRAJECTORY, "--num_trajectories=1", "--prompts_file=CAPTIONS-63.txt"]
 FITTED = ["--solver=fitted"]
-FOLD = ["--guidance=fold", "--rank=32"]
+FOLD = ["--guidance=fold", "--rank=32", "--lr_scheduler=cosine"]
 OFF = {"slow": {"scales": {"slow": 0.0, "fast": 1.0}}, "fast": {"scales": {"slow": 1.0, "fast": 0.0}}}
 TRAINED = {
     "flow": {
@@ -30,21 +30,21 @@ TRAINED = {
     },
     "trajectory": {
         "one caption": {"train": TRAJECTORY},
-        "64 captions": {"train": CAPTIONS},
+        "64 captions": {"train": CAPTIONS_64},
         "and flow, weight 0.1": {"train": [*TRAJECTORY, "--flow_weight=0.1"]},
         "and flow, weight 1": {"train": [*TRAJECTORY, "--flow_weight=1"]},
     },
     "fitted solver": {
         "one caption": {"train": TRAJECTORY + FITTED},
-        "64 captions": {"train": CAPTIONS + FITTED},
+        "64 captions": {"train": CAPTIONS_64 + FITTED},
     },
     "folded guidance": {
         "one caption": {"train": TRAJECTORY + FOLD},
-        "64 captions, 300 steps": {"train": [*CAPTIONS, *FOLD, "--max_train_steps=300"]},
+        "16 captions, 300 steps": {"train": [*CAPTIONS_16, *FOLD, "--max_train_steps=300"]},
     },
     "ablation": {
         f"{name}, only {'slow' if off == 'fast' else 'fast'}": {"train": train} | OFF[off]
-        for name, train in {"flow": [], "trajectory": TRAJECTORY, "64 captions": CAPTIONS}.items()
+        for name, train in {"flow": [], "trajectory": TRAJECTORY, "64 captions": CAPTIONS_64}.items()
         for off in ("fast", "slow")
     },
     "knob": {
@@ -93,7 +93,7 @@ def all_rows(args) -> list[Row]:
     for name, folder in args.lora.items():
         rows.append(Row(name, "given LoRAs", {"lora": str(folder)}))
     if args.train_config:  # further captions are the demo's alone
-        rows += [row for row in trained_rows() if not args.prompts_file or CAPTIONS[-1] not in row.settings["train"]]
+        rows += [row for row in trained_rows() if not args.prompts_file or "CAPTIONS" not in str(row.settings)]
     return rows
 
 
