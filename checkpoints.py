@@ -24,6 +24,11 @@ def find_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in matches if match and (path / STATE_NAME).exists())
 
 
+def is_resumable(folder: Path) -> bool:
+    """Whether a phase that is trained into this folder has a checkpoint or a LoRA there."""
+    return bool(find_checkpoints(folder)) or (folder / WEIGHT_NAME).exists()
+
+
 def save_checkpoint(output_dir: str | Path, state: dict, step: int, limit: int | None) -> Path:
     """Write `state` beside and rename it, then drop the oldest checkpoints beyond `limit`; OSError if it cannot be."""
     folder, content = Path(output_dir) / f"checkpoint-{step}", io.BytesIO()
@@ -140,5 +145,7 @@ def find_resume(args, recipes: dict[str, dict], folders: dict[str, Path], state:
     check_settings(state["settings"], resume_settings(args, recipes[phase]))
     if phase == "fast" and "slow" in recipes:
         read_recipe(folders["slow"] / WEIGHT_NAME)  # must be there: it was finished before
+        if not is_finished(args, recipes["slow"], folders["slow"]):
+            raise InputError(f"--resume_from_checkpoint: the slow LoRA in {folders['slow']} is of another run")
         finished.add("slow")
     return finished, {phase: state}

@@ -9,6 +9,7 @@ import json
 import os
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -27,7 +28,11 @@ from torch.distributed.tensor import distribute_tensor
 
 import load_base
 from ask_pipeline import find_denoiser
+from checkpoints import is_resumable
 from glance_utils import PHASES, InputError
+
+
+PATIENCE = timedelta(hours=2)  # for other processes: one may have a base to download
 
 
 def is_sharded() -> bool:
@@ -41,6 +46,11 @@ def is_deepspeed(accelerator) -> bool:
 
 def check_combination(args, accelerator) -> None:
     """InputError where what was launched does not go with what was asked for."""
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
+        raise InputError(
+            f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}, but accelerate was launched with "
+            f"{accelerator.gradient_accumulation_steps}; give it to the script alone, after its name"
+        )
     if args.enable_group_offload and accelerator.num_processes > 1:
         raise InputError("--enable_group_offload goes with one process; leave it out, or launch one")
     if is_deepspeed(accelerator):
@@ -191,8 +201,13 @@ def split(args) -> Halves:
     phase, output_dir = PHASES[2 * rank // count], Path(args.output_dir)
     store, _, _ = next(rendezvous("env://"))
     own_store = torch.distributed.PrefixStore(phase, store)
-    torch.distributed.init_process_group(store=own_store, rank=rank % (count // 2), world_size=count // 2)
+    torch.distributed.init_process_group(
+        store=own_store, rank=rank % (count // 2), world_size=count // 2, timeout=PATIENCE
+    )
     args.custom_timesteps = {phase: args.custom_timesteps[phase]}
     args.output_dir = str(output_dir / phase)
+    if args.resume_from_checkpoint and not is_resumable(output_dir / phase):
+        if any(is_resumable(output_dir / other) for other in PHASES):  # it stopped before this one had anything
+            args.resume_from_checkpoint = None
     args.hub_model_id = args.hub_model_id or output_dir.resolve().name
     return Halves(phase, output_dir, store)

@@ -117,6 +117,8 @@ def grid_positions(grid: str, count: int, base_steps: int) -> list[int]:
     ten of 50; "even" is every n-th."""
     if grid == "even":
         return [base_steps * index // count for index in range(count)]
+    if grid != "glance":
+        raise ValueError(f"grid is {grid!r}; the named ones are glance and even")
     places = [index * 9 / max(count - 1, 1) for index in range(count)]
     published = [(position - 1) * (base_steps - 1) / 49 for position in PUBLISHED_POSITIONS]
     return [round(float(position)) for position in np.interp(places, range(10), published)]
@@ -127,8 +129,8 @@ def derive_timesteps(base_timesteps: list[float], positions: list[int] | None = 
     positions = grid_positions("glance", 10, len(base_timesteps)) if positions is None else positions
     if len(set(positions)) < len(positions):
         raise InputError(
-            f"num_base_steps: {len(base_timesteps)} steps are too few for {len(positions)} distinct ones; use "
-            f"{5 * len(positions) // 2} or more"
+            f"--num_base_steps: {len(base_timesteps)} steps are too few for {len(positions)} distinct ones on this "
+            "grid; give more, or fewer --num_inference_steps"
         )
     timesteps, half = [base_timesteps[position] for position in positions], -(-len(positions) // 2)
     return {"slow": timesteps[:half], "fast": timesteps[half:]}
@@ -283,6 +285,11 @@ def fused_adapters(transformer):
     the bit. It takes the memory of the adapted layers once more.
     """
     layers = [layer for layer in transformer.modules() if isinstance(layer, LoraLayer)]
+    if any(layer.lora_magnitude_vector or any(layer.lora_bias.values()) for layer in layers):
+        raise InputError(
+            "these LoRAs have magnitudes (DoRA) or biases, which cannot be added to the weights; leave --fuse_lora "
+            "and --compile out"
+        )
     weights = [layer.get_base_layer().weight for layer in layers]
     copies = [weight.detach().clone() for weight in weights]
 

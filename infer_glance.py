@@ -182,9 +182,12 @@ def check_pair(recipes: dict[str, dict], paths: dict[str, Path]) -> None:
             f"the pair does not chain: slow ends at timestep {slow['timesteps'][-1]:g}, fast begins at "
             f"{fast['timesteps'][0]:g}; slow must end above where fast begins, so train both on one schedule"
         )
-    for key in ("base_model", "pipeline", "height", "width", "guidance"):
+    same = ("base_model", "pipeline", "height", "width", "num_base_steps", "guidance_scale", "pipeline_kwargs")
+    for key in (*same, "guidance"):
         if slow[key] != fast[key]:
             raise InputError(f"the pair does not match: slow has {key} {slow[key]}, fast has {fast[key]}")
+    if bool(slow["coefficients"]) != bool(fast["coefficients"]):
+        raise InputError("the pair does not match: one was trained for the fitted solver, the other for Euler's")
 
 
 def check_base(args, recipe: dict) -> None:

@@ -47,13 +47,15 @@ def save_picture(image: Image.Image, path: Path) -> None:
 def write_model_card(args, directory: Path, recipes: list[dict], caption: str) -> None:
     """README.md in the output folder: what was trained, how to use it, the pictures."""
     rows = "\n".join(
-        f"| {recipe['phase']} | {', '.join(f'{timestep:.4f}' for timestep in recipe['timesteps'])} |"
+        f"| {recipe['phase']} | {', '.join(f'{timestep:.4f}' for timestep in recipe['timesteps'])} | "
+        f"{', '.join(f'{own:.3f} {before:+.3f}' for own, before in recipe['coefficients'] or ()) or 'Euler'} |"
         for recipe in recipes
     )
     pictures = [f"![{name}](./{name})" for name in ("instance.png", "glance.png") if (directory / name).exists()]
-    settings = json.dumps(
-        {key: value for key, value in recipes[0].items() if key not in ("phase", "timesteps")}, indent=2
-    )
+    settings = {key: recipes[0][key] for key in recipes[0] if key not in ("phase", "timesteps", "coefficients")}
+    settings, phase = json.dumps(settings, indent=2), recipes[0]["phase"]
+    other = "fast" if phase == "slow" else "slow"
+    loras = "--lora ." if len(recipes) == 2 else f"--{phase}_lora . --{other}_lora FOLDER"
     text = f"""---
 library_name: diffusers
 base_model: {args.pretrained_model_name_or_path}
@@ -70,15 +72,15 @@ the fast one, {sum(len(recipe["timesteps"]) for recipe in recipes)} steps in all
 Left: the training image, or what the base draws in all its steps, "{caption}".
 Right, where both phases were trained: the same caption with both LoRAs.
 
-| phase | timesteps (0..1000) |
-|---|---|
+| phase | timesteps (0..1000) | steps: Euler, or the shares of this velocity and of the one before |
+|---|---|---|
 {rows}
 
 ```json
 {settings}
 ```
 
-    python infer_glance.py --pretrained_model_name_or_path {args.pretrained_model_name_or_path} --lora . --prompt "..."
+    python infer_glance.py --pretrained_model_name_or_path {args.pretrained_model_name_or_path} {loras} --prompt "..."
 """
     glance.replace_file(directory / "README.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
 

@@ -96,7 +96,7 @@ def batch_call(args, pipe, train_call: dict) -> dict:
 def ask_schedule(args, pipe, call: dict, single_call: dict) -> tuple:
     """All of the model's timesteps, what it is told at sigmas, those of the grid by phase, and those to train."""
     base_timesteps = ask.ask_timesteps(pipe, args.num_base_steps, **call)
-    grid = "glance" if args.grid == "auto" else args.grid  # auto needs the weights
+    grid = "even" if args.grid == "auto" else args.grid  # auto needs the weights
     positions = glance.grid_positions(grid, args.num_inference_steps, len(base_timesteps))
     derived = glance.derive_timesteps(base_timesteps, positions)
     told = ask.ask_told(pipe, args.num_base_steps, **call)

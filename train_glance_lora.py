@@ -30,6 +30,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
     LoggerType,
     ProjectConfiguration,
 )
@@ -127,7 +128,12 @@ def parse_args(argv: list[str] | None = None):
         default="uniform",
         help="of the trajectory loss: alike, or by the length of each step in sigma, or its square",
     )
-    add("--flow_weight", type=cli.finite, default=0.0, help="so much of the flow loss beside the trajectory loss")
+    add(
+        "--flow_weight",
+        type=cli.positive(float),
+        default=0.0,
+        help="so much of the flow loss beside the trajectory loss",
+    )
     add(
         "--solver",
         choices=("euler", "fitted"),
@@ -201,7 +207,13 @@ def parse_args(argv: list[str] | None = None):
             "--flow_custom_timesteps: the trajectory loss learns steps of the model's own schedule; give --grid "
             "instead, or --loss flow"
         )
+    if args.flow_custom_timesteps is not None and args.solver == "fitted":
+        raise InputError("--solver fitted is fitted to steps of the model's own; leave --flow_custom_timesteps out")
+    for name, value in DEFAULTS[args.loss].items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     args.custom_timesteps = choose_phases(args)
+    if args.num_inference_steps == 1 and "fast" in args.custom_timesteps:
+        raise InputError("--num_inference_steps 1 leaves the fast phase no step; give 2 or more, or --phase slow")
     if args.parallel_phases and len(args.custom_timesteps) == 1:
         raise InputError(
             "--parallel_phases trains both phases; leave it out, or --phase and a single list of timesteps"
@@ -362,8 +374,9 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
                     points = trajectory_batch(asked, captions[index], seeds[index], steps)
                     losses = mean_losses(model, points, chosen, **call)
                 if args.loss == "flow" or args.flow_weight:
-                    noise = torch.randn(processes, together * batch, *asked.latents.shape[1:], generator=generator)
-                    points = flow_batch(asked, chosen, asked.noise_scale * noise[rank])
+                    shape = (together, processes, batch, *asked.latents.shape[1:])
+                    noise = asked.noise_scale * torch.randn(shape, generator=generator)[:, rank].flatten(0, 1)
+                    points = flow_batch(asked, chosen, noise)
                     weight = args.flow_weight if args.loss == "trajectory" else 1.0
                     losses = losses + weight * mean_losses(model, points, chosen, **asked.single_call)
                 loss = (losses * weights[order[index]].to(losses)).mean()
@@ -428,7 +441,11 @@ def main(argv: list[str] | None = None):
         # No autocast: base, activations and the LoRA's products run in --mixed_precision's dtype, as at inference.
         # Accelerate still brings fp16's loss scaling. Unused parameters: the last block of some transformers makes
         # text tokens that nothing reads.
-        kwargs_handlers=[AutocastKwargs(enabled=False), DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            AutocastKwargs(enabled=False),
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=distribution.PATIENCE),
+        ],
     )
     cli.set_up_logging()
     distribution.check_combination(args, accelerator)

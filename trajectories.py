@@ -5,8 +5,10 @@ on, and the training image where none is given. They stay beside the LoRAs, so t
 draws the same, need not draw them again.
 """
 
+import glob
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as save_tensors
 from tqdm.auto import tqdm
 
 import faults
@@ -25,7 +27,7 @@ from glance_utils import InputError
 
 
 logger = get_logger(__name__)
-FOUND_ON = 4  # trajectories; the grid of one alone varies by a tenth in what it loses
+FOUND_ON = 4  # trajectories at most; the grid of one alone varies by a tenth in what it loses
 
 
 @dataclass
@@ -84,6 +86,8 @@ def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], other: tu
             positions = grids.best_positions(points, teacher.sigmas, count)
         else:
             positions = glance.grid_positions(grid, count, steps)
+            if args.grid == "auto" and len(set(positions)) < count:
+                continue  # too few steps of the model's own for the published grid
         choices.append((grid, "euler", positions, None))
         if args.solver == "fitted":
             choices.append((grid, "fitted", positions, grids.fit_coefficients(points, teacher.sigmas, positions)))
@@ -145,12 +149,13 @@ def settings_digest(args, teacher: Teacher, captions: list[str]) -> str:
     settings = {name: getattr(args, name) for name in names}
     settings |= {
         "version": glance.__version__,
+        "found_on": FOUND_ON,
         "captions": captions,
         "call": teacher.call,
         "timesteps": teacher.timesteps,
     }
-    files = sorted(Path(args.pretrained_model_name_or_path).rglob("*.safetensors"))
-    settings["files"] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    files = sorted(glob.glob(f"{args.pretrained_model_name_or_path}/**/*.safetensors", recursive=True))
+    settings["files"] = [(Path(path).name, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files]
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -158,8 +163,8 @@ def save(directory: Path, found: Trajectories) -> None:
     """Write them where the next run of the same settings finds them."""
     tensors = {name: getattr(found, name).contiguous() for name in ("picture", "starts", "targets")}
     sampler = {name: getattr(found, name) for name in ("grid", "positions", "lengths", "coefficients")}
-    header = {"digest": found.digest, "sampler": json.dumps(sampler)}
-    glance.replace_file(directory / faults.TRAJECTORIES, lambda temporary: save_file(tensors, temporary, header))
+    content = save_tensors(tensors, {"digest": found.digest, "sampler": json.dumps(sampler)})
+    glance.replace_file(directory / faults.TRAJECTORIES, lambda temporary: temporary.write_bytes(content))
 
 
 def load(path: Path, digest: str) -> Trajectories | None:

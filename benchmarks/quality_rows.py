@@ -12,7 +12,7 @@ class Row(NamedTuple):
     settings: dict
 
 
-# Best of them on validation captions; the first is the script's default, in case of a tie.
+# Best of them on validation captions; the first in case of a tie.
 RATES = [3e-4, 1e-4, 3e-5, 1e-5]
 TRAJECTORY = ["--loss=trajectory", "--grid=auto", "--solver=euler", "--timesteps_per_step=5", "--num_trajectories=16"]
 # With further captions that are not held out.

@@ -142,6 +142,8 @@ def loras(trained, tmp_path_factory):
     wrong("no base steps", num_base_steps=None)
     wrong("base steps -1", num_base_steps=-1)
     wrong("folded", guidance="fold")
+    wrong("other arguments", pipeline_kwargs={"max_sequence_length": 8})
+    wrong("one fitted", coefficients=[[1.0, 0.0]] * 5)
     wrong("arguments a list", pipeline_kwargs=[1])
     wrong("argument is ours", pipeline_kwargs={"latents": 1})
     wrong("another height", height=64)
@@ -226,6 +228,11 @@ INFERENCE = {
     "recipe: guidance a string": (pair_in("guidance a string"), "guidance_scale"),
     "recipe: no base steps": (pair_in("no base steps") | {"compare": True}, "num_base_steps"),
     "recipe: base steps -1": (pair_in("base steps -1") | {"compare": True}, "num_base_steps"),
+    "arguments of one": (
+        pair_in("other arguments"),
+        "slow has pipeline_kwargs {'max_sequence_length': 8}",
+    ),
+    "solver of one": (pair_in("one fitted"), "one was trained for the fitted solver, the other for Euler's"),
     "guidance of one folded in": (pair_in("folded"), "slow has guidance fold, fast has keep"),
     "recipe: arguments a list": (pair_in("arguments a list"), "pipeline_kwargs"),
     "recipe: argument is ours": (pair_in("argument is ours"), "latents"),

@@ -232,6 +232,12 @@ TRAINING = {
     "prompts missing": ({"loss": "trajectory", "prompts_file": "{bad}/nowhere.txt"}, "nowhere.txt: cannot be read"),
     "prompts empty": ({"loss": "trajectory", "prompts_file": "{bad}/empty.txt"}, "holds no prompt"),
     "prompts not UTF-8": ({"loss": "trajectory", "prompts_file": "{bad}/latin1.txt"}, "UTF-8"),
+    "list for the fitted solver": (
+        {"solver": "fitted", "flow_custom_timesteps": "1000,900;500,100"},
+        "--solver fitted is fitted to steps of the model's own",
+    ),
+    "a single step": ({"num_inference_steps": 1}, "--num_inference_steps 1 leaves the fast phase no step"),
+    "flow weight negative": ({"loss": "trajectory", "flow_weight": -1}, "--flow_weight"),
     "no such loss": ({"loss": "mse"}, "--loss"),
     "no such guidance": ({"guidance": "half"}, "--guidance"),
     "no such solver": ({"solver": "heun"}, "--solver"),

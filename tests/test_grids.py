@@ -28,7 +28,7 @@ def test_the_named_grids():
 def test_the_first_half_is_slow():
     phases = glance.derive_timesteps([1000 - 20 * step for step in range(50)], [0, 5, 20, 30, 45])
     assert phases == {"slow": [1000, 900, 600], "fast": [400, 100]}
-    with pytest.raises(InputError, match="10 steps are too few for 20 distinct ones; use 50 or more"):
+    with pytest.raises(InputError, match="10 steps are too few for 20 distinct ones on this grid; give more"):
         glance.derive_timesteps([1000.0 - step for step in range(10)], glance.grid_positions("even", 20, 10))
 
 

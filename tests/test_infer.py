@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import flags
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -411,3 +412,12 @@ def test_a_given_schedule_wins_over_the_files_own(trained, foreign, infer, seen_
         seen_adapters.clear()
         infer(**files, flow_custom_timesteps="1000,950,900;800,400")
         assert seen_adapters == ["slow"] * 3 + ["fast"] * 2
+
+
+@pytest.mark.parametrize("kind", ["use_dora", "lora_bias"])
+def test_what_is_more_than_a_lora_is_not_fused(kind, pipelines):
+    """Fused without its magnitudes or biases it would silently be another one."""
+    transformer = DiffusionPipeline.from_pretrained(pipelines["flux"]).transformer
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], **{kind: True}), "slow")
+    with pytest.raises(glance.InputError, match="cannot be added to the weights"), glance.fused_adapters(transformer):
+        pass
