@@ -58,10 +58,7 @@ logger = get_logger(__name__)
 
 ADAPTER = "glance"
 # The flow loss's are the published method's, the trajectory loss's are what measured best (benchmarks/README.md).
-DEFAULTS = {
-    "flow": {"grid": "glance", "solver": "euler", "learning_rate": 3e-4},
-    "trajectory": {"grid": "auto", "solver": "fitted", "learning_rate": 1e-5},
-}
+DEFAULTS = {"flow": {"grid": "glance", "solver": "euler"}, "trajectory": {"grid": "auto", "solver": "fitted"}}
 SEGMENT_POWERS = {"uniform": 0, "length": 1, "length_squared": 2}
 
 
@@ -153,7 +150,9 @@ def parse_args(argv: list[str] | None = None):
     add("--train_batch_size", type=cli.positive(int), default=1)
     add("--timesteps_per_step", type=cli.positive(int), default=1, help="5 trains all of a phase's in every step")
     add("--gradient_accumulation_steps", type=cli.positive(int), default=1)
-    add("--learning_rate", type=cli.positive(float), help="3e-4 for the flow loss, 1e-5 for the trajectory loss")
+    add(
+        "--learning_rate", type=cli.positive(float), help="1e-5 for the trajectory loss that keeps guidance, else 3e-4"
+    )
     add(
         "--lr_scheduler",
         choices=[kind.value for kind in SchedulerType if kind.value != "piecewise_constant"],
@@ -211,6 +210,8 @@ def parse_args(argv: list[str] | None = None):
         raise InputError("--solver fitted is fitted to steps of the model's own; leave --flow_custom_timesteps out")
     for name, value in DEFAULTS[args.loss].items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    kept = args.loss == "trajectory" and args.guidance == "keep"  # then the base is nearly there
+    args.learning_rate = args.learning_rate or (1e-5 if kept else 3e-4)
     args.custom_timesteps = choose_phases(args)
     if args.num_inference_steps == 1 and "fast" in args.custom_timesteps:
         raise InputError("--num_inference_steps 1 leaves the fast phase no step; give 2 or more, or --phase slow")

@@ -19,7 +19,7 @@ TRAJECTORY = ["--loss=trajectory", "--grid=auto", "--solver=euler", "--timesteps
 CAPTIONS_16 = [*TRAJECTORY, "--num_trajectories=4", "--prompts_file=CAPTIONS-15.txt"]
 CAPTIONS_64 = [*TRAJECTORY, "--num_trajectories=1", "--prompts_file=CAPTIONS-63.txt"]
 FITTED = ["--solver=fitted"]
-FOLD = ["--guidance=fold", "--rank=32", "--lr_scheduler=cosine"]
+FOLD = ["--guidance=fold", "--rank=32", "--lr_scheduler=cosine", "--segment_weights=length"]
 OFF = {"slow": {"scales": {"slow": 0.0, "fast": 1.0}}, "fast": {"scales": {"slow": 1.0, "fast": 0.0}}}
 TRAINED = {
     "flow": {
@@ -39,8 +39,11 @@ TRAINED = {
         "64 captions": {"train": CAPTIONS_64 + FITTED},
     },
     "folded guidance": {
-        "one caption": {"train": TRAJECTORY + FOLD},
-        "16 captions, 300 steps": {"train": [*CAPTIONS_16, *FOLD, "--max_train_steps=300"]},
+        "one caption": {"train": TRAJECTORY + FOLD, "rates": [1e-3, 3e-4, 1e-4]},
+        "16 captions, 300 steps": {
+            "train": [*CAPTIONS_16, *FOLD, "--max_train_steps=300"],
+            "rates": [1e-3, 3e-4],  # 1e-4 and less were further off, weighed uniformly
+        },
     },
     "ablation": {
         f"{name}, only {'slow' if off == 'fast' else 'fast'}": {"train": train} | OFF[off]

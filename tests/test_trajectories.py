@@ -413,3 +413,5 @@ def test_each_losss_defaults_are_what_measured_best(train):
     assert (defaults.grid, defaults.solver, defaults.learning_rate) == ("auto", "fitted", 1e-5)
     defaults = train_glance_lora.parse_args(["--pretrained_model_name_or_path=x"])
     assert (defaults.grid, defaults.solver, defaults.learning_rate) == ("glance", "euler", 3e-4)
+    fold = ["--loss=trajectory", "--guidance=fold", "--pretrained_model_name_or_path=x"]
+    assert train_glance_lora.parse_args(fold).learning_rate == 3e-4
