@@ -16,7 +16,7 @@ from accelerate.utils import is_deepspeed_available
 from conftest import ROOT, flags, run_train
 from peak_memory import small_flux
 from PIL import Image
-from safetensors.torch import load_file
+from test_train import assert_close, lora
 
 import glance_utils as glance
 from checkpoints import find_checkpoints
@@ -50,18 +50,6 @@ def launch_runs(kind: list[str], processes: int, root: Path, runs: list[tuple]) 
     """tests/launched.py with these (settings, signal)."""
     (root / "runs.json").write_text(json.dumps([(flags(**run), number) for run, number in runs]))
     return launch(kind, processes, ROOT / "tests" / "launched.py", root / "runs.json")
-
-
-def lora(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / glance.WEIGHT_NAME)
-
-
-def assert_close(one: Path, other: Path, tolerance: float):
-    for phase in PHASES:
-        one_lora, other_lora = lora(one / phase), lora(other / phase)
-        assert one_lora.keys() == other_lora.keys()
-        for name, value in one_lora.items():
-            assert (value - other_lora[name]).abs().max() <= tolerance, name
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
