@@ -27,6 +27,7 @@ from glance_utils import InputError
 
 
 logger = get_logger(__name__)
+KEPT = 2  # counts the ways in which what is kept was made; a file made in another is drawn again
 FOUND_ON = 4  # trajectories at most; the grid of one alone varies by a tenth in what it loses
 
 
@@ -149,6 +150,7 @@ def settings_digest(args, teacher: Teacher, captions: list[str]) -> str:
     settings = {name: getattr(args, name) for name in names}
     settings |= {
         "version": glance.__version__,
+        "kept": KEPT,
         "found_on": FOUND_ON,
         "captions": captions,
         "call": teacher.call,

@@ -378,17 +378,43 @@ def test_inference_goes_along_both_velocities(train, infer, teacher, tmp_path):
     assert not np.array_equal(np.asarray(Image.open(plain)), picture)
 
 
-def test_the_fitted_solvers_targets_land_on_the_trajectory(teacher):
-    asked, positions = teacher(), [0, 3, 6, 10]
-    points = asked.draw("a red ring", 1)
-    coefficients = grids.fit_coefficients(points, asked.sigmas, positions)
-    starts, targets = grids.segment_targets(points, asked.sigmas, positions, coefficients)
-    velocities = glance.segment_slopes(points, asked.sigmas)
-    for step, (own, before) in enumerate(coefficients):
-        end = [*positions, 12][step + 1]
-        previous = velocities[positions[step - 1]] if step else 0.0
-        length = asked.sigmas[end] - asked.sigmas[positions[step]]
-        assert (starts[step] + length * (own * targets[step] + before * previous) - points[end]).abs().max() < 1e-4
+def follow(found: dict[str, torch.Tensor], caption: int, recipes: list[dict]) -> float:
+    """How far inference misses the kept points at most where the model predicts just the targets."""
+    coefficients = sum((recipe["coefficients"] for recipe in recipes), [])
+    sigmas = glance.timesteps_to_sigmas(sum((recipe["timesteps"] for recipe in recipes), []))
+    scheduler = glance.FixedSigmaScheduler(sigmas, coefficients=coefficients)
+    scheduler.set_timesteps()
+    starts, targets = found["starts"][caption, 0], found["targets"][caption, 0]
+    sample, errors = starts[0], []
+    for timestep, target, wanted in zip(scheduler.timesteps, targets, [*starts[1:], found["ends"][caption]]):
+        sample = scheduler.step(target, timestep, sample)[0]
+        errors.append((sample - wanted).abs().max().item())
+    return max(errors)
+
+
+@pytest.mark.parametrize("base", ["flux", "qwen"])
+def test_a_lora_that_predicts_the_fitted_solvers_targets_lands_on_the_kept_points(base, train, teacher, tmp_path):
+    """Also after another's step: the fast phase goes on from the velocity that the slow one predicted last, and its
+    targets are the same where it is trained alone."""
+    settings = SHORT | {"num_inference_steps": 6, "solver": "fitted", "max_train_steps": 1}
+    (tmp_path / "prompts.txt").write_text("a blue disc\n")
+    both = train(base, **settings, prompts_file=tmp_path / "prompts.txt")
+    recipes, found = [recipe_of(both / phase) for phase in PHASES], drawn(both)
+    found["ends"] = [teacher(base).draw(*job)[-1][0] for job in (("a red ring", 1), ("a blue disc", 2))]
+    assert max(abs(before) for recipe in recipes for _, before in recipe["coefficients"]) > 0.1
+    assert follow(found, 0, recipes) < 1e-5 and follow(found, 1, recipes) < 1e-5
+    alone = train(base, **settings, prompts_file=tmp_path / "prompts.txt", phase="fast", output_dir=tmp_path / "fast")
+    assert recipe_of(alone)["coefficients"] == recipes[1]["coefficients"]
+    assert torch.equal(drawn(alone)["targets"], drawn(both)["targets"])
+
+
+def test_trajectories_that_an_earlier_version_made_otherwise_are_drawn_again(train, walks, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr(trajectories, "KEPT", trajectories.KEPT - 1)
+        train(**SHORT)
+    count = len(walks)
+    train(**SHORT)
+    assert len(walks) == 2 * count
 
 
 # --------------------------------------------------------------------------------------------------------------------
