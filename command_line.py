@@ -5,6 +5,7 @@ import difflib
 import json
 import logging
 import math
+import re
 import sys
 import tempfile
 import unicodedata
@@ -16,6 +17,9 @@ import transformers
 import yaml
 
 from glance_utils import InputError
+
+
+SWITCH_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def check_unique(keys: list) -> None:
@@ -32,7 +36,17 @@ def unique_pairs(pairs: list[tuple]) -> dict:
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML with each key once, and without aliases, by which a few lines could stand for gigabytes."""
+    """YAML in its version 1.2: of plain words only true, false, null and decimal, 0o or 0x numbers are no text. PyYAML
+    follows version 1.1, where no, 2024-01-01, 12:30:45 and 010 are not what they say.
+
+    Each key is there once, and there are no aliases, by which a few lines could stand for gigabytes.
+    """
+
+    yaml_implicit_resolvers = {}
+    yaml_constructors = {
+        tag: yaml.SafeLoader.yaml_constructors[tag]
+        for tag in (None, *(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "str", "seq", "map")))
+    }
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -43,6 +57,50 @@ class PlainLoader(yaml.SafeLoader):
         if isinstance(node, yaml.MappingNode):
             check_unique([key.value for key, _ in node.value])
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node) -> int | float:
+        text = self.construct_scalar(node).lower()
+        if node.tag.endswith("int"):
+            return int(text, 0 if re.match("0[ox]", text) else 10)
+        return float(re.sub(r"\.(inf|nan)", r"\1", text))
+
+
+for kind, pattern in {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}.items():
+    PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(rf"(?:{pattern})\Z"), [None])
+for kind in ("int", "float"):
+    PlainLoader.add_constructor(f"tag:yaml.org,2002:{kind}", PlainLoader.construct_number)
+
+
+class TextLoader(PlainLoader):
+    """The same, but numbers, true and false as they are written."""
+
+
+for kind in ("int", "float", "bool"):
+    TextLoader.add_constructor(f"tag:yaml.org,2002:{kind}", TextLoader.construct_scalar)
+
+
+def read_settings(path: str) -> dict:
+    """A --config file's settings by key: text as written (JSON's true and false are bool), None, lists of these, and
+    mappings, whose values have the types that YAML 1.2 or JSON gives them. InputError where it holds anything else."""
+    text = read_text(path, "--config ")
+    try:
+        if path.lower().endswith(".json"):
+            pairs = {"object_pairs_hook": unique_pairs}
+            typed = json.loads(text, **pairs)
+            written = json.loads(text, **pairs, parse_int=str, parse_float=str, parse_constant=str)
+        else:
+            typed, written = yaml.load(text, PlainLoader), yaml.load(text, TextLoader)
+    except (ValueError, LookupError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:500]
+        raise InputError(f"--config {path}: not valid YAML or JSON ({reason})") from None
+    if not isinstance(typed, dict):
+        raise InputError(f"--config {path}: found {type(typed).__name__}; write one 'flag: value' a line")
+    return {key: typed.get(key, text) if isinstance(text, dict) else text for key, text in written.items()}
 
 
 def check_text(text: str, name: str, most: int = 10_000) -> str:
@@ -68,6 +126,15 @@ def read_text(path: str | Path, name: str = "", most: int = 10_000) -> str:
     if len(text) > most:
         raise InputError(f"{name}{path}: more than {most} characters are no such text; name another file")
     return check_text(text, f"{name}{path}", most)
+
+
+def as_text(value) -> str:
+    """A setting of a config file as the command line would have it; ValueError where it is no text, number or word."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, str):
+        raise ValueError(f"holds {type(value).__name__}; write a text or a number, in quotes where it has brackets")
+    return value
 
 
 class Parser(argparse.ArgumentParser):
@@ -101,19 +168,8 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {close[0].lstrip('-')!r}?" if close else f"; see {self.prog} --help"
 
     def _arguments_in(self, path: str) -> list[str]:
-        try:
-            text = read_text(path, "--config ")
-            is_json = path.lower().endswith(".json")
-            settings = json.loads(text, object_pairs_hook=unique_pairs) if is_json else yaml.load(text, PlainLoader)
-        except InputError:
-            raise
-        except (ValueError, RecursionError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())[:500]
-            raise InputError(f"--config {path}: not valid YAML or JSON ({reason})") from None
-        if not isinstance(settings, dict):
-            raise InputError(f"--config {path}: found {type(settings).__name__}; write one 'flag: value' a line")
         arguments, given = [], set()
-        for key, value in settings.items():
+        for key, value in read_settings(path).items():
             flag = "--" + str(key).lstrip("-")
             action = self._option_string_actions.get(flag)
             if action is None or flag == "--config":
@@ -121,20 +177,30 @@ class Parser(argparse.ArgumentParser):
             if action.dest in given:
                 raise InputError(f"--config {path}: {key} is there twice, once by another name; keep one")
             given.add(action.dest)
-            if action.nargs == 0:  # a switch
-                if not isinstance(value, bool):
-                    raise InputError(f"--config {path}: {key} is {value!r}; it takes true or false")
-                off = "--no-" + flag.removeprefix("--")
-                arguments += [flag] if value else [off] if off in self._option_string_actions else []
-            elif isinstance(value, list) and isinstance(action, argparse._AppendAction):
-                arguments += [f"{flag}={item}" for item in value]
-            elif isinstance(value, list):
-                arguments.append(f"{flag}={','.join(map(str, value))}")
-            elif value is False and "no" in (action.choices or ()):  # YAML reads a bare no as false
-                arguments.append(f"{flag}=no")
-            elif value is not None:
-                arguments.append(f"{flag}={json.dumps(value) if isinstance(value, dict) else value}")
+            try:
+                arguments += self._arguments_of(flag, action, value)
+            except ValueError as error:
+                raise InputError(f"--config {path}: {key} {error}") from None
         return arguments
+
+    def _arguments_of(self, flag: str, action: argparse.Action, value) -> list[str]:
+        """What stands on the command line for this value of a config file; ValueError where nothing does."""
+        if value is None:
+            return []
+        if action.nargs == 0:  # a switch
+            on = SWITCH_WORDS.get(str(value).lower())
+            if on is None:
+                raise ValueError(f"is {value!r}; it takes true or false")
+            off = "--no-" + flag.removeprefix("--")
+            return [flag] if on else [off] if off in self._option_string_actions else []
+        if isinstance(value, dict) and action.type is json_object:
+            return [f"{flag}={json.dumps(value)}"]
+        items = [as_text(item) for item in (value if isinstance(value, list) else [value])]
+        if isinstance(action, argparse._AppendAction):
+            return [f"{flag}={item}" for item in items]
+        if isinstance(value, list) and action.type is None:
+            raise ValueError("is a list, and takes one text; put brackets that belong to it in quotes")
+        return [f"{flag}={','.join(items)}"]
 
 
 def positive(kind: type, most: float | None = None):
@@ -163,6 +229,11 @@ def count(text: str) -> int:
     if not 0 <= int(text) <= 10**6:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and {10**6}")
     return int(text)
+
+
+def comma_separated(text: str) -> str:
+    """An argparse type: text that a config file may also give as a list."""
+    return text
 
 
 def one_or_two(text: str) -> dict[str, float]:
@@ -195,8 +266,9 @@ def read_prompts(path: str | None) -> list[str]:
     """The lines of a --prompts_file that say something, [] where none is given."""
     if not path:
         return []
+    # Of what str.splitlines takes for ends of lines, some are part of a prompt, as U+2028.
     lines = [
-        check_text(line, f"--prompts_file {path}") for line in read_text(path, "--prompts_file ", 10**6).splitlines()
+        check_text(line, f"--prompts_file {path}") for line in read_text(path, "--prompts_file ", 10**6).split("\n")
     ]
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:

@@ -95,7 +95,11 @@ def parse_args(argv: list[str] | None = None):
         help="both by default, or the one that a single list of timesteps is",
     )
     add("--parallel_phases", action="store_true", help="slow on one half of the processes, fast on the other")
-    add("--flow_custom_timesteps", help="'LIST' for one phase, 'SLOW LIST;FAST LIST' for both; derived by default")
+    add(
+        "--flow_custom_timesteps",
+        type=cli.comma_separated,
+        help="'LIST' for one phase, 'SLOW LIST;FAST LIST' for both; derived by default",
+    )
     add("--flow_timesteps_mode", choices=("stratified", "random"), default="stratified")
     add(
         "--num_base_steps",
@@ -141,7 +145,9 @@ def parse_args(argv: list[str] | None = None):
     add("--rank", "--lora_rank", type=cli.positive(int, 4096), default=32)
     add("--lora_alpha", type=cli.positive(float), help="the rank by default")
     add(
-        "--lora_layers", help="comma-separated names of linear layers; attention, MLP output and modulation by default"
+        "--lora_layers",
+        type=cli.comma_separated,
+        help="comma-separated names of linear layers; attention, MLP output and modulation by default",
     )
     # training
     add("--output_dir", default="output/glance")

@@ -339,7 +339,7 @@ for name, word in {
 for name, word in {
     **{f"{name}.yaml": "not valid YAML" for name in ("bomb", "deep", "tag", "digits", "two", "tabs")},
     **{"deep.json": "not valid", "digits.json": "not valid", "infinite.yaml": "inf", "date.yaml": "rank"},
-    **{"number.json": "int", "null.json": "NoneType", "nan.json": "nan", "null key.yaml": "None"},
+    **{"number.json": "int", "null.json": "NoneType", "nan.json": "NaN", "null key.yaml": "None"},
     **{"long key.yaml": "unknown key", "list.json": "'1,2'", "large.yaml": "10000", "binary.yaml": "no text"},
     **{"twice.yaml": "'rank' is there twice", "twice.json": "'rank' is there twice", "list as key.yaml": "not valid"},
     **{"twice below.yaml": "'true_cfg_scale'", "twice below.json": "'true_cfg_scale'"},
