@@ -20,12 +20,11 @@ from diffusers import DiffusionPipeline, WanPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_families_1 import FAMILIES as FAMILIES_1
-from tiny_families_2 import FAMILIES as FAMILIES_2
-from tiny_families_3 import FAMILIES as FAMILIES_3
-from tiny_families_3 import _chat_processor
-from tiny_families_4 import FAMILIES as FAMILIES_4
+from tiny_chat_families import FAMILIES as CHAT_FAMILIES
+from tiny_chat_families import chat_processor
+from tiny_image_families import FAMILIES as IMAGE_FAMILIES
 from tiny_pipelines import PIPELINES
+from tiny_video_families import FAMILIES as VIDEO_FAMILIES
 
 import ask_latents
 import ask_pipeline as ask
@@ -35,9 +34,9 @@ import glance_utils as glance
 
 pytestmark = pytest.mark.families
 
-# name: (make, height and width, what the command line needs beside the defaults)
+# name: (make, height and width, --pipeline_kwargs)
 FAMILIES = {name: (make, 32, {}) for name, make in PIPELINES.items()}
-FAMILIES |= FAMILIES_1 | FAMILIES_2 | FAMILIES_3 | FAMILIES_4
+FAMILIES |= IMAGE_FAMILIES | CHAT_FAMILIES | VIDEO_FAMILIES
 RESULTS = ROOT / "output" / "families"
 
 
@@ -113,14 +112,14 @@ def refuse(capsys, base, pair, output, match, **settings) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_needs_more_than_a_prompt_is_refused(name, pair, tmp_path, capsys):
     base, match = REFUSED[name]
-    make, size, settings = FAMILIES[base]
+    make, size, pipeline_kwargs = FAMILIES[base]
     parts, pipeline_class = load(make(tmp_path / "parts")).components, getattr(diffusers, name)
     needed = {key for key in inspect.signature(pipeline_class.__init__).parameters if key != "self"}
-    parts |= {"processor": _chat_processor()}
+    parts |= {"processor": chat_processor()}
     pipeline_class(**{key: part for key, part in parts.items() if key in needed}).save_pretrained(tmp_path / name)
     extra = {
         key: value
-        for key, value in settings.get("pipeline_kwargs", {}).items()
+        for key, value in pipeline_kwargs.items()
         if key in inspect.signature(pipeline_class.__call__).parameters
     }
     extra = {"pipeline_kwargs": json.dumps(extra)} if extra else {}
@@ -160,8 +159,8 @@ def test_a_pipeline_that_changes_models_is_refused(pair, tmp_path, capsys):
 
 def test_less_than_the_velocity_is_told(train, tmp_path, caplog):
     """PRX's pixel model predicts the image, and its pipeline divides by 0.05 where sigma is less."""
-    make, size, settings = FAMILIES["prx_pixel"]
-    settings = {"pipeline_kwargs": json.dumps(settings["pipeline_kwargs"]), "resolution": size, "max_train_steps": 1}
+    make, size, pipeline_kwargs = FAMILIES["prx_pixel"]
+    settings = {"pipeline_kwargs": json.dumps(pipeline_kwargs), "resolution": size, "max_train_steps": 1}
     for timesteps, expected in (
         ("1000,900;800,25", ["at timestep 25.0 this pipeline takes only 0.50"]),
         ("900,50", []),
@@ -198,8 +197,7 @@ def test_noise_beyond_a_rectified_flow_is_refused(pipelines):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name, pair, infer, tmp_path):
-    make, size, settings = FAMILIES[name]
-    extra = settings.get("pipeline_kwargs", {})
+    make, size, extra = FAMILIES[name]
     base = make(tmp_path / name)
 
     # Asked: the schedule, the layout, the velocity

@@ -6,7 +6,7 @@ import sys
 from argparse import Namespace
 
 import pytest
-import tiny_pipelines
+import tiny_parts
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, flags
@@ -165,10 +165,10 @@ def test_runs_of_other_rates_share_what_the_base_drew(measured, tmp_path, monkey
 def test_clip_scores_from_a_local_folder(tmp_path):
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = size | {"image_size": 32, "patch_size": 8, "projection_dim": 8}
-    text = tiny_pipelines._text_config(projection_dim=8)
+    text = tiny_parts.text_config(projection_dim=8)
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(tmp_path)
     images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(images, tiny_pipelines._tokenizer("<|start|> $A <|end|>", 77)).save_pretrained(tmp_path)
+    CLIPProcessor(images, tiny_parts.clip_tokenizer()).save_pretrained(tmp_path)
     clip = quality.load_scorers(Namespace(scorer=[], clip=str(tmp_path)))["CLIP"]
     with torch.no_grad():
         scores = clip([Image.new("RGB", (40, 40), color) for color in ("red", "blue")], ["a red ring", "a cross"])

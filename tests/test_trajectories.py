@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 from test_train import assert_equal, lora, lora_content, recipe_of
-from tiny_families_1 import make_lumina2
+from tiny_image_families import make_lumina2
 
 import ask_pipeline as ask
 import glance_utils as glance
