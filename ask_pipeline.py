@@ -9,11 +9,12 @@ import contextlib
 import inspect
 import itertools
 import re
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.guiders import BaseGuidance
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
@@ -31,6 +32,10 @@ from glance_utils import (
     replaced,
     timesteps_to_sigmas,
 )
+
+
+# What serves where a base's own scheduler does not.
+PLAIN_BASE = "a copy of the base whose model_index.json and scheduler_config.json say FlowMatchEulerDiscreteScheduler"
 
 
 class Probe(FixedSigmaScheduler):
@@ -95,14 +100,31 @@ def first_picture(output) -> Image.Image:
     return output
 
 
-def read_model_index(path: str, **load_kwargs) -> dict:
-    """A pipeline's model_index.json; InputError where there is none."""
+class _ModularIndex(ConfigMixin):
+    config_name = "modular_model_index.json"
+
+
+def _is_modular(path: str | Path, **load_kwargs) -> bool:
+    """Whether it is a modular pipeline: blocks that are put together, and no class with a `__call__` of its own."""
+    try:
+        return bool(_ModularIndex.load_config(path, **load_kwargs))
+    except (OSError, ValueError):
+        return False
+
+
+def read_model_index(path: str | Path, **load_kwargs) -> dict:
+    """Return a pipeline's model_index.json; InputError where there is none."""
     try:
         config = DiffusionPipeline.load_config(path, **load_kwargs)
         if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
             raise ValueError("its model_index.json names no pipeline class")
         return config
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and _is_modular(path, **load_kwargs):
+            raise InputError(
+                f"{path}: a modular pipeline ({_ModularIndex.config_name} and no model_index.json), which Glance "
+                "cannot ask; give the same model as a standard pipeline, folder or hub id with model_index.json"
+            ) from None
         raise InputError(
             f"{path}: not a diffusers pipeline (folder or hub id with model_index.json): {first_line(error)}"
         ) from None
@@ -251,11 +273,18 @@ def freeable_components(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
 
 
 def ask_timesteps(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[float]:
-    """The timesteps (0..1000), 1000 * sigma, that the pipeline walks in `num_steps` steps at this size."""
-    walked = [timestep for timestep, _ in _ask_walk(pipe, num_steps, **kwargs)]
-    if max(walked) > 1000:
-        raise InputError(f"{type(pipe).__name__} walks from {max(walked):g}; a rectified flow stays within 0..1000")
-    return walked
+    """Return the timesteps (0..1000), 1000 * sigma, that the pipeline walks in `num_steps` steps at this size.
+
+    A pipeline that ships a list of its own steps walks that, whatever is asked: the answer then has its length.
+    InputError where the walk is not one strictly descending point a step.
+    """
+    return [timestep for timestep, _ in _ask_walk(pipe, num_steps, **kwargs)]
+
+
+def has_own_steps(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> bool:
+    """Return whether the pipeline ships a list of its own steps, which are the same for another number of them."""
+    other = 3 if num_steps == 2 else 2  # few: a schedule that drops what it rounds to the same is then whole
+    return _walk(pipe, num_steps, **kwargs) == _walk(pipe, other, **kwargs)
 
 
 def check_instantaneous(pipe: DiffusionPipeline, **kwargs) -> None:
@@ -292,6 +321,28 @@ def ask_told(pipe: DiffusionPipeline, num_steps: int, **kwargs):
 
 
 def _ask_walk(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[tuple[float, float | None]]:
+    """What `_walk` says, or InputError where a schedule of one step after another cannot be taken from it."""
+    name, scheduler, walk = type(pipe).__name__, type(pipe.scheduler).__name__, _walk(pipe, num_steps, **kwargs)
+    if not walk:
+        raise InputError(f"{name}: asked for {num_steps} steps, but it never called scheduler.step")
+    if len(walk) != num_steps and not has_own_steps(pipe, num_steps, **kwargs):
+        raise InputError(
+            f"{name}: with its {scheduler} {num_steps} steps are {len(walk)} model calls; Glance needs one for each: "
+            f"use {PLAIN_BASE}"
+        )
+    timesteps = [timestep for timestep, _ in walk]
+    wrong = [timestep for timestep in timesteps if not 0 < timestep <= 1000]  # NaN among them
+    wrong += [low for high, low in zip(timesteps, timesteps[1:]) if not low < high]
+    if wrong:
+        raise InputError(
+            f"{name}: with its {scheduler} {num_steps} steps visit timestep {wrong[0]:g} "
+            f"({', '.join(f'{timestep:.4g}' for timestep in timesteps[:3])}, ...); a rectified flow descends from at "
+            f"most 1000 and stays above 0: give another --num_base_steps, or {PLAIN_BASE}"
+        )
+    return walk
+
+
+def _walk(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[tuple[float, float | None]]:
     """1000 * sigma of each of `num_steps` steps, from a dry run of the pipeline, and what the model is told there if
     that is another number than FixedSigmaScheduler tells."""
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
@@ -313,7 +364,13 @@ def _ask_walk(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[tuple[f
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample)
 
     scheduler.step = step
-    dry_run(pipe, scheduler, forward, num_inference_steps=num_steps, **kwargs)
+    try:
+        dry_run(pipe, scheduler, forward, num_inference_steps=num_steps, **kwargs)
+    except InputError as error:
+        if error.__cause__ is None or isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            raise
+        # Any other question is asked with a scheduler of ours, which takes what the pipeline gives it.
+        raise InputError(f"{error}; it has a {type(scheduler).__name__}, so try {PLAIN_BASE}") from error
     return walked
 
 

@@ -124,6 +124,12 @@ def grid_positions(grid: str, count: int, base_steps: int) -> list[int]:
     return [round(float(position)) for position in np.interp(places, range(10), published)]
 
 
+def most_positions(grid: str, count: int, base_steps: int) -> int:
+    """Return the largest number of steps, `count` at most, for which the named grid keeps distinct ones."""
+    counts = range(count, 0, -1)
+    return next(fewer for fewer in counts if len(set(grid_positions(grid, fewer, base_steps))) == fewer)
+
+
 def derive_timesteps(base_timesteps: list[float], positions: list[int] | None = None) -> dict[str, list[float]]:
     """Pick positions from the model's own schedule, by default the published ones; the first half is slow."""
     positions = grid_positions("glance", 10, len(base_timesteps)) if positions is None else positions

@@ -169,6 +169,17 @@ def read_recipes(args, paths: dict[str, Path]) -> tuple[dict, dict[str, list[flo
     return recipe, {phase: recipe["timesteps"] for phase, recipe in recipes.items()}
 
 
+def published_timesteps(pipe: DiffusionPipeline, base_timesteps: list[float]) -> dict[str, list[float]]:
+    """The published ten of the base's own, for files that do not say theirs; InputError where it has too few."""
+    if glance.most_positions("glance", 10, len(base_timesteps)) < 10:
+        raise InputError(
+            f"the LoRA files carry no recipe, and this {type(pipe).__name__} has its own {len(base_timesteps)} steps, "
+            "too few for the published ten; give those that were trained as --flow_custom_timesteps 'SLOW LIST;FAST "
+            f"LIST', of {', '.join(f'{timestep:.4f}' for timestep in base_timesteps)}"
+        )
+    return glance.derive_timesteps(base_timesteps)
+
+
 def check_pair(recipes: dict[str, dict], paths: dict[str, Path]) -> None:
     """Raise InputError where two LoRA files do not belong together."""
     slow, fast = recipes["slow"], recipes["fast"]
@@ -313,18 +324,22 @@ def main(argv: list[str] | None = None):
     jobs = [(prompt, args.seed + image) for prompt in args.prompts for image in range(args.num_images)]
     calls = [ask.call_arguments(pipe, prompt, height, width, guidance, extra) for prompt, _ in jobs]
     ask.dry_step(pipe, **calls[0])
+    base_timesteps = ask.ask_timesteps(pipe, recipe["num_base_steps"], **calls[0])
     if schedule is None:
-        schedule = glance.derive_timesteps(ask.ask_timesteps(pipe, recipe["num_base_steps"], **calls[0]))
+        schedule = published_timesteps(pipe, base_timesteps)
     told = ask.ask_told(pipe, recipe["num_base_steps"], **calls[0])
     steps, folded = sum(map(len, schedule.values())), (args.guidance or recipe["guidance"]) == "fold"
     single = ask.ask_single_branch(pipe, **calls[0]) if folded else {}
+    # A base that ships its own steps cannot be asked for fewer of them.
+    own_steps = args.compare and ask.has_own_steps(pipe, steps, **calls[0])
+    counts = [len(base_timesteps)] if own_steps else [len(base_timesteps), steps]
     counter = Counter(pipe)
     with state.split_between_processes(list(range(len(jobs)))) as mine:
         rows = []
         for number in tqdm(mine, desc="images", disable=not state.is_local_main_process):
             call, seed = calls[number], jobs[number][1]
             row = []
-            for count in (recipe["num_base_steps"], steps) if args.compare else ():
+            for count in counts if args.compare else ():
                 row.append((f"base, {count} steps", *timed(pipe, counter, call, seed, num_inference_steps=count)))
             inference = glance.glance_inference(
                 pipe, schedule, args.lora_scale, told, args.fuse_lora, recipe["coefficients"]

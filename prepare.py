@@ -27,6 +27,7 @@ from trajectories import Teacher, Trajectories, draw_trajectories
 
 logger = get_logger(__name__)
 
+BASE_STEPS, STEPS = 50, 10  # unless flags or the base say otherwise
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -93,10 +94,36 @@ def batch_call(args, pipe, train_call: dict) -> dict:
     return train_call | {ask.batch_argument(pipe): args.train_batch_size * args.timesteps_per_step}
 
 
+def choose_steps(args, pipe, grid: str, walked: int, own: bool) -> tuple[int, int]:
+    """How many steps the base has, which walked so many when it was asked, and how many of them Glance keeps.
+
+    `own`: a base that ships its own few steps walks those whatever is asked; they are its schedule. InputError where
+    that is not what the flags say, or where it has too few for them.
+    """
+    this, count = f"this {type(pipe).__name__} has its own {walked} steps", args.num_inference_steps
+    if args.num_base_steps not in (None, walked):
+        raise InputError(f"--num_base_steps {args.num_base_steps}: {this}, whatever is asked; leave it out")
+    few = glance.most_positions(grid, min(STEPS, max(2, -(-walked // 2))), walked)
+    count = count or (few if own or args.flow_custom_timesteps else STEPS)
+    most = glance.most_positions(grid, count, walked)
+    if most < count:
+        which = f"{this}, which" if own else f"--num_base_steps: {walked} steps"
+        few = f"{few}{f', at most {most}' if most > few else ''}" if own else f"{most} at most"
+        what = f"{'' if own else 'more, or '}--num_inference_steps {few}"
+        raise InputError(f"{which} are too few for {count} distinct ones on the {grid} grid; give {what}")
+    if count == 1 and "fast" in args.custom_timesteps:
+        raise InputError(f"{this}, which leave the fast phase none; give --phase slow")
+    if own:
+        logger.info(f"{this[0].upper()}{this[1:]}, whatever is asked; {count} of them are kept")
+    return walked, count
+
+
 def ask_schedule(args, pipe, call: dict, single_call: dict) -> tuple:
     """All of the model's timesteps, what it is told at sigmas, those of the grid by phase, and those to train."""
-    base_timesteps = ask.ask_timesteps(pipe, args.num_base_steps, **call)
+    asked = args.num_base_steps or BASE_STEPS
+    base_timesteps, own = ask.ask_timesteps(pipe, asked, **call), ask.has_own_steps(pipe, asked, **call)
     grid = "even" if args.grid == "auto" else args.grid  # auto needs the weights
+    args.num_base_steps, args.num_inference_steps = choose_steps(args, pipe, grid, len(base_timesteps), own)
     positions = glance.grid_positions(grid, args.num_inference_steps, len(base_timesteps))
     derived = glance.derive_timesteps(base_timesteps, positions)
     told = ask.ask_told(pipe, args.num_base_steps, **call)
@@ -214,6 +241,7 @@ def dry_run(args) -> str:
         _, caption, size = load_pair(args)
     pipe = estimate.load_without_weights(args.pretrained_model_name_or_path, dtype, **cli.load_arguments(args))
     call, single_call, layers = ask_call(args, pipe, caption, size)
+    ask_schedule(args, pipe, call, single_call)
     train_call = trained_call(args, call, single_call)
     found = estimate.estimate(pipe, layers, args.rank, batch_call(args, pipe, train_call))
     return estimate.report(found, device, dtype)

@@ -104,10 +104,13 @@ def parse_args(argv: list[str] | None = None):
     add(
         "--num_base_steps",
         type=cli.positive(int, 65536),
-        default=50,
-        help="steps of the schedule that Glance's ten are picked from",
+        help="steps of the schedule that Glance's are picked from; 50, or as many as a base of few steps has",
     )
-    add("--num_inference_steps", type=cli.positive(int), default=10, help="the first half slow, the rest fast")
+    add(
+        "--num_inference_steps",
+        type=cli.positive(int),
+        help="the first half slow, the rest fast; 10, or half of a base's own few steps",
+    )
     add(
         "--grid",
         choices=("glance", "even", "auto"),

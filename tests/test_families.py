@@ -191,7 +191,7 @@ def test_noise_beyond_a_rectified_flow_is_refused(pipelines):
             self.sigmas, self.timesteps = 80 * self.sigmas, 80 * self.timesteps
 
     pipe.scheduler = Wide.from_config(pipe.scheduler.config)
-    with pytest.raises(glance.InputError, match="walks from 80000; a rectified flow"):
+    with pytest.raises(glance.InputError, match="visit timestep 80000 .* a rectified flow"):
         ask.ask_timesteps(pipe, 50, **call)
 
 
