@@ -5,6 +5,7 @@ import difflib
 import json
 import logging
 import math
+import os
 import re
 import sys
 import tempfile
@@ -126,6 +127,13 @@ def read_text(path: str | Path, name: str = "", most: int = 10_000) -> str:
     if len(text) > most:
         raise InputError(f"{name}{path}: more than {most} characters are no such text; name another file")
     return check_text(text, f"{name}{path}", most)
+
+
+def read_caption(path: Path) -> str:
+    """The caption in an image's text file; InputError where there is none."""
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no caption there; write one, or give --instance_prompt")
+    return read_text(path, "caption ")
 
 
 def as_text(value) -> str:

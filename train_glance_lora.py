@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None):
     add("--instance_image", help="the image file")
     add("--instance_prompt", help="its caption; by default the .txt beside the image")
     add("--instance_data_dir", help="or: a folder that holds one image and its .txt")
-    add("--data_backend_config", help="or: a SimpleTuner dataloader JSON (image_dir, caption_extension, resolution)")
+    add("--data_backend_config", help="or: a SimpleTuner dataloader JSON with one image")
     add("--prompts_file", help="further captions for the trajectory loss, one a line")
     add("--dataset_name", help="or: one row of a data set, hub name or folder")
     add("--dataset_index", type=int, default=0)

@@ -348,7 +348,7 @@ for name, word in {
 }.items():
     TRAINING[f"config {name}"] = ({"config": "{bad}/" + name, "rank": None, "output_dir": None}, word)
 for name, word in {
-    **{"number": "TypeError", "empty": "IndexError", "folder": "image_dir", "huge": "resolution"},
+    **{"number": "found int", "empty": "0 enabled", "folder": "image_dir", "huge": "resolution"},
     **{"suffix": "caption_extension", "word": "resolution"},
 }.items():
     TRAINING[f"backend {name}"] = (IMAGE | {"data_backend_config": "{bad}/backend-" + name + ".json"}, word)

@@ -1,14 +1,17 @@
 """Texts arrive as they were written: settings of a config file, prompts, captions."""
 
+import datetime
 import json
 
+import datasets
 import pytest
-from conftest import flags
+from conftest import ROOT, flags
 
 import command_line as cli
 import infer_glance
 import train_glance_lora
 from glance_utils import InputError
+from instance_data import load_pair
 
 
 def trained_with(path, text: str):
@@ -114,3 +117,38 @@ def test_only_newlines_end_a_prompt_of_a_file(tmp_path):
         (tmp_path / "a.txt").write_bytes(f"a red{end}ring".encode())
         with pytest.raises(InputError, match="is no text"):
             cli.read_prompts(tmp_path / "a.txt")
+
+
+def caption_of_row(tmp_path, value, **settings) -> str:
+    """The caption that a run takes from a data set whose one row holds `value`."""
+    image = {"bytes": (ROOT / "demo" / "glance.png").read_bytes(), "path": None}
+    rows = datasets.Dataset.from_dict({"image": [image], "text": [value]})
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    rows.cast_column("image", datasets.Image()).save_to_disk(folder)
+    args = flags(pretrained_model_name_or_path="b", dataset_name=folder, resolution=16, **settings)
+    return load_pair(train_glance_lora.parse_args(args))[1]
+
+
+def test_of_several_captions_of_a_row_the_first_is_taken_and_said(tmp_path, caplog):
+    caplog.set_level("INFO")
+    assert caption_of_row(tmp_path, ["a red ring"]) == caption_of_row(tmp_path, " a red ring") == "a red ring"
+    assert not [record for record in caplog.records if "caption" in record.message]
+    assert caption_of_row(tmp_path, [None, " ", "a red ring", "a zebra", "none"]) == "a red ring"
+    (line,) = [record.message for record in caplog.records if "caption" in record.message]
+    assert line == "--caption_column text: row 0 holds 3 captions; Glance learns from the first"
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [
+        *[(7, "int"), (1.5, "float"), (True, "bool"), (b"a ring", "bytes"), (None, "nothing"), ({"en": "a"}, "dict")],
+        *[([], "list"), ([["a ring"]], "list"), ([1, 2], "list"), ([{"en": "a ring"}], "list")],
+        (datetime.date(2024, 1, 1), "date"),
+    ],
+    ids=str,
+)
+def test_a_caption_that_is_no_text_is_refused(value, word, tmp_path):
+    with pytest.raises(InputError, match=f"--caption_column text: row 0 holds {word}, not text") as error:
+        caption_of_row(tmp_path, value)
+    assert "\n" not in str(error.value)
+    assert caption_of_row(tmp_path, value, instance_prompt="a dog") == "a dog"

@@ -1,0 +1,137 @@
+"""Any image file as what a run learns from: its first picture, upright and in 8-bit sRGB."""
+
+import io
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms
+
+from glance_utils import InputError, first_line
+
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")  # of Pillow's others some run programs, as EPS does
+Image.init()
+SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
+LEAST_SIDE = 8  # pixels; enlarged, fewer are bars or a single colour
+UPRIGHT = {  # what turns the stored pixels, by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# The modes that each kind of ICC profile can stand for: neutral RGB is grey as well.
+PROFILED = {"RGB ": ("RGB", "L"), "GRAY": ("L",), "CMYK": ("CMYK",)}
+SRGB_GAMMA = 1 / 2.2  # as PNG files say of what is sRGB
+SRGB_CHROMATICITY = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # white, red, green, blue
+
+
+def read_image(file: Path | io.BytesIO, name: str) -> Image.Image:
+    """The first picture of a file, upright, RGB in sRGB, alpha over white; InputError, with that name, where it cannot
+    be read, is too small or its numbers can mean several things."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # Pillow's, of 90 to 180 million pixels: that can be a photo
+            with Image.open(file, formats=FORMATS) as opened:
+                frames = getattr(opened, "n_frames", 1)
+                opened.load()
+                image = upright(opened, name)
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen kinds
+        raise InputError(f"{name}: not a readable image ({first_line(error)}); save it as PNG or JPEG") from None
+    if frames > 1:
+        logger.warning(f"{name}: it holds {frames} pictures; Glance learns from the first")
+    if min(image.size) < LEAST_SIDE:
+        raise InputError(f"{name}: {image.width}x{image.height} pixels are too few; give a larger image")
+    return image
+
+
+def upright(image: Image.Image, name: str) -> Image.Image:
+    """A loaded image in sRGB and as its EXIF data turns it; as it is stored where those cannot be read."""
+    orientation = interoperability = None
+    try:
+        exif = image.getexif()
+        orientation = exif.get(ExifTags.Base.Orientation)
+        interoperability = exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex)
+    except Exception as error:  # a broken block, of which Pillow raises a dozen kinds
+        logger.warning(f"{name}: its EXIF data cannot be read ({first_line(error)}); the pixels are taken as stored")
+    if interoperability == "R03" and not image.info.get("icc_profile"):
+        raise InputError(f"{name}: its EXIF data says Adobe RGB and it has no ICC profile; save it as sRGB")
+    image = to_srgb(image, name)
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def to_srgb(image: Image.Image, name: str) -> Image.Image:
+    """RGB in sRGB, by the ICC profile or PNG's gamma where there is one; alpha is laid over white."""
+    image, info = to_8_bits(image, name), image.info
+    alpha = None
+    if image.mode in ("La", "RGBa"):  # colours that were multiplied by alpha
+        image = image.convert(image.mode[:-1] + "A")
+    if image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+    if image.mode in ("1", "LA"):
+        image = image.convert("L")
+    elif image.mode not in ("L", "CMYK", "LAB"):
+        image = image.convert("RGB")
+    if info.get("icc_profile"):
+        image = through_profile(image, info["icc_profile"], name)
+    elif "srgb" not in info:
+        image = through_gamma(image, info, name)
+    image = image.convert("RGB")
+    return image if alpha is None else Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+
+
+def to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """A grey image of 16 or 32 bits or of floats as one of 8 bits, others as they are.
+
+    Where the type does not say what white is, the range does: 1 for floats, 255 or 65535 for whole numbers. InputError
+    where that leaves a picture with nothing brighter than a sixteenth of white, or no picture at all.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    low, high = values.min(), values.max()  # NaN if one is
+    whole = image.mode != "F" or (values == np.round(values)).all()
+    whites = (65535,) if image.mode.startswith("I;16") else (1,) * (image.mode == "F") + (255, 65535) * bool(whole)
+    white = next((white for white in whites if high <= white), None)
+    if not low >= 0 or white is None or high < white / 16:
+        raise InputError(
+            f"{name}: its values run from {low:g} to {high:g}, and what is white does not follow from that; save it "
+            "with 8 or 16 bits a channel, as PNG or TIFF"
+        )
+    if getattr(image, "tag_v2", {}).get(262) == 0:  # a TIFF whose 0 is white
+        values = white - values
+    return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8))
+
+
+def through_profile(image: Image.Image, data: bytes, name: str) -> Image.Image:
+    """Convert by an ICC profile; as it is, with a warning, where the profile is broken or of another kind of image."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        space = profile.profile.xcolor_space
+        if image.mode not in PROFILED.get(space, ()):
+            raise ValueError(f"it is of {space.strip()} images, this one is {image.mode}")
+        image = image.convert(PROFILED[space][0])
+        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (OSError, ValueError, ImageCms.PyCMSError) as error:
+        logger.warning(f"{name}: its ICC profile is left out ({first_line(error)}); the colours are taken as sRGB")
+        return image
+
+
+def through_gamma(image: Image.Image, info: dict, name: str) -> Image.Image:
+    """Convert by what a PNG file without a profile says of its colours; InputError for primaries other than sRGB's."""
+    own = info.get("chromaticity") if image.mode == "RGB" else None
+    if own and max(abs(a - b) for a, b in zip(own, SRGB_CHROMATICITY)) > 0.01:
+        raise InputError(f"{name}: its colours are not sRGB's (cHRM) and it has no ICC profile; save it as sRGB")
+    gamma = info.get("gamma") or SRGB_GAMMA
+    if abs(gamma - SRGB_GAMMA) < 0.02:
+        return image
+    light = np.linspace(0, 1, 256) ** (1 / gamma)
+    encoded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return image.point(np.round(255 * encoded).astype(int).tolist() * len(image.getbands()))
