@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from glance_utils import (
     FixedSigmaScheduler,
     InputError,
+    as_floats,
     component_class,
     counts_image,
     denoiser,
@@ -490,13 +491,17 @@ class PipelineVelocity(torch.nn.Module):
         self.transformer = denoiser(pipe)  # a submodule, so that DDP and FSDP see its parameters
         self.kwargs = kwargs
 
-    def forward(self, noisy: torch.Tensor, sigmas: float | list[float], **kwargs) -> torch.Tensor:
+    def forward(self, noisy: torch.Tensor, sigmas, **kwargs) -> torch.Tensor:
         """noisy (B, ...) float32, sigmas in (0, 1], one for all or B -> velocity (B, ...) in the pipeline's dtype.
 
+        `sigmas` are any number, or a list, array or tensor of numbers; ValueError where it has another length.
         `kwargs` are further arguments of the pipeline's call, which win over those given before. Different sigmas are
         one run where the pipeline takes them so, and one for each where it does not.
         """
-        sigmas = [sigmas] * len(noisy) if isinstance(sigmas, float) else sigmas
+        sigmas = as_floats(sigmas)
+        sigmas = sigmas * len(noisy) if len(sigmas) == 1 else sigmas
+        if len(sigmas) != len(noisy):
+            raise ValueError(f"{len(sigmas)} sigmas for a batch of {len(noisy)}; give one, or one for each")
         runs = [sigmas] if self.takes_timesteps else [list(run) for _, run in itertools.groupby(sigmas)]
         parts = noisy.split([len(run) for run in runs])
         return torch.cat([self._velocity(part, run, **self.kwargs | kwargs) for part, run in zip(parts, runs)])

@@ -1,16 +1,24 @@
 """A diffusers pipeline encodes its prompts once, in its own way, and its encoders are then freed."""
 
 import contextlib
+import copy
+import dataclasses
+import hashlib
 import inspect
+import weakref
+from collections.abc import Mapping
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
+from torch.utils._pytree import tree_map_only
 
 from ask_pipeline import Answer, Probe, dry_run, freeable_components
 
 
 def remember_prompts(pipe: DiffusionPipeline) -> None:
-    """Let the pipeline encode each prompt once, without gradients, and hand the result back ever after.
+    """Let the pipeline encode each prompt once, without gradients, and hand a copy of the result back ever after.
 
     Every method of the pipeline that uses a text encoder, to encode a prompt or to rewrite it, remembers what it
     answered. The text encoders can then be freed; a prompt that was never seen before raises RuntimeError.
@@ -25,24 +33,61 @@ def remember_prompts(pipe: DiffusionPipeline) -> None:
 
 
 def _remembered(pipe: DiffusionPipeline, method):
-    known = {}
+    known, signature = {}, inspect.signature(method)
+    further = next((name for name, kind in signature.parameters.items() if kind.kind is kind.VAR_KEYWORD), None)
 
     def remembered(*args, **kwargs):
-        arguments = inspect.signature(method).bind(*args, **kwargs).arguments
-        if any(isinstance(value, torch.Tensor) for value in arguments.values()):
-            return method(*args, **kwargs)
-        key = repr(sorted((name, value) for name, value in arguments.items() if name not in ("device", "generator")))
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        named = bound.arguments | bound.arguments.get(further, {})
+        key = _key({name: value for name, value in named.items() if name not in ("device", "generator", further)})
         if key not in known:
             try:
                 with torch.no_grad():
-                    known[key] = method(*args, **kwargs)
+                    answer = method(*args, **kwargs)
+                # Its tensors anew, without the storage that they may be a small part of, and then all of it: part of
+                # the answer may be an argument.
+                own = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), answer)
+                known[key] = copy.deepcopy(own)
             except (TypeError, AttributeError) as error:
                 if any(isinstance(part, _Freed) for part in pipe.components.values()):
                     raise RuntimeError("this prompt was not encoded before the text encoders were freed") from error
                 raise
-        return known[key]
+        return copy.deepcopy(known[key])  # some pipelines write into what they got
 
     return remembered
+
+
+def _key(value):
+    """Return something hashable that is equal for equal arguments alone, and small: of pixels and embeddings a digest.
+
+    What has no value of its own, such as a model, counts as itself and is not kept alive.
+    """
+    kind = type(value)
+    if isinstance(value, torch.Tensor):
+        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return kind, value.dtype, value.shape, hashlib.sha256(content).digest()
+    if isinstance(value, np.ndarray):
+        content = _key(value.tolist()) if value.dtype.hasobject else hashlib.sha256(value.tobytes()).digest()
+        return kind, value.dtype.str, value.shape, content
+    if isinstance(value, Image.Image):
+        content = hashlib.sha256(value.tobytes()).digest()
+        return Image.Image, value.mode, value.size, content, _key(value.getpalette()), _key(value.info)
+    if isinstance(value, Mapping):
+        return kind, frozenset((_key(name), _key(part)) for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return kind, *map(_key, value)
+    if isinstance(value, set | frozenset):
+        return kind, frozenset(map(_key, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return kind, *(_key(getattr(value, field.name)) for field in dataclasses.fields(value))
+    if kind.__eq__ is object.__eq__:
+        with contextlib.suppress(TypeError):  # None and others, of which there is but one
+            return weakref.ref(value)
+    if kind.__hash__ is None:
+        return kind, _key(vars(value) if hasattr(value, "__dict__") else list(value))
+    numbers = float | complex | np.generic
+    return kind, repr(value) if isinstance(value, numbers) else value  # a NaN equals not even itself
 
 
 class _Freed:

@@ -16,6 +16,7 @@ import importlib
 import inspect
 import json
 import math
+import numbers
 import os
 import re
 import sys
@@ -68,16 +69,23 @@ def replaced(owner, name: str, value):
 # The schedule: lists of timesteps (0..1000, descending)
 
 
+def as_floats(values) -> list[float]:
+    """Return one number or a list, array or tensor of numbers as Python's own, which can be compared and stored."""
+    values = [values] if isinstance(values, numbers.Number) or getattr(values, "ndim", 1) == 0 else values
+    return [float(value) for value in values]
+
+
 def timesteps_to_sigmas(timesteps: list[float]) -> list[float]:
-    return [timestep / 1000 for timestep in timesteps]
+    return [timestep / 1000 for timestep in as_floats(timesteps)]
 
 
 def sigmas_to_timesteps(sigmas: list[float]) -> list[float]:
-    return [sigma * 1000 for sigma in sigmas]
+    return [sigma * 1000 for sigma in as_floats(sigmas)]
 
 
 def check_timesteps(timesteps: list[float], name: str = "timesteps") -> list[float]:
     """Return `timesteps` (0 < t <= 1000, strictly descending) or raise InputError naming the value that is wrong."""
+    timesteps = as_floats(timesteps)
     if not timesteps:
         raise InputError(f"{name}: the list is empty; give descending timesteps such as 1000,979.2,957.5")
     for value in timesteps:
@@ -138,7 +146,7 @@ def derive_timesteps(base_timesteps: list[float], positions: list[int] | None = 
             f"--num_base_steps: {len(base_timesteps)} steps are too few for {len(positions)} distinct ones on this "
             "grid; give more, or fewer --num_inference_steps"
         )
-    timesteps, half = [base_timesteps[position] for position in positions], -(-len(positions) // 2)
+    timesteps, half = as_floats(base_timesteps[position] for position in positions), -(-len(positions) // 2)
     return {"slow": timesteps[:half], "fast": timesteps[half:]}
 
 
@@ -160,6 +168,7 @@ def timestep_order(num_timesteps: int, count: int, mode: str, generator: torch.G
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
     """Point at noise level sigma on the straight path from latents (B, ...) to noise (B, ...), in float32."""
+    sigma = sigma if isinstance(sigma, torch.Tensor) else float(sigma)
     return (1 - sigma) * latents.float() + sigma * noise.float()
 
 
@@ -478,7 +487,7 @@ def save_lora(transformer, adapter: str, directory: str | Path, recipe: dict, pr
     header = {
         "format": "pt",
         "lora_adapter_metadata": json.dumps({f"{prefix}.{key}": value for key, value in adapter_metadata.items()}),
-        "glance": json.dumps(recipe),
+        "glance": json.dumps(recipe, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value)),
     }
     Path(directory).mkdir(parents=True, exist_ok=True)
     path = Path(directory) / WEIGHT_NAME

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ask_pipeline import Answer, Probe
-from glance_utils import counts_image, replaced, segment_slopes, timesteps_to_sigmas
+from glance_utils import as_floats, counts_image, replaced, segment_slopes, timesteps_to_sigmas
 
 
 def best_positions(points: list[torch.Tensor], sigmas: list[float], count: int) -> list[int]:
@@ -19,7 +19,7 @@ def best_positions(points: list[torch.Tensor], sigmas: list[float], count: int) 
     its length times the sum, over the steps in it, of each one's length times its velocity's squared distance from
     the chord's.
     """
-    points, steps = torch.stack(points).flatten(1).double(), len(sigmas) - 1
+    points, sigmas, steps = torch.stack(points).flatten(1).double(), as_floats(sigmas), len(sigmas) - 1
     lengths = [high - low for high, low in zip(sigmas, sigmas[1:])]
     energy = [0.0]  # sum over the steps so far of length * velocity**2
     for length, step in zip(lengths, points[1:] - points[:-1]):
@@ -43,6 +43,7 @@ def best_positions(points: list[torch.Tensor], sigmas: list[float], count: int) 
 
 def kept(points: list[torch.Tensor], sigmas: list[float], positions: list[int]) -> tuple[list, list[float], list]:
     """Of a trajectory: its points and sigmas at `positions` and at the end, and its own velocities at `positions`."""
+    sigmas = as_floats(sigmas)
     velocities = segment_slopes(points, sigmas)
     places = [*positions, len(points) - 1]
     return [points[i] for i in places], [sigmas[i] for i in places], [velocities[i] for i in positions]

@@ -156,7 +156,7 @@ def settings_digest(args, teacher: Teacher, captions: list[str]) -> str:
         "call": teacher.call,
         "timesteps": teacher.timesteps,
     }
-    files = sorted(glob.glob(f"{args.pretrained_model_name_or_path}/**/*.safetensors", recursive=True))
+    files = sorted(glob.glob(f"{glob.escape(args.pretrained_model_name_or_path)}/**/*.safetensors", recursive=True))
     settings["files"] = [(Path(path).name, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files]
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 

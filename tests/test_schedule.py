@@ -4,9 +4,11 @@ FLUX.1-dev and Qwen-Image walk their 1024x1024 schedules here at 256x256 and 512
 only the number of image tokens counts.
 """
 
+import json
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -17,6 +19,7 @@ from peft import LoraConfig
 import ask_pipeline as ask
 import ask_prompts
 import glance_utils as glance
+import grids
 from glance_utils import FixedSigmaScheduler, InputError
 
 
@@ -553,3 +556,39 @@ def test_sigmas_and_timesteps_are_a_factor_of_a_thousand_apart():
     for timesteps in (FLUX["slow"], QWEN["fast"]):
         back = glance.sigmas_to_timesteps(glance.timesteps_to_sigmas(timesteps))
         assert all(math.isclose(one, other, rel_tol=1e-15) for one, other in zip(back, timesteps))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Numbers of any library
+
+
+@pytest.mark.parametrize(
+    "kind", [tuple, np.array, torch.tensor, lambda values: [np.float32(value) for value in values]]
+)
+def test_lists_may_be_arrays_and_tensors(kind):
+    timesteps = [1000.0, 750.0, 500.0, 250.0]
+    assert glance.check_timesteps(kind(timesteps)) == timesteps
+    assert glance.sigmas_to_timesteps(glance.timesteps_to_sigmas(kind(timesteps))) == timesteps
+    phases = glance.derive_timesteps(kind(timesteps), np.array([0, 1, 3]))
+    assert phases == {"slow": [1000, 750], "fast": [250]} and json.dumps(phases)
+    points = [torch.full((1, 2), float(index**2)) for index in range(5)]
+    sigmas = [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert grids.best_positions(points, kind(sigmas), 2) == grids.best_positions(points, sigmas, 2)
+    assert grids.fit_coefficients(points, kind(sigmas), [0, 2]) == grids.fit_coefficients(points, sigmas, [0, 2])
+
+
+@pytest.mark.parametrize("sigma", [1, np.float64(0.5), np.float32(0.5), np.int64(1), torch.tensor(0.5), np.array(0.5)])
+def test_a_sigma_may_be_any_number(sigma, pipelines):
+    latents, noise = torch.ones(1, 256, 16), torch.randn(1, 256, 16)
+    noisy = glance.add_noise(latents, noise, sigma)
+    assert noisy.dtype == torch.float32
+    assert torch.equal(noisy, glance.add_noise(latents, noise, float(sigma)))
+    pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
+    pipe.set_progress_bar_config(disable=True)
+    model = ask.PipelineVelocity(pipe, prompt="a red ring", height=64, width=64)
+    with torch.no_grad():
+        expected = model(noisy, float(sigma))
+        for given in (sigma, [sigma], np.array([float(sigma)]), torch.tensor([float(sigma)])):
+            assert torch.equal(model(noisy, given), expected)
+        with pytest.raises(ValueError, match="2 sigmas for a batch of 1"):
+            model(noisy, [sigma, sigma])
