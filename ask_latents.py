@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from ask_pipeline import Answer, Probe, dry_run
+from ask_pipeline import Answer, Probe, dry_run, refusals
 from glance_utils import InputError, replaced
 
 
@@ -107,11 +107,13 @@ def _vae_latents(pipe: DiffusionPipeline, image: torch.Tensor, layout: LatentLay
     if 4 in (vae.config.get("in_channels"), vae.config.get("input_channels")):
         image = torch.cat([image, torch.ones_like(image[:, :1])], dim=1)  # opaque RGBA
     image = image.reshape(*image.shape[:2], *frames, *image.shape[2:])
-    with torch.no_grad():
+    with torch.no_grad(), refusals(pipe):
         encoded = vae.encode(image.to(vae.device, vae.dtype))
     if hasattr(encoded, "latent_dist"):
-        return encoded.latent_dist.mode().float()
-    return (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float()
+        latents = encoded.latent_dist.mode()
+    else:
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+    return check_finite(latents.float(), f"the latents that the VAE in {_dtype(vae)} makes of the image")
 
 
 def ask_noise_scale(pipe: DiffusionPipeline, **kwargs) -> float:
@@ -166,12 +168,49 @@ def loop_points(pipe: DiffusionPipeline, **kwargs) -> list[torch.Tensor]:
     return points
 
 
+def check_finite(values: torch.Tensor, name: str) -> torch.Tensor:
+    """Return the values, of which a picture is made; raise FloatingPointError where some are NaN or infinite: the
+    picture would be black there, without a word."""
+    if not values.isfinite().all():
+        raise FloatingPointError(f"{name} are not finite numbers (NaN or infinite)")
+    return values
+
+
+@contextlib.contextmanager
+def finite_pictures(pipe: DiffusionPipeline):
+    """Let the pipeline's calls inside raise FloatingPointError where the final latents or the pixels are not finite,
+    before they become a picture; what is finite is the same as ever, to the bit."""
+    vae, postprocess = getattr(pipe, "vae", None), VaeImageProcessor.postprocess
+    decode = vae.decode if hasattr(vae, "decode") else None
+
+    def checked_decode(z, *args, **kwargs):
+        output = decode(check_finite(z, "its final latents"), *args, **kwargs)
+        check_finite(output[0], f"its latents are finite, but the pixels that its VAE makes of them in {_dtype(vae)}")
+        return output
+
+    def checked_postprocess(processor, image, *args, **kwargs):
+        return postprocess(processor, check_finite(image, "its pixels"), *args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        if decode:
+            stack.enter_context(replaced(vae, "decode", checked_decode))
+        # Videos pass it too, frame by frame, and what a pipeline without a VAE denoises.
+        stack.enter_context(replaced(VaeImageProcessor, "postprocess", checked_postprocess))
+        yield
+
+
+def _dtype(module: torch.nn.Module) -> str:
+    return str(module.dtype).removeprefix("torch.")
+
+
 def decode_pixels(vae: torch.nn.Module | None, latents: torch.Tensor, layout: LatentLayout) -> torch.Tensor:
-    """The picture (1, 3, H, W) of final latents (1, ...), in -1..1; no other model is needed for it."""
-    pixels = layout.z_from(latents)
+    """The picture (1, 3, H, W) of final latents (1, ...), in -1..1; no other model is needed for it.
+    FloatingPointError where the latents or the pixels are not finite."""
+    pixels = layout.z_from(check_finite(latents, "its final latents"))
     if vae is not None:
         with torch.no_grad():
             pixels = vae.decode(pixels.to(vae.device, vae.dtype)).sample
+        check_finite(pixels, f"its latents are finite, but the pixels that its VAE makes of them in {_dtype(vae)}")
     pixels = pixels[:, :, 0] if pixels.ndim == 5 else pixels  # the first frame
     return pixels[:, :3].float()
 

@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import itertools
 import re
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -74,15 +75,52 @@ def _no_prediction(*args, **kwargs):
     return Transformer2DModelOutput(sample=[torch.zeros_like(sample) for sample in samples])
 
 
+def _is_ours(error: Exception) -> bool:
+    """Whether a line of this project raised it, or had torch do so: a mistake, to be seen with its traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    files = [Path(frame.filename) for frame in frames if frame.name != "__torch_dispatch__"]  # these only look on
+    files = [path for path in files if Path(torch.__file__).parent not in path.parents]
+    return files[-1].parent == Path(__file__).parent
+
+
 @contextlib.contextmanager
-def loading(path: str):
-    """Turn what diffusers raises when a part of the pipeline at `path` is missing or unusable into an InputError."""
+def refusals(pipe: DiffusionPipeline):
+    """Turn whatever the pipeline's own code, or a library that it calls, raises inside into an InputError of one line.
+
+    Pipelines check their arguments by exceptions of every kind, or not at all. Passed on as they are: a mistake in
+    what this project has the pipeline call back, and a lack of memory.
+    """
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, ImportError, AttributeError, NameError) as error:
-        raise InputError(f"{path}: cannot be loaded ({first_line(error)})") from error
+    except Exception as error:
+        if _is_ours(error):
+            raise
+        raise _refused(pipe, error) from error
+
+
+def _refused(pipe: DiffusionPipeline, error: Exception) -> InputError:
+    wanted = [name for name in accepted_arguments(pipe) if re.search("^(?!.*adapter).*(images?|video)$", name)]
+    hint = f" (Glance gives it no {' and no '.join(wanted)})" if wanted else ""
+    return InputError(f"{type(pipe).__name__} refuses the call: {described(error)}{hint}")
+
+
+def described(error: Exception) -> str:
+    """An exception in at most 500 characters of one line, with its kind where the words alone may say little."""
+    kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
+    return f"{kind if str(error).strip() else ''}{first_line(error)}"[:500]
+
+
+@contextlib.contextmanager
+def loading(path: str):
+    """Turn what is raised when a part of the pipeline at `path` is missing or unusable into an InputError."""
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # broken files end in exceptions of every kind
+        raise InputError(f"{path}: cannot be loaded ({described(error)})") from error
 
 
 def accepted_arguments(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
@@ -109,25 +147,25 @@ def _is_modular(path: str | Path, **load_kwargs) -> bool:
     """Whether it is a modular pipeline: blocks that are put together, and no class with a `__call__` of its own."""
     try:
         return bool(_ModularIndex.load_config(path, **load_kwargs))
-    except (OSError, ValueError):
+    except Exception:
         return False
 
 
 def read_model_index(path: str | Path, **load_kwargs) -> dict:
-    """Return a pipeline's model_index.json; InputError where there is none."""
+    """Return a pipeline's model_index.json; InputError where there is none that names its class."""
     try:
         config = DiffusionPipeline.load_config(path, **load_kwargs)
         if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
             raise ValueError("its model_index.json names no pipeline class")
         return config
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a file that is no JSON ends in exceptions of every kind
         if isinstance(error, OSError) and _is_modular(path, **load_kwargs):
             raise InputError(
                 f"{path}: a modular pipeline ({_ModularIndex.config_name} and no model_index.json), which Glance "
                 "cannot ask; give the same model as a standard pipeline, folder or hub id with model_index.json"
             ) from None
         raise InputError(
-            f"{path}: not a diffusers pipeline (folder or hub id with model_index.json): {first_line(error)}"
+            f"{path}: not a diffusers pipeline (folder or hub id with model_index.json): {described(error)}"
         ) from None
 
 
@@ -144,13 +182,17 @@ def find_denoiser(path: str, **load_kwargs) -> tuple[str, type]:
 
 
 def load_pipeline(
-    path: str, dtype: torch.dtype = torch.float32, components: dict | None = None, **load_kwargs
+    path: str,
+    dtype: torch.dtype = torch.float32,
+    components: dict | None = None,
+    vae_dtype: torch.dtype = torch.float32,
+    **load_kwargs,
 ) -> DiffusionPipeline:
     """A pipeline whose transformer has a config but no weights (meta device): enough for all but velocity.
 
-    So has any other model of its class, which some pipelines keep for guidance. The VAE is float32, since half
-    precision costs latents accuracy; the rest is `dtype`. `components` are taken for those of their names. InputError
-    where `path` is not a diffusers pipeline with a flow-matching transformer.
+    So has any other model of its class, which some pipelines keep for guidance. The VAE is `vae_dtype`, float32 where
+    an image is to be encoded, since half precision costs latents accuracy; the rest is `dtype`. `components` are taken
+    for those of their names. InputError where `path` is not a diffusers pipeline with a flow-matching transformer.
     """
     config, components = read_model_index(path, **load_kwargs), dict(components or {})
     name, transformer_class = find_denoiser(path, **load_kwargs)
@@ -164,7 +206,7 @@ def load_pipeline(
                 components[part] = transformer_class.from_config(
                     transformer_class.load_config(path, subfolder=part, **load_kwargs)
                 ).to(dtype)
-        dtypes = {"vae": torch.float32, "default": dtype}
+        dtypes = {"vae": vae_dtype, "default": dtype}
         return DiffusionPipeline.from_pretrained(path, **components, dtype=dtypes, use_safetensors=True, **load_kwargs)
 
 
@@ -238,6 +280,10 @@ def run_pipeline(pipe, scheduler, forward=_no_prediction, further_forward=_no_pr
         "output_type": "latent",
         "generator": torch.Generator().manual_seed(0),
     } | kwargs
+    try:
+        inspect.signature(call).bind(pipe, **kwargs)
+    except TypeError as error:
+        raise _refused(pipe, error) from None
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.nullcontext() if guiders else guiders_off(pipe))
         stack.enter_context(somewhere(pipe))
@@ -249,21 +295,24 @@ def run_pipeline(pipe, scheduler, forward=_no_prediction, further_forward=_no_pr
 
 
 def dry_run(pipe: DiffusionPipeline, scheduler, *forwards, **kwargs):
-    """run_pipeline to ask a question: no gradients, and what the pipeline's own code refuses is an InputError."""
-    try:
-        with torch.no_grad():
-            return run_pipeline(pipe, scheduler, *forwards, **kwargs)
-    except InputError:
-        raise
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
-        wanted = [name for name in accepted_arguments(pipe) if re.search("^(?!.*adapter).*(images?|video)$", name)]
-        hint = f" (Glance gives it no {' and no '.join(wanted)})" if wanted else ""
-        raise InputError(f"{type(pipe).__name__} refuses the call: {first_line(error)}{hint}") from error
+    """run_pipeline to ask a question: no gradients, and what the pipeline refuses is an InputError."""
+    with torch.no_grad(), refusals(pipe):
+        return run_pipeline(pipe, scheduler, *forwards, **kwargs)
 
 
 def dry_step(pipe: DiffusionPipeline, forward=_no_prediction, **kwargs) -> None:
-    """One step of the pipeline in which nothing is computed but what comes before it: the prompt's encoding."""
-    dry_run(pipe, Probe([1.0], lambda index, model_output, sample: sample), forward, **kwargs)
+    """One step of the pipeline in which nothing is computed but what comes before it: the prompt's encoding.
+    InputError where the picture is so small that there is nothing to denoise."""
+
+    def on_step(index, model_output, sample):
+        if isinstance(sample, torch.Tensor) and sample.numel() == 0:
+            size = f"{kwargs.get('width')}x{kwargs.get('height')}"
+            raise InputError(
+                f"{type(pipe).__name__}: {size} is less than a patch of its latents; choose a larger size"
+            )
+        return sample
+
+    dry_run(pipe, Probe([1.0], on_step), forward, **kwargs)
 
 
 def freeable_components(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
@@ -466,7 +515,7 @@ def takes_timesteps(pipe: DiffusionPipeline, **kwargs) -> bool:
 
     try:
         both, high, low = told(750.0, 250.0), told(750.0, 750.0), told(250.0, 250.0)
-    except (InputError, RuntimeError):  # it wanted a number
+    except InputError:  # it wanted a number
         return False
     changed = [not torch.equal(one, other) for one, other in zip(high, low)]
     return any(changed) and all(
@@ -532,7 +581,8 @@ class PipelineVelocity(torch.nn.Module):
 
         batch = {batch_argument(self.pipe): len(noisy)}
         try:
-            run_pipeline(self.pipe, probe, forward, **kwargs | batch)
+            with refusals(self.pipe):
+                run_pipeline(self.pipe, probe, forward, **kwargs | batch)
         except Answer as answer:
             velocity = answer.args[0]
         if not asked:

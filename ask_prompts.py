@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils._pytree import tree_map_only
 
 from ask_pipeline import Answer, Probe, dry_run, freeable_components
+from glance_utils import InputError
 
 
 def remember_prompts(pipe: DiffusionPipeline) -> None:
@@ -90,6 +91,10 @@ def _key(value):
     return kind, repr(value) if isinstance(value, numbers) else value  # a NaN equals not even itself
 
 
+class FreedError(AttributeError, InputError):
+    """A pipeline needs a model that was freed; an AttributeError too, since pipelines ask whether one has a name."""
+
+
 class _Freed:
     """Stands where a model was that has been freed: pipelines still ask whether it is there, and its dtype."""
 
@@ -97,7 +102,7 @@ class _Freed:
         self.dtype, self.device, self.config = model.dtype, model.device, getattr(model, "config", None)
 
     def __getattr__(self, name):
-        raise AttributeError(f"{name} of a model that was freed, because an image and a prompt are encoded but once")
+        raise FreedError(f"{name} of a model that was freed, because an image and a prompt are encoded but once")
 
 
 def free_components(pipe: DiffusionPipeline, **kwargs) -> None:

@@ -96,6 +96,8 @@ def _attention_backward_flops(grad, query, key, value, *args, out_shape=None, **
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
+# What a tensor without content raises where its numbers are asked for.
+UNKNOWN = (UnsupportedFakeTensorException, DataDependentOutputException, DynamicOutputShapeException)
 # torch counts the attention kernels of GPUs only.
 ATTENTION_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
@@ -133,7 +135,7 @@ def load_without_weights(path: str, dtype: torch.dtype, **where):
     for part, named in config.items():
         kind = model_class(named)
         if kind is not None and part != glance.denoiser_name(config):
-            with ask.loading(path), init_empty_weights():
+            with ask.loading(f"{path}/{part}"), init_empty_weights():
                 if issubclass(kind, ModelMixin):
                     models[part] = kind.from_config(kind.load_config(path, subfolder=part, **where))
                 else:
@@ -228,11 +230,13 @@ def estimate(pipe, layers: list[str], rank: int, call: dict, checkpointing=(Fals
         checkpointing = [choice for choice in checkpointing if not choice]
     try:
         steps = {choice: measure_step(pipe, mode, choice, call) for choice in checkpointing}
-    except (UnsupportedFakeTensorException, DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise InputError(
-            f"{type(transformer).__name__} decides by numbers, so a step without weights cannot be estimated "
-            f"({first_line(error)})"
-        ) from error
+    except InputError as error:
+        if isinstance(error.__cause__, UNKNOWN):
+            raise InputError(
+                f"{type(transformer).__name__} decides by numbers, so a step without weights cannot be estimated "
+                f"({first_line(error.__cause__)})"
+            ) from error
+        raise
     encoders = sum(
         tensor.numel() * tensor.element_size()
         for model in ask.freeable_components(pipe).values()

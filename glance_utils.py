@@ -201,6 +201,8 @@ def component_class(kind: tuple[str, str]) -> type:
     The config comes with the weights and importing runs code, so only diffusers, transformers and what this process
     has imported itself are looked in (diffusers' own rule).
     """
+    if not isinstance(kind, list | tuple) or [type(part) for part in kind] != [str, str]:
+        raise ImportError(f"{str(kind)[:100]!r} names no class as [library, name]")
     library, name = kind
     if library in ("diffusers", "transformers"):
         return getattr(importlib.import_module(library), name)

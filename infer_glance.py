@@ -16,10 +16,14 @@ import start
 if __name__ == "__main__":
     start.as_script("what was not saved yet is lost")
 
+import contextlib
+import functools
 import logging
 import os
 import re
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,14 +31,17 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
-from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
+import ask_latents
 import ask_pipeline as ask
 import command_line as cli
+import estimate
+import faults
 import glance_utils as glance
 import load_base
 import lora_files
+import pictures
 from glance_utils import InputError
 
 
@@ -213,19 +220,60 @@ def check_base(args, recipe: dict) -> None:
         )
 
 
+def files_of(args, output: Path, jobs: list) -> list[Path]:
+    """The file of each job, a picture or, with --compare, a row of the comparison, kept until that is whole."""
+    if args.compare:
+        return [output.with_name(f"{output.stem}-row-{number:03d}.png") for number in range(len(jobs))]
+    if len(jobs) == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{number:03d}") for number in range(len(jobs))]
+
+
+def check_early(args, paths: dict[str, Path], call_of) -> None:
+    """Raise InputError, before any weight is read, where files of the base are missing, the pipeline refuses the call
+    or a LoRA does not fit: asked of the pipeline with models that have no weights.
+
+    Where the pipeline cannot be built or called so at all, only the real one can tell.
+    """
+    base, where = args.pretrained_model_name_or_path, cli.load_arguments(args)
+    try:
+        pipe = estimate.load_without_weights(base, DTYPES[args.dtype], **where)
+    except InputError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        return
+    check_parts(args, pipe, paths)
+    call = call_of(pipe)
+    try:
+        ask.dry_step(pipe, **call)
+    except InputError:
+        with contextlib.suppress(InputError):
+            ask.dry_step(pipe, prompt=call["prompt"])
+            call = None
+        if call is None:
+            raise
+
+
+def check_parts(args, pipe: DiffusionPipeline, paths: dict[str, Path]) -> None:
+    """Raise InputError where a LoRA does not fit, or there is nothing to tile; no weights are needed for it."""
+    if args.enable_vae_tiling and not hasattr(getattr(pipe, "vae", None), "enable_tiling"):
+        raise InputError(f"--enable_vae_tiling: {type(pipe).__name__} has no VAE that can be tiled; leave it out")
+    for path in paths.values():
+        lora_files.check_fits(pipe, path)
+
+
 def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> DiffusionPipeline:
-    """The base with both adapters loaded and none active."""
+    """The base with both adapters loaded and none active; its transformer, the largest part, comes last."""
     base, dtype, where = args.pretrained_model_name_or_path, DTYPES[args.dtype], cli.load_arguments(args)
     offload = args.enable_model_cpu_offload or args.enable_group_offload or args.enable_sequential_cpu_offload
     place = torch.device("cpu") if offload else device
-    transformer = load_base.load_transformer(base, dtype, place, args.quantization, **where)
-    name, _ = ask.find_denoiser(base, **where)
-    with ask.loading(base):
-        pipe = DiffusionPipeline.from_pretrained(
-            base, **{name: transformer}, dtype=dtype, use_safetensors=True, **where
-        )
+    pipe = ask.load_pipeline(base, dtype, vae_dtype=dtype, **where)
+    check_parts(args, pipe, paths)
+    name, further = ask.find_denoiser(base, **where)[0], ask.further_denoisers(pipe)
+    setattr(pipe, name, load_base.load_transformer(base, dtype, place, args.quantization, **where))
+    for part in further:
+        setattr(pipe, part, load_base.load_transformer(base, dtype, place, part=part, **where))
     for phase, path in paths.items():
-        lora_files.check_fits(pipe, path)
         glance.load_lora(pipe, path, phase)
     glance.activate_adapter(glance.denoiser(pipe), None)
     if args.enable_vae_tiling:
@@ -257,51 +305,101 @@ class Counter:
 
 
 def timed(pipe, counter, call: dict, seed: int, **kwargs):
-    """One picture, its seconds and model calls."""
+    """One picture, its seconds and model calls; InputError where the pipeline refuses, FloatingPointError where what
+    becomes a picture is not finite."""
     counter.calls, start = 0, time.perf_counter()
     kwargs |= {"generator": torch.Generator().manual_seed(seed), "output_type": "pil", "return_dict": False}
-    image = ask.first_picture(pipe(**call, **kwargs))
+    with ask.refusals(pipe), ask_latents.finite_pictures(pipe):
+        image = ask.first_picture(pipe(**call, **kwargs))
     return image, time.perf_counter() - start, counter.calls
 
 
-def draw_comparison(rows: list[list[tuple]], prompts: list[str]) -> Image.Image:
-    """One picture: for each prompt a row of (label, image, seconds, model calls)."""
-    columns, size = len(rows[0]), rows[0][0][1].size
-    scale = max(1, round(256 / size[0]))
-    width, height = scale * size[0], scale * size[1]
-    font, gap, line = ImageFont.load_default(16), 12, 22
-    row_height = height + 3 * line + gap
-    canvas = Image.new("RGB", (columns * (width + gap) + gap, len(rows) * row_height + gap), "white")
-    draw = ImageDraw.Draw(canvas)
-    for number, (row, prompt) in enumerate(zip(rows, prompts)):
-        top = gap + number * row_height
-        while draw.textlength(prompt, font) > canvas.width - 2 * gap:
-            prompt = prompt[:-4].rstrip() + "..."
-        draw.text((gap, top), prompt, "black", font)
-        for column, (label, image, seconds, calls) in enumerate(row):
-            left = gap + column * (width + gap)
-            canvas.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top + line))
-            draw.text((left, top + line + height + 2), label, "black", font)
-            draw.text((left, top + 2 * line + height), f"{seconds:.2f} s, {calls} model calls", "dimgray", font)
-    return canvas
+@dataclass(frozen=True)
+class Plan:
+    """How Glance samples here, and the base beside it."""
+
+    schedule: dict[str, list[float]]  # timesteps by phase
+    told: Callable  # the timesteps that the model is told at sigmas
+    coefficients: list[list[float]] | None  # of the fitted solver
+    single: dict  # call arguments that switch guidance off, where it is folded in
+    base_counts: list[int]  # of the base's steps in --compare's columns before Glance's
+
+    @property
+    def steps(self) -> int:
+        return sum(map(len, self.schedule.values()))
 
 
-def check_output(args) -> Path:
-    """--output as a path; InputError where no picture can be written there."""
-    output = Path(args.output)
-    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
-        raise InputError(f"--output {output}: not an image file name; end it in .png, .jpg or .webp")
-    if output.is_dir():
-        raise InputError(f"--output {output}: a folder; name a file in it")
-    cli.check_writable(output.parent, "--output")
-    return output
+def make_plan(args, pipe, recipe: dict, schedule: dict[str, list[float]] | None, call: dict) -> Plan:
+    """What the files say, and what the pipeline says where they are silent."""
+    base_steps, folded = recipe["num_base_steps"], (args.guidance or recipe["guidance"]) == "fold"
+    base_timesteps = ask.ask_timesteps(pipe, base_steps, **call)
+    schedule = schedule or published_timesteps(pipe, base_timesteps)
+    steps = sum(map(len, schedule.values()))
+    # A base that ships its own steps cannot be asked for fewer of them.
+    own_steps = args.compare and ask.has_own_steps(pipe, steps, **call)
+    return Plan(
+        schedule=schedule,
+        told=ask.ask_told(pipe, base_steps, **call),
+        coefficients=recipe["coefficients"],
+        single=ask.ask_single_branch(pipe, **call) if folded else {},
+        base_counts=[len(base_timesteps)] if own_steps else [len(base_timesteps), steps],
+    )
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kind = Image.registered_extensions()[path.suffix.lower()]
-    image = image.convert("RGB") if kind == "JPEG" else image  # some draw RGBA
-    glance.replace_file(path, lambda temporary: image.save(temporary, format=kind))
+def draw_job(args, pipe, counter, plan: Plan, call: dict, seed: int) -> list[tuple]:
+    """[(label, picture, seconds, model calls)]: Glance's, and with --compare the base's before it."""
+    row = []
+    for count in plan.base_counts if args.compare else ():
+        with explained(f"base, {count} steps", what_to_try(args)) as label:
+            row.append((label, *timed(pipe, counter, call, seed, num_inference_steps=count)))
+    inference = glance.glance_inference(
+        pipe, plan.schedule, args.lora_scale, plan.told, args.fuse_lora, plan.coefficients
+    )
+    with explained(f"Glance, {plan.steps} steps", f"{what_to_try(args)}, or a lower --lora_scale") as label:
+        with inference as kwargs, ask.plain_call(pipe, call | plan.single) as call:
+            row.append((label, *timed(pipe, counter, call, seed, **kwargs)))
+    return row
+
+
+@contextlib.contextmanager
+def explained(label: str, hint: str):
+    """Yield the label; a FloatingPointError inside then names the picture by it, and what to try."""
+    try:
+        yield label
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{label}: {error}; {hint}") from error
+
+
+def what_to_try(args) -> str:
+    """Against numbers that are not finite: another dtype than this run's."""
+    other = [f"--dtype {name}" for name in ("bfloat16", "float32") if name != args.dtype]
+    other = " or ".join(other) if args.dtype != "float32" else "other weights of the base, as these may hold some"
+    quantized = f" and --quantization {args.quantization}" if args.quantization != "none" else ""
+    return f"it was drawn in --dtype {args.dtype}{quantized}; try {other}"
+
+
+def draw_all(args, state, pipe, plan: Plan, calls: list[dict], jobs: list, files: list[Path]) -> tuple[list, list]:
+    """This process's share of the jobs, each written as soon as it is drawn.
+
+    Returns [(number, strip of the comparison or None, seconds, model calls)] and what was not finite, in words.
+    """
+    counter, drawn, failed = Counter(pipe), [], []
+    with state.split_between_processes(list(range(len(jobs)))) as mine:
+        for number in tqdm(mine, desc="images", disable=not state.is_local_main_process):
+            try:
+                row = draw_job(args, pipe, counter, plan, calls[number], jobs[number][1])
+            except FloatingPointError as error:
+                failed.append(f"{files[number].name} was not written: {error}")
+                logger.warning(failed[-1])
+                continue
+            _, image, seconds, count = row[-1]
+            width, height = (calls[number].get(side, size) for side, size in zip(("width", "height"), image.size))
+            if not drawn and (width, height) != image.size:
+                logger.warning(f"{width}x{height} was asked, {type(pipe).__name__} draws {image.width}x{image.height}")
+            strip = pictures.draw_row(row, jobs[number][0]) if args.compare else None
+            pictures.save_image(strip or image, files[number])
+            drawn.append((number, strip, seconds, count))
+    return drawn, failed
 
 
 def main(argv: list[str] | None = None):
@@ -309,54 +407,44 @@ def main(argv: list[str] | None = None):
     cli.set_up_logging()
     paths = find_loras(args)
     recipe, schedule = read_recipes(args, paths)
-    output = check_output(args)
     height, width = args.height or recipe["height"], args.width or recipe["width"]
     if recipe["height"] and (height, width) != (recipe["height"], recipe["width"]):
         trained = f"{recipe['width']}x{recipe['height']}"
         logger.warning(f"{width}x{height} was asked, {trained} was trained: the schedule is that of {trained}")
     guidance = recipe["guidance_scale"] if args.guidance_scale is None else args.guidance_scale
+    extra = recipe["pipeline_kwargs"] | args.pipeline_kwargs
+    jobs = [(prompt, args.seed + image) for prompt in args.prompts for image in range(args.num_images)]
 
+    output, size = Path(args.output), (width, height) if width and height else None
+    files = files_of(args, output, jobs)
+    if args.compare:
+        size = size and pictures.comparison_size(size, columns=3, rows=len(jobs))
+    pictures.check_output(output, files + [output] * args.compare, size)
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if args.enable_sequential_cpu_offload and state.device.type == "cpu":
         raise InputError("--enable_sequential_cpu_offload needs an accelerator; there is none, so leave it out")
+
+    def call_of(pipe, prompt=jobs[0][0]) -> dict:
+        return ask.call_arguments(pipe, prompt, height, width, guidance, extra)
+
+    check_early(args, paths, call_of)
     pipe = load_pipeline(args, paths, state.device)
-    extra = recipe["pipeline_kwargs"] | args.pipeline_kwargs
-    jobs = [(prompt, args.seed + image) for prompt in args.prompts for image in range(args.num_images)]
-    calls = [ask.call_arguments(pipe, prompt, height, width, guidance, extra) for prompt, _ in jobs]
+    calls = [call_of(pipe, prompt) for prompt, _ in jobs]
     ask.dry_step(pipe, **calls[0])
-    base_timesteps = ask.ask_timesteps(pipe, recipe["num_base_steps"], **calls[0])
-    if schedule is None:
-        schedule = published_timesteps(pipe, base_timesteps)
-    told = ask.ask_told(pipe, recipe["num_base_steps"], **calls[0])
-    steps, folded = sum(map(len, schedule.values())), (args.guidance or recipe["guidance"]) == "fold"
-    single = ask.ask_single_branch(pipe, **calls[0]) if folded else {}
-    # A base that ships its own steps cannot be asked for fewer of them.
-    own_steps = args.compare and ask.has_own_steps(pipe, steps, **calls[0])
-    counts = [len(base_timesteps)] if own_steps else [len(base_timesteps), steps]
-    counter = Counter(pipe)
-    with state.split_between_processes(list(range(len(jobs)))) as mine:
-        rows = []
-        for number in tqdm(mine, desc="images", disable=not state.is_local_main_process):
-            call, seed = calls[number], jobs[number][1]
-            row = []
-            for count in counts if args.compare else ():
-                row.append((f"base, {count} steps", *timed(pipe, counter, call, seed, num_inference_steps=count)))
-            inference = glance.glance_inference(
-                pipe, schedule, args.lora_scale, told, args.fuse_lora, recipe["coefficients"]
-            )
-            with inference as kwargs, ask.plain_call(pipe, call | single) as call:
-                row.append((f"Glance, {steps} steps", *timed(pipe, counter, call, seed, **kwargs)))
-            rows.append(row)
-            if not args.compare:
-                save_image(row[0][1], output.with_stem(f"{output.stem}-{number:03d}") if len(jobs) > 1 else output)
-    if args.compare:
-        rows = gather_object(rows) if state.num_processes > 1 else rows
-        if state.is_main_process:
-            save_image(draw_comparison(rows, [prompt for prompt, _ in jobs]), output)
+    plan = make_plan(args, pipe, recipe, schedule, calls[0])
+    with faults.signals_handled(functools.partial(faults.leave, hint="what was drawn before is written")):
+        drawn, failed = draw_all(args, state, pipe, plan, calls, jobs, files)
+        drawn, failed = sorted(gather_object(drawn)), gather_object(failed)
+        if state.is_main_process and args.compare and drawn:
+            pictures.save_image(pictures.stack_rows([strip for _, strip, _, _ in drawn]), output)
+            for number, *_ in drawn:
+                files[number].unlink(missing_ok=True)
+    if state.is_main_process and failed:
+        raise FloatingPointError(failed[0] + (f" ({len(failed)} of {len(jobs)} were not)" if failed[1:] else ""))
     if state.is_main_process:
-        numbered = len(jobs) > 1 and not args.compare
-        written = output.with_stem(f"{output.stem}-*") if numbered else output
-        print(f"{written}: {len(jobs)} x {steps} steps, {rows[0][-1][2]:.2f} s and {rows[0][-1][3]} model calls each")
+        written = output.with_stem(f"{output.stem}-*") if len(jobs) > 1 and not args.compare else output
+        _, _, seconds, count = drawn[0]
+        print(f"{written}: {len(jobs)} x {plan.steps} steps, {seconds:.2f} s and {count} model calls each")
 
 
 if __name__ == "__main__":

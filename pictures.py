@@ -1,0 +1,126 @@
+"""Pictures as files: whether one can be written, asked before it is drawn; and --compare's, with labels."""
+
+import bisect
+import io
+import os
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+import command_line as cli
+import glance_utils as glance
+from glance_utils import InputError, first_line
+
+
+GAP, LINE, LEAST_WIDTH = 12, 22, 256  # pixels: around a picture, of a line of text, of a picture in a comparison
+JPEG_LIMIT = 65500  # pixels; libjpeg itself says so on stderr
+
+
+def check_output(output: Path, names: list[Path], size: tuple[int, int] | None) -> None:
+    """Raise InputError where pictures of `size`, (width, height) in pixels if it is known, cannot be written.
+
+    `names` are the files that will be, all of the kind that `output`, the user's word for them, says by its ending.
+    """
+    if _kind(output) not in Image.SAVE:
+        raise InputError(f"--output {output}: not an image file name; end it in .png, .jpg or .webp")
+    width, height = size or (64, 64)
+    for trial in ((width, 1), (1, height)):  # limits are on the sides, and so it takes no time
+        if not _can_be_written(_kind(output), trial):
+            raise InputError(
+                f"--output {output}: {_kind(output)} holds no picture of {width}x{height}; end it in .png"
+                if size
+                else f"--output {output}: {_kind(output)} holds no such pictures; end it in .png"
+            )
+    for path in names:
+        if path.is_dir():
+            raise InputError(f"--output {path}: a folder; name a file in it")
+    cli.check_writable(output.parent, "--output")
+    _check_name(max(names, key=lambda path: len(path.name)))
+
+
+def _kind(path: Path) -> str | None:
+    """What Pillow calls the kind of file that a name says, such as PNG; None where it knows none."""
+    return Image.registered_extensions().get(path.suffix.lower())
+
+
+def _can_be_written(kind: str, size: tuple[int, int]) -> bool:
+    """Whether Pillow writes such a picture and, where it reads that kind, gets the same size back: some shrink it."""
+    if kind == "JPEG" and max(size) > JPEG_LIMIT:
+        return False
+    buffer = io.BytesIO()
+    try:
+        Image.new("RGB", size).save(buffer, format=kind)
+        buffer.seek(0)
+        return kind not in Image.OPEN or Image.open(buffer, formats=[kind]).size == size
+    except Exception:  # each kind refuses in its own way
+        return False
+
+
+def _check_name(path: Path) -> None:
+    """Raise InputError where there can be no file of this name, such as one that is too long."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    trial = folder / f".{path.name}.{os.getpid()}"  # as glance_utils.replace_file names it
+    try:
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise InputError(f"--output {path}: cannot be written ({error.strerror})") from None
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a picture, whole or not at all; InputError where the disk refuses."""
+    kind = _kind(path)
+    image = image.convert("RGB") if kind == "JPEG" else image  # some draw RGBA
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        glance.replace_file(path, lambda temporary: image.save(temporary, format=kind))
+    except Exception as error:  # a full disk, a folder that went; and each kind refuses in its own way
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(
+            f"--output {path}: cannot be written ({reason}); what was written before is still there"
+        ) from None
+
+
+def comparison_size(picture: tuple[int, int], columns: int, rows: int) -> tuple[int, int]:
+    """Width and height of a comparison of pictures of this width and height, all in pixels."""
+    (width, height), count = _shown_size(picture), rows
+    return columns * (width + GAP) + GAP, count * (height + 3 * LINE + GAP) + GAP
+
+
+def _shown_size(picture: tuple[int, int]) -> tuple[int, int]:
+    scale = max(1, round(LEAST_WIDTH / picture[0]))
+    return scale * picture[0], scale * picture[1]
+
+
+def draw_row(row: list[tuple], prompt: str) -> Image.Image:
+    """A comparison of one prompt: its (label, image, seconds, model calls) beside each other."""
+    size, font = row[0][1].size, ImageFont.load_default(16)
+    width, height = _shown_size(size)
+    canvas = Image.new("RGB", comparison_size(size, len(row), 1), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((GAP, GAP), _shortened(prompt, font, canvas.width - 2 * GAP), "black", font)
+    for column, (label, image, seconds, calls) in enumerate(row):
+        left, top = GAP + column * (width + GAP), GAP + LINE
+        canvas.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top))
+        draw.text((left, top + height + 2), label, "black", font)
+        draw.text((left, top + LINE + height), f"{seconds:.2f} s, {calls} model calls", "dimgray", font)
+    return canvas
+
+
+def _shortened(text: str, font, width: int) -> str:
+    """The text on one line, as much of it as fits into so many pixels."""
+    text = " ".join(text.split())[:width]  # no letter is less than a pixel wide
+    if font.getlength(text) <= width:
+        return text
+    fits = bisect.bisect(range(len(text)), width, key=lambda count: font.getlength(text[:count] + "..."))
+    return text[: max(fits - 1, 0)].rstrip() + "..."
+
+
+def stack_rows(rows: list[Image.Image]) -> Image.Image:
+    """One comparison of several, below each other."""
+    canvas = Image.new("RGB", (max(row.width for row in rows), sum(row.height - GAP for row in rows) + GAP), "white")
+    top = 0
+    for row in rows:
+        canvas.paste(row, (0, top))
+        top += row.height - GAP
+    return canvas
