@@ -347,7 +347,7 @@ def glance_inference(
     scheduler is the pipeline's own again and no adapter is active.
     """
     scheduler, scales = pipe.scheduler, scales or {}
-    timesteps = sum(phases.values(), [])
+    timesteps = [timestep for part in phases.values() for timestep in as_floats(part)]
     first_steps, step = {}, 0
     for name, part in phases.items():
         first_steps[step] = name

@@ -1,5 +1,6 @@
 """What is written beside the LoRAs: a picture, the model card; and the upload of it all to the hub."""
 
+import glob
 import json
 import logging
 from pathlib import Path
@@ -98,6 +99,6 @@ def push_to_hub(args, output_dir: Path, repo_id: str) -> None:
     upload_folder(
         repo_id=repo_id,
         folder_path=output_dir,
-        ignore_patterns=["*checkpoint-*", f"*{TRAJECTORIES}", f"*{args.logging_dir}/*"],
+        ignore_patterns=["*checkpoint-*", f"*{TRAJECTORIES}", f"*{glob.escape(args.logging_dir)}/*"],
     )
     logger.info(f"Pushed to {repo_id}")

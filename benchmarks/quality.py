@@ -312,12 +312,15 @@ def make_bench(args, sets: dict[str, list[str]]) -> Bench:
     call = ask.call_arguments(
         pipe, sets["training"][0], args.height, args.width, args.guidance_scale, args.pipeline_kwargs
     )
+    timesteps = ask.ask_timesteps(pipe, BASE_STEPS, **call)
+    if len(timesteps) != BASE_STEPS:
+        raise InputError(f"{path}: it has its own {len(timesteps)} steps; the rows are of a base's {BASE_STEPS}")
     bench = Bench(
         args=args,
         pipe=pipe,
         call=call,
         single=ask.ask_single_branch(pipe, **call),
-        timesteps=ask.ask_timesteps(pipe, BASE_STEPS, **call),
+        timesteps=timesteps,
         told=ask.ask_told(pipe, BASE_STEPS, **call),
         layout=ask_latents.ask_layout(pipe, **call),
         counter=Counter(pipe),

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -148,6 +149,36 @@ def test_a_folder_without_a_pipeline_is_an_input_error(tmp_path):
 def test_a_hub_id_that_cannot_be_had_is_an_input_error():
     with pytest.raises(InputError, match="^nobody/nothing: not a diffusers pipeline"):
         ask.load_pipeline("nobody/nothing")
+
+
+@pytest.fixture
+def modular(tmp_path, monkeypatch):
+    """modular(cached) is a modular pipeline alone, as FLUX.3 and Anima are: a folder, or a hub id that is cached."""
+
+    def make(cached: bool) -> str:
+        snapshot = tmp_path / "models--nobody--modular" / "snapshots" / ("0" * 40)
+        snapshot.mkdir(parents=True)
+        (snapshot / "modular_model_index.json").write_text(json.dumps({"_class_name": "FluxModularPipeline"}))
+        if not cached:
+            return str(snapshot)
+        (snapshot.parent.parent / "refs").mkdir()
+        (snapshot.parent.parent / "refs" / "main").write_text(snapshot.name)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        return "nobody/modular"
+
+    return make
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_modular_pipeline_is_called_so(cached, modular, train, infer, trained):
+    base = modular(cached)
+    message = f"^{base}: a modular pipeline .*; give the same model as a standard pipeline"
+    with pytest.raises(InputError, match=message):
+        train(base)
+    with pytest.raises(InputError, match=message):
+        train(base, dry_run=True)
+    with pytest.raises(InputError, match=message):
+        infer(base, lora=trained("flux"))
 
 
 def test_a_broken_model_index_is_an_input_error(tmp_path):

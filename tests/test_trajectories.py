@@ -276,7 +276,7 @@ def test_trajectories_are_drawn_once_for_the_same_settings(train, walks):
 
 @pytest.mark.parametrize("how", ["base", "broken", "header"])
 def test_trajectories_of_anything_else_are_drawn_again(how, train, pipelines, walks, tmp_path):
-    base = tmp_path / "base"
+    base = tmp_path / "model[1]"  # no pattern
     DiffusionPipeline.from_pretrained(pipelines["flux"]).save_pretrained(base)
     output = train(base, **SHORT)
     path = output / TRAJECTORIES
