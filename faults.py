@@ -120,3 +120,14 @@ def one_line_errors(output_dir: str | Path):
         hint = f"{left[0]} is left to resume from" if left else "no checkpoint is left to resume from"
         reason = error.strerror or type(error).__name__
         raise InputError(f"--output_dir {output_dir}: cannot be written ({reason}); {hint}") from None
+
+
+@contextlib.contextmanager
+def explained(
+    label: str, hint: str = "try --mixed_precision bf16 or no; weights of the base may hold such numbers too"
+):
+    """Yield the label; a FloatingPointError inside then names the picture by it, and what to try."""
+    try:
+        yield label
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{label}: {error}; {hint}") from error

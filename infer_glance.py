@@ -350,24 +350,15 @@ def draw_job(args, pipe, counter, plan: Plan, call: dict, seed: int) -> list[tup
     """[(label, picture, seconds, model calls)]: Glance's, and with --compare the base's before it."""
     row = []
     for count in plan.base_counts if args.compare else ():
-        with explained(f"base, {count} steps", what_to_try(args)) as label:
+        with faults.explained(f"base, {count} steps", what_to_try(args)) as label:
             row.append((label, *timed(pipe, counter, call, seed, num_inference_steps=count)))
     inference = glance.glance_inference(
         pipe, plan.schedule, args.lora_scale, plan.told, args.fuse_lora, plan.coefficients
     )
-    with explained(f"Glance, {plan.steps} steps", f"{what_to_try(args)}, or a lower --lora_scale") as label:
+    with faults.explained(f"Glance, {plan.steps} steps", f"{what_to_try(args)}, or a lower --lora_scale") as label:
         with inference as kwargs, ask.plain_call(pipe, call | plan.single) as call:
             row.append((label, *timed(pipe, counter, call, seed, **kwargs)))
     return row
-
-
-@contextlib.contextmanager
-def explained(label: str, hint: str):
-    """Yield the label; a FloatingPointError inside then names the picture by it, and what to try."""
-    try:
-        yield label
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{label}: {error}; {hint}") from error
 
 
 def what_to_try(args) -> str:

@@ -12,8 +12,8 @@ from PIL import Image
 
 import ask_latents
 import ask_pipeline as ask
+import faults
 import glance_utils as glance
-from faults import TRAJECTORIES
 from glance_utils import InputError, first_line
 
 
@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 def draw_preview(asked, recipes: dict[str, dict], output_dir: Path, seed: int) -> Image.Image:
-    """The caption in ten steps, with the LoRA files just written; the VAE follows when the transformer has gone."""
+    """The caption in ten steps, with the LoRA files just written; the VAE follows when the transformer has gone.
+    FloatingPointError where the latents or the pixels are not finite."""
     pipe, device = asked.pipe, asked.pipe._execution_device
     parts = [glance.denoiser_name(pipe.config), *ask.further_denoisers(pipe)]
     for part in parts[1:]:
@@ -38,7 +39,8 @@ def draw_preview(asked, recipes: dict[str, dict], output_dir: Path, seed: int) -
     for part in parts:
         setattr(pipe, part, None)
     release_memory()
-    return ask_latents.decode(asked.vae and asked.vae.to(device), latents, asked.layout)
+    with faults.explained("the preview was not written, the LoRAs are"):
+        return ask_latents.decode(asked.vae and asked.vae.to(device), latents, asked.layout)
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
@@ -99,6 +101,6 @@ def push_to_hub(args, output_dir: Path, repo_id: str) -> None:
     upload_folder(
         repo_id=repo_id,
         folder_path=output_dir,
-        ignore_patterns=["*checkpoint-*", f"*{TRAJECTORIES}", f"*{glob.escape(args.logging_dir)}/*"],
+        ignore_patterns=["*checkpoint-*", f"*{faults.TRAJECTORIES}", f"*{glob.escape(args.logging_dir)}/*"],
     )
     logger.info(f"Pushed to {repo_id}")

@@ -481,7 +481,8 @@ def train(args, accelerator, halves=None):
 
     asked = prepare_pipeline(args, accelerator, image, captions, size)
     if image is None:
-        image = ask_latents.decode(asked.vae, asked.latents.cpu(), asked.layout)
+        with faults.explained("the image that the base draws, to be trained on"):
+            image = ask_latents.decode(asked.vae, asked.latents.cpu(), asked.layout)
     recipes = {phase: make_recipe(args, asked, phase, size) for phase in asked.schedule}
     finished, resume = find_resume(args, recipes, folders, state)
     for checkpoint in resume.values():

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from tqdm.auto import tqdm
 
+import ask_latents
 import faults
 import glance_utils as glance
 import grids
@@ -58,8 +59,12 @@ class Teacher:
         self.sigmas = [*glance.timesteps_to_sigmas(base_timesteps), 0.0]
 
     def draw(self, caption: str, seed: int, positions=None, coefficients=None) -> list[torch.Tensor]:
+        """FloatingPointError where the base ends at NaN, on which everything learned from it would."""
         kept = self.timesteps if positions is None else [self.timesteps[position] for position in positions]
-        return grids.walk(self.pipe, kept, self.told, seed, coefficients, **self.call | {"prompt": caption})
+        points = grids.walk(self.pipe, kept, self.told, seed, coefficients, **self.call | {"prompt": caption})
+        with faults.explained(f"what the base draws to be trained on, in {glance.denoiser(self.pipe).dtype}"):
+            ask_latents.check_finite(points[-1], "its final latents")
+        return points
 
     @torch.no_grad()
     def check(self, points: list[torch.Tensor], positions: list[int]) -> None:
