@@ -43,6 +43,7 @@ import load_base
 import lora_files
 import pictures
 from glance_utils import InputError
+from prompt_lengths import PromptLengths
 
 
 logger = logging.getLogger(__name__)
@@ -420,6 +421,7 @@ def main(argv: list[str] | None = None):
 
     check_early(args, paths, call_of)
     pipe = load_pipeline(args, paths, state.device)
+    PromptLengths(pipe, logger.warning).watch(pipe)
     calls = [call_of(pipe, prompt) for prompt, _ in jobs]
     ask.dry_step(pipe, **calls[0])
     plan = make_plan(args, pipe, recipe, schedule, calls[0])

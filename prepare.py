@@ -22,6 +22,7 @@ import glance_utils as glance
 import load_base
 from glance_utils import InputError
 from instance_data import SOURCES, chosen_size, load_pair
+from prompt_lengths import PromptLengths
 from trajectories import Teacher, Trajectories, draw_trajectories
 
 
@@ -78,6 +79,7 @@ def ask_call(args, pipe, caption, size) -> tuple[dict, dict, list[str]]:
     layers = glance.lora_layers(transformer, args.lora_layers)
     if args.gradient_checkpointing and not transformer._supports_gradient_checkpointing:
         raise InputError(f"--gradient_checkpointing: {type(transformer).__name__} has none, so leave it out")
+    PromptLengths(pipe, logger.warning).watch(pipe)
     ask_prompts.remember_prompts(pipe)
     ask.dry_step(pipe, **call)
     ask.check_instantaneous(pipe, **call)

@@ -1,0 +1,88 @@
+"""Notice that an encoder sees less of a prompt than was written: CLIP takes 77 tokens, most T5 512."""
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import torch
+from diffusers import DiffusionPipeline
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedTokenizerBase
+
+
+class PromptLengths:
+    """What a pipeline's tokenizers were given and what was kept of it.
+
+    Most pipelines let a tokenizer cut; some cut what their `encode_prompt` returns to its `max_sequence_length`.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, say: Callable[[str], None]):
+        self.say, self.said = say, set()
+        parts = {name: getattr(part, "tokenizer", part) for name, part in pipe.components.items()}  # or a processor's
+        self.tokenizers = {name: part for name, part in parts.items() if isinstance(part, PreTrainedTokenizerBase)}
+        self.passed_on = dict.fromkeys(self.tokenizers, 0)  # the longest text that was not cut, in tokens
+
+    def watch(self, pipe: DiffusionPipeline) -> None:
+        """From here on call say(line) when the pipeline cuts a prompt, once for each length that it cuts to. The line
+        tells how many tokens are kept, and nothing of the prompt. To be called before `remember_prompts`."""
+        for name, tokenizer in self.tokenizers.items():
+            self._watch_tokenizer(name, tokenizer)
+        method = getattr(pipe, "encode_prompt", None)
+        if method and "max_sequence_length" in inspect.signature(method).parameters:
+            pipe.encode_prompt = self._watched(method)
+
+    def _report(self, name: str, kept: int, tokens: int) -> None:
+        if kept not in self.said:
+            self.said.add(kept)
+            self.say(f"A prompt is cut: {name} keeps {kept} of its {tokens} tokens; what is beyond them is not seen")
+
+    def _watch_tokenizer(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Give this very tokenizer a class of its own, whose calls are compared with ones that may not cut."""
+        kind = type(tokenizer)
+
+        def call(tokenizer, *args, **kwargs):
+            whole = {"truncation": False, "padding": False, "max_length": None, "return_tensors": None}
+            tokens = count_tokens(kind.__call__(tokenizer, *args, **kwargs | whole))
+            most = kwargs.get("max_length") or tokenizer.model_max_length
+            if kwargs.get("truncation") not in (None, False, "do_not_truncate") and tokens > most:
+                self._report(name, most, tokens)
+            else:
+                self.passed_on[name] = max(self.passed_on[name], tokens)
+            return kind.__call__(tokenizer, *args, **kwargs)
+
+        tokenizer.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+
+    def _watched(self, method):
+        """`encode_prompt`, after which tokens that its tokenizers passed on and that it dropped are reported."""
+
+        @functools.wraps(method)
+        def encode_prompt(*args, **kwargs):
+            result = method(*args, **kwargs)
+            bound = inspect.signature(method).bind(*args, **kwargs)
+            bound.apply_defaults()
+            most = bound.arguments["max_sequence_length"]
+            lengths = {leaf.shape[1] for leaf in tree_leaves(result) if torch.is_tensor(leaf) and leaf.ndim == 3}
+            if most in lengths and most not in self.said:
+                self._compare(bound.arguments.get("prompt"), most)
+            return result
+
+        return encode_prompt
+
+    def _compare(self, prompt, most: int) -> None:
+        """Report the tokenizers that passed more than `most` tokens on, where that many are the prompt's own and not
+        those of a template around it."""
+        texts = [prompt] if isinstance(prompt, str) else prompt or []
+        for name in [name for name, tokens in self.passed_on.items() if tokens > most]:
+            own = [
+                count_tokens(self.tokenizers[name](text, add_special_tokens=False))
+                for text in texts
+                if isinstance(text, str)
+            ]
+            if max(own, default=0) > most:
+                self._report(name, most, max(own))
+
+
+def count_tokens(encoding) -> int:
+    """Of the longest text that was encoded."""
+    ids = encoding["input_ids"]
+    return max(map(len, ids), default=0) if ids and isinstance(ids[0], list) else len(ids)
