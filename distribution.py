@@ -1,10 +1,12 @@
-"""Several processes: a base whose weights they share out among them (FSDP2), two phases on two halves of them.
+"""Several processes: work and results shared, a base whose weights they share out among them (FSDP2), two phases on
+two halves of them.
 
 Under DDP accelerate does all there is to do. Under FSDP2 the frozen base alone is sharded: it is what does not fit one
 card. The LoRA, a hundredth of it, is whole on every process and its gradients are averaged, as DDP does; so LoRA
 files, checkpoints and the optimizer are those of any other run.
 """
 
+import functools
 import json
 import os
 import time
@@ -13,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
+from accelerate import PartialState, init_empty_weights
 from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
@@ -25,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import distribute_tensor
+from tqdm.auto import tqdm
 
 import load_base
 from ask_pipeline import find_denoiser
@@ -75,6 +78,42 @@ def refuse(args, kind: str, *names: str) -> None:
     given += ["--mixed_precision fp16"] if args.mixed_precision == "fp16" else []
     if given:
         raise InputError(f"{given[0]} does not go with {kind}; leave one of the two out")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Work shared out
+
+
+def gather_on_host(value) -> list:
+    """Return every process's `value`, in the order of the processes, on each of them: by way of host memory, where
+    NCCL would take all of it through the accelerators'. [value] where there is one process."""
+    values = [None] * PartialState().num_processes
+    if len(values) == 1:
+        return [value]
+    torch.distributed.all_gather_object(values, value, group=_host_group(torch.distributed.group.WORLD))
+    return values
+
+
+@functools.cache
+def _host_group(world) -> torch.distributed.ProcessGroup:
+    """The processes of `world`, the default group, once more: those that exchange what lies in host memory."""
+    return torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
+
+
+def share(jobs: list, work, description: str) -> list:
+    """Return [work(job) for job in jobs] on every process; job i is done by process i modulo their number.
+
+    A sharded model computes on all processes or on none: where the jobs of the last round are fewer, the processes
+    without one do its last job too.
+    """
+    state, results = PartialState(), []
+    count, rank = state.num_processes, state.process_index
+    for start in tqdm(range(0, len(jobs), count), desc=description, disable=not state.is_local_main_process):
+        part = jobs[start : start + count]
+        busy = rank < len(part)
+        result = work(part[rank if busy else -1]) if busy or is_sharded() else None
+        results += gather_on_host(result if busy else None)[: len(part)]
+    return results
 
 
 # --------------------------------------------------------------------------------------------------------------------

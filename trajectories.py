@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
-from tqdm.auto import tqdm
 
 import ask_latents
+import distribution
 import faults
 import glance_utils as glance
 import grids
@@ -79,9 +78,9 @@ class Teacher:
                 )
 
 
-def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], other: tuple[str, int]):
+def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], other: tuple[str, int], exact: torch.Tensor):
     """(grid, positions, coefficients or None), found on some trajectories, whose `points` are (N, ...), and measured
-    on another, (caption, seed).
+    on another, (caption, seed), which ends at `exact`.
 
     Where there is a choice, every way draws once and the one that ends nearest to all the model's own steps is taken:
     --grid auto may end with any grid, --solver fitted with Euler where the numbers do not carry over.
@@ -97,10 +96,13 @@ def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], other: tu
         choices.append((grid, "euler", positions, None))
         if args.solver == "fitted":
             choices.append((grid, "fitted", positions, grids.fit_coefficients(points, teacher.sigmas, positions)))
+    choices = distribution.gather_on_host(choices)[0]  # another kind of processor may round otherwise
+
+    def measure(choice) -> float:
+        return grids.relative_error(teacher.draw(*other, *choice[2:])[-1], exact)
+
     if len(choices) > 1:
-        exact, errors = teacher.draw(*other)[-1], []
-        for _, _, positions, coefficients in choices:
-            errors.append(grids.relative_error(teacher.draw(*other, positions, coefficients)[-1], exact))
+        errors = distribution.share(choices, measure, "samplers")
         ranked = sorted(zip(errors, choices), key=lambda pair: pair[0])
         for error, (grid, solver, positions, _) in ranked:
             logger.info(f"{grid} grid, {solver} solver: error {error:.4f} to {steps} steps, positions {positions}")
@@ -111,40 +113,47 @@ def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], other: tu
 
 def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str]) -> Trajectories:
     """The base's trajectories: those in the output folder if they are of these settings, else drawn by all processes
-    together. They are not written yet."""
+    together, each of them once. They are not written yet."""
     path, digest = Path(args.output_dir) / faults.TRAJECTORIES, settings_digest(args, teacher, captions)
-    found = broadcast_object_list([load(path, digest) if accelerator.is_main_process else None])[0]
-    if found is not None:
+    digest = distribution.gather_on_host(digest)[0]  # files may have another date on another machine
+    found = load(path, digest)
+    if all(distribution.gather_on_host(found is not None)):
         logger.info(f"Trajectories: those in {path}")
         return found
     seeds = args.num_trajectories if args.loss == "trajectory" else 1
     # Other noises than the preview's, which has --seed itself.
     jobs = [(caption, args.seed + 1 + i * seeds + k) for i, caption in enumerate(captions) for k in range(seeds)]
-    # A few of them, spread over all but the last, tell the sampler; the last measures it.
-    spread = sorted({(len(jobs) - 1) * number // FOUND_ON for number in range(FOUND_ON)})
-    known = {index: teacher.draw(*jobs[index]) for index in spread}
-    other = jobs[-1] if len(jobs) > 1 else (captions[0], args.seed + 2)
-    points = [torch.cat(parts) for parts in zip(*known.values())]
-    grid, positions, coefficients = broadcast_object_list([choose_sampler(args, teacher, points, other)])[0]
-    first = known[0]
-    if args.loss == "trajectory" and args.guidance == "keep":
-        teacher.check(first, positions)
+    number = len(jobs)
+    if number == 1 and (args.grid == "auto" or args.solver == "fitted"):
+        jobs.append((captions[0], args.seed + 2))  # nothing is trained on it
+    # A few of them, spread over all but the last, tell the sampler; the last measures it. They are drawn first, with
+    # as many more as there are processes that would draw none.
+    spread, last = sorted({(number - 1) * part // FOUND_ON for part in range(FOUND_ON)}), len(jobs) - 1
+    early = sorted({*spread, last})
+    order = early + [index for index in range(len(jobs)) if index not in early]
+    drawn = {}
 
-    count, rank = accelerator.num_processes, accelerator.process_index
+    def draw_early(index: int) -> list[torch.Tensor] | None:
+        drawn[index] = teacher.draw(*jobs[index])
+        return drawn[index] if index in early else None
 
     def learn(index: int) -> list[torch.Tensor]:
-        points = known[index] if count == 1 and index in known else teacher.draw(*jobs[index])
+        points = drawn.pop(index, None) or teacher.draw(*jobs[index])
         return [torch.stack(part) for part in grids.segment_targets(points, teacher.sigmas, positions, coefficients)]
 
-    # Every process draws equally many, some twice: a sharded model computes on all of them or on none.
-    rounds = tqdm(range(-(-len(jobs) // count)), desc="trajectories", disable=not accelerator.is_local_main_process)
-    mine = [learn(min(number * count + rank, len(jobs) - 1)) for number in rounds]
-    drawn = gather_object(mine)  # those of the first process, then of the second, ...
-    drawn = [drawn[index % count * len(mine) + index // count] for index in range(len(jobs))]
-    starts, targets = (torch.stack(part)[:, :, 0].unflatten(0, (len(captions), seeds)) for part in zip(*drawn))
+    rounds = -(-len(early) // accelerator.num_processes)
+    first = order[: rounds * accelerator.num_processes]
+    known = dict(zip(first, distribution.share(first, draw_early, "trajectories to choose a sampler by")))
+    points = [torch.cat(parts) for parts in zip(*(known[index] for index in spread))]
+    grid, positions, coefficients = choose_sampler(args, teacher, points, jobs[last], known[last][-1])
+    if args.loss == "trajectory" and args.guidance == "keep":
+        teacher.check(known[0], positions)
+    picture = known[0][-1]
+    learned = dict(zip(order, distribution.share(order, learn, "trajectories")))
+    learned = [learned[index] for index in range(number)]
+    starts, targets = (torch.stack(part)[:, :, 0].unflatten(0, (len(captions), seeds)) for part in zip(*learned))
     ends = [teacher.sigmas[position] for position in positions] + [0.0]
     lengths = [high - low for high, low in zip(ends, ends[1:])]
-    picture = broadcast_object_list([first[-1]])[0]
     return Trajectories(digest, grid, positions, lengths, coefficients, picture, starts, targets)
 
 
