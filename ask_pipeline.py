@@ -537,7 +537,7 @@ class PipelineVelocity(torch.nn.Module):
         self.pipe = pipe
         self.told = told
         self.takes_timesteps = takes_timesteps
-        self.transformer = denoiser(pipe)  # a submodule, so that DDP and FSDP see its parameters
+        self.transformer = denoiser(pipe)
         self.kwargs = kwargs
 
     def forward(self, noisy: torch.Tensor, sigmas, **kwargs) -> torch.Tensor:

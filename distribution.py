@@ -1,9 +1,9 @@
 """Several processes: work and results shared, a base whose weights they share out among them (FSDP2), two phases on
 two halves of them.
 
-Under DDP accelerate does all there is to do. Under FSDP2 the frozen base alone is sharded: it is what does not fit one
-card. The LoRA, a hundredth of it, is whole on every process and its gradients are averaged, as DDP does; so LoRA
-files, checkpoints and the optimizer are those of any other run.
+The frozen base is the same on every process and never wrapped: each of them reads it or, where it does not fit one
+card, has some rows of it (FSDP2). The LoRA, a hundredth of it, is whole on every process and its gradients are
+averaged; so LoRA files, checkpoints and the optimizer are those of any other run.
 """
 
 import functools
@@ -171,16 +171,14 @@ def shard(transformer: torch.nn.Module, weights: dict, device: torch.device, res
 
 def prepare(args, accelerator, model, parameters, optimizer):
     """accelerator.prepare for a model that is placed already and of which `parameters`, the LoRA, are trained."""
-    if is_sharded():
-        model.set_requires_gradient_sync = lambda requires: None  # accelerate's no_sync; the base has no gradients
-        return model, accelerator.prepare_optimizer(optimizer)
     if is_deepspeed(accelerator):
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         config["gradient_clipping"] = args.max_grad_norm
         config["bf16"] = {"enabled": False}  # of what it is given, the LoRA; the base has its dtype
         return accelerator.prepare(LoraAlone(model, parameters), optimizer)
-    return accelerator.prepare(model, optimizer, device_placement=[False, True])
+    model.set_requires_gradient_sync = lambda requires: None  # for accelerate's no_sync under FSDP
+    return model, accelerator.prepare_optimizer(optimizer)
 
 
 class LoraAlone(torch.nn.Module):
@@ -195,15 +193,35 @@ class LoraAlone(torch.nn.Module):
         return self.call(*args, **kwargs)
 
 
-def average_gradients(accelerator, parameters) -> None:
-    """Under FSDP, the mean of each gradient over all processes; DDP has taken it in backward."""
-    if not is_sharded():
+def is_alone(accelerator) -> bool:
+    """Whether nothing is left to be exchanged: one process, or DeepSpeed, which does it."""
+    return accelerator.num_processes == 1 or is_deepspeed(accelerator)
+
+
+@torch.no_grad()
+def copy_from_first(accelerator, parameters) -> None:
+    """Give every process the first one's parameters."""
+    if is_alone(accelerator):
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    together = torch.cat([gradient.flatten() for gradient in gradients]) / accelerator.num_processes
+    together = torch.cat([parameter.flatten() for parameter in parameters])
+    torch.distributed.broadcast(together, src=0)
+    for parameter, part in zip(parameters, together.split([parameter.numel() for parameter in parameters])):
+        parameter.copy_(part.view_as(parameter))
+
+
+@torch.no_grad()
+def average_gradients(accelerator, parameters) -> None:
+    """Replace each gradient by its mean over all processes; what has none on one of them counts as zeros there, and
+    what has none anywhere goes on having none."""
+    if is_alone(accelerator):
+        return
+    gradients = [torch.zeros_like(part) if part.grad is None else part.grad for part in parameters]
+    some = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=accelerator.device)
+    together = torch.cat([*(gradient.flatten() for gradient in gradients), some]).div_(accelerator.num_processes)
     torch.distributed.all_reduce(together)
-    for gradient, mean in zip(gradients, together.split([gradient.numel() for gradient in gradients])):
-        gradient.copy_(mean.view_as(gradient))
+    *means, some = together.split([*(gradient.numel() for gradient in gradients), len(some)])
+    for parameter, gradient, mean, anywhere in zip(parameters, gradients, means, some.tolist()):
+        parameter.grad = gradient.copy_(mean.view_as(gradient)) if anywhere else None
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -28,8 +28,6 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
-    AutocastKwargs,
-    DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     LoggerType,
     ProjectConfiguration,
@@ -371,6 +369,7 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
         generator.set_state(resume["generator"])
         for name, part in stateful.items():
             part.load_state_dict(resume[name])
+    distribution.copy_from_first(accelerator, parameters)
 
     hidden = not accelerator.is_local_main_process
     with tqdm(total=args.max_train_steps, initial=start, desc=phase, disable=hidden) as progress:
@@ -448,14 +447,9 @@ def main(argv: list[str] | None = None):
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
-        # No autocast: base, activations and the LoRA's products run in --mixed_precision's dtype, as at inference.
-        # Accelerate still brings fp16's loss scaling. Unused parameters: the last block of some transformers makes
-        # text tokens that nothing reads.
-        kwargs_handlers=[
-            AutocastKwargs(enabled=False),
-            DistributedDataParallelKwargs(find_unused_parameters=True),
-            InitProcessGroupKwargs(timeout=distribution.PATIENCE),
-        ],
+        # Base, activations and the LoRA's products run in --mixed_precision's dtype, as at inference: the model is not
+        # prepared, so there is no autocast. Accelerate still brings fp16's loss scaling.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=distribution.PATIENCE)],
     )
     cli.set_up_logging()
     distribution.check_combination(args, accelerator)
