@@ -1,5 +1,6 @@
 """What a run knows before it trains: what the pipeline said, asked once, and its transformer loaded to fit."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -32,12 +33,14 @@ BASE_STEPS, STEPS = 50, 10  # unless flags or the base say otherwise
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Asked:
-    """What the pipeline said, and the pipeline: its transformer loaded, its encoders freed."""
+    """What the pipeline said, and the pipeline: its encoders freed, its transformer without weights until
+    `prepare_pipeline` has loaded them."""
 
     pipe: DiffusionPipeline
     load_transformer: Callable  # loads it, or another `part` of its class
+    teacher: Teacher | None  # where the base must draw before the LoRAs are trained
     call: dict  # the call's arguments at inference, without guidance where it is folded in
     single_call: dict  # the same, with classifier-free guidance off
     train_call: dict  # one of the two: what the LoRAs are trained in
@@ -45,14 +48,15 @@ class Asked:
     schedule: dict[str, list[float]]  # timesteps by phase
     first_step: dict[str, int]  # of each phase among those of both
     grid: str | None  # which of the model's own steps those are; None where they were given
-    taught: Trajectories | None  # what the base drew, where anything is made of it
     told: Callable  # the timesteps that the model is told at sigmas
-    latents: torch.Tensor  # (1, ...) float32, of the image or of what the base drew for one
+    latents: torch.Tensor | None  # (1, ...) float32, of the image or of what the base drew for one
     noise_scale: float
     layers: list[str]  # names of those that the LoRAs adapt
     takes_timesteps: bool  # whether a batch may hold several
+    checkpointing: bool  # of gradients
     layout: ask_latents.LatentLayout
     vae: torch.nn.Module | None  # on the CPU, for the preview
+    taught: Trajectories | None = None  # what the base drew
 
 
 def warn_of_schedule(pipe, schedule, derived, told, train_call) -> None:
@@ -152,6 +156,23 @@ def remember_captions(args, pipe, captions: list[str], call: dict, train_calls: 
 
 def prepare_pipeline(args, accelerator, image, captions, size) -> Asked:
     """Ask the pipeline everything, free its encoders, load the transformer; peak memory is the larger of the two."""
+    asked = ask_everything(args, accelerator, image, captions, size)
+    accelerator.free_memory()
+    transformer = glance.with_adapters(asked.load_transformer())
+    setattr(asked.pipe, glance.denoiser_name(asked.pipe.config), transformer)
+    if asked.teacher is not None:
+        asked = learn_from_base(args, accelerator, asked)
+    if asked.checkpointing:
+        load_base.enable_gradient_checkpointing(transformer)
+    return asked
+
+
+def ask_everything(args, accelerator, image, captions, size) -> Asked:
+    """Ask all that can be asked without the transformer's weights.
+
+    The encoders live in this function alone. What it returns is data and a pipeline without them, so that nothing is
+    left that could keep one in memory while the transformer is there.
+    """
     dtype, where = DTYPES[args.mixed_precision], cli.load_arguments(args)
     pipe = ask.load_pipeline(args.pretrained_model_name_or_path, dtype, **where)
     for component in ask.freeable_components(pipe).values():
@@ -169,43 +190,49 @@ def prepare_pipeline(args, accelerator, image, captions, size) -> Asked:
     takes_timesteps = args.timesteps_per_step > 1 and ask.takes_timesteps(pipe, **train_call)
     train_calls = [train_call] + [single_call] * bool(args.flow_weight)
     remember_captions(args, pipe, captions, call, train_calls, takes_timesteps)
-    vae = getattr(pipe, "vae", None)
     checkpointing = choose_checkpointing(args, accelerator, pipe, layers, train_call)
+    vae = getattr(pipe, "vae", None)
     ask_prompts.free_components(pipe, **train_call)
-    vae = vae and vae.cpu()
-    accelerator.free_memory()
-    how = (args.pretrained_model_name_or_path, dtype, accelerator.device, args.quantization, args.enable_group_offload)
-    load_transformer = functools.partial(distribution.load_transformer, accelerator, *how, **where)
-    transformer = load_transformer()
-    setattr(pipe, glance.denoiser_name(pipe.config), glance.with_adapters(transformer))
-    grid, taught = args.grid, None
-    if teacher is not None:
-        taught = draw_trajectories(args, accelerator, teacher, captions)
-        latents = taught.picture.to(accelerator.device) if latents is None else latents
-        if not args.flow_custom_timesteps:
-            grid, derived = taught.grid, glance.derive_timesteps(base_timesteps, taught.positions)
-            schedule = {phase: derived[phase] for phase in schedule}
-    if checkpointing:
-        load_base.enable_gradient_checkpointing(transformer)
     return Asked(
         pipe=pipe,
-        load_transformer=load_transformer,
+        load_transformer=functools.partial(load_transformer, args, accelerator),
+        teacher=teacher,
         call=single_call if args.guidance == "fold" else call,
         single_call=single_call,
         train_call=train_call,
         captions=captions,
         schedule=schedule,
         first_step={"slow": 0, "fast": len(derived["slow"])},
-        grid=None if args.flow_custom_timesteps else grid,
-        taught=taught,
+        grid=None if args.flow_custom_timesteps else args.grid,
         told=told,
         latents=latents,
         noise_scale=noise_scale,
         layers=layers,
         takes_timesteps=takes_timesteps,
+        checkpointing=checkpointing,
         layout=layout,
-        vae=vae,
+        vae=vae and vae.cpu(),
     )
+
+
+def load_transformer(args, accelerator, part: str | None = None) -> torch.nn.Module:
+    """The base's transformer, or another `part` of its class, as this run's flags want it."""
+    path, dtype = args.pretrained_model_name_or_path, DTYPES[args.mixed_precision]
+    how = (path, dtype, accelerator.device, args.quantization, args.enable_group_offload)
+    return distribution.load_transformer(accelerator, *how, part=part, **cli.load_arguments(args))
+
+
+def learn_from_base(args, accelerator, asked: Asked) -> Asked:
+    """Let the base draw, and add what is made of it: the grid, trajectories, the image where none is given."""
+    taught = draw_trajectories(args, accelerator, asked.teacher, asked.captions)
+    found = {"taught": taught}
+    if asked.latents is None:
+        found["latents"] = taught.picture.to(accelerator.device)
+    if not args.flow_custom_timesteps:
+        derived = glance.derive_timesteps(asked.teacher.timesteps, taught.positions)
+        found["schedule"] = {phase: derived[phase] for phase in asked.schedule}
+        found["first_step"], found["grid"] = {"slow": 0, "fast": len(derived["slow"])}, taught.grid
+    return dataclasses.replace(asked, **found)
 
 
 def choose_checkpointing(args, accelerator, pipe, layers, train_call) -> bool:

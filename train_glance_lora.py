@@ -427,6 +427,12 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
     accelerator.free_memory()
 
 
+def save_phase(args, asked: Asked, folder: Path, recipe: dict) -> Path:
+    """Write the LoRA that was just trained, with its recipe; return the file's path."""
+    name, transformer = glance.denoiser_name(asked.pipe.config), glance.denoiser(asked.pipe)
+    return glance.save_lora(transformer, ADAPTER, folder, with_run(args, recipe), name)
+
+
 def segment_weights(args, asked: Asked, first: int, count: int) -> torch.Tensor:
     """How much each of a phase's steps counts, 1 in the mean."""
     lengths = asked.taught.lengths[first : first + count] if args.loss == "trajectory" else [1.0] * count
@@ -517,10 +523,8 @@ def train(args, accelerator, halves=None):
                 hint = f"go on with --resume_from_checkpoint {stopped}" if accelerator.is_main_process else None
                 faults.leave(*(noted or [signal.SIGTERM]), hint=hint)
             if accelerator.is_main_process:
-                name, transformer = glance.denoiser_name(asked.pipe.config), glance.denoiser(asked.pipe)
                 with faults.one_line_errors(output_dir):
-                    path = glance.save_lora(transformer, ADAPTER, folders[phase], with_run(args, recipe), name)
-                logger.info(f"Saved {path}")
+                    logger.info(f"Saved {save_phase(args, asked, folders[phase], recipe)}")
     if accelerator.check_trigger():  # after the last step
         hint = "its LoRAs are there; --resume_from_checkpoint latest writes the rest"
         faults.leave(*(noted or [signal.SIGTERM]), hint=hint)
