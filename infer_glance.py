@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 import ask_latents
 import ask_pipeline as ask
 import command_line as cli
+import distribution
 import estimate
 import faults
 import glance_utils as glance
@@ -427,7 +428,8 @@ def main(argv: list[str] | None = None):
     plan = make_plan(args, pipe, recipe, schedule, calls[0])
     with faults.signals_handled(functools.partial(faults.leave, hint="what was drawn before is written")):
         drawn, failed = draw_all(args, state, pipe, plan, calls, jobs, files)
-        drawn, failed = sorted(gather_object(drawn)), gather_object(failed)
+        drawn, failed = (sum(distribution.gather_on_host(part), []) for part in (drawn, failed))
+        drawn.sort(key=lambda picture: picture[0])  # by number
         if state.is_main_process and args.compare and drawn:
             pictures.save_image(pictures.stack_rows([strip for _, strip, _, _ in drawn]), output)
             for number, *_ in drawn:

@@ -2,7 +2,8 @@
 
 Calls train_glance_lora's main() with one list of flags after the other. Where the signal is not 0, the last process
 sends it to itself in the run's third step, the time since 1970 written to OUTPUT_DIR/signal.txt. Every process also
-keeps the LoRA that it holds after each phase, as OUTPUT_DIR/PHASE-rank-N.pt.
+keeps the LoRA that it holds after each phase, as OUTPUT_DIR/PHASE-rank-N.pt, and as OUTPUT_DIR/seen-rank-N.txt the
+(caption, seed, number of steps) of every picture that it let the base draw and tests/lifetimes.py's moments.
 """
 
 import contextlib
@@ -19,14 +20,17 @@ import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env  # noqa: E402
+from lifetimes import watch  # noqa: E402
 from peft import get_peft_model_state_dict  # noqa: E402
 
 import ask_pipeline as ask  # noqa: E402
 import glance_utils as glance  # noqa: E402
+import grids  # noqa: E402
 import train_glance_lora  # noqa: E402
 
 
-train_phase, forward = train_glance_lora.train_phase, ask.PipelineVelocity.forward
+moments, walks = watch(setattr), []
+train_phase, forward, walk = train_glance_lora.train_phase, ask.PipelineVelocity.forward, grids.walk
 
 
 def train_and_keep(args, accelerator, asked, recipe, *rest):
@@ -36,24 +40,33 @@ def train_and_keep(args, accelerator, asked, recipe, *rest):
     return stopped
 
 
+def watched_walk(pipe, timesteps, told, seed, coefficients=None, **call):
+    walks.append((call["prompt"], seed, len(timesteps)))
+    return walk(pipe, timesteps, told, seed, coefficients, **call)
+
+
 def run(arguments: list[str], number: int) -> None:
     steps, last = 0, os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+    output_dir = Path(next(text for text in arguments if text.startswith("--output_dir=")).partition("=")[2])
 
     def counted(self, *rest, **call):
         nonlocal steps
         steps += 1
         if number and last and steps == 3:
-            output_dir = next(text for text in arguments if text.startswith("--output_dir=")).partition("=")[2]
-            Path(output_dir, "signal.txt").write_text(str(time.time()))
+            (output_dir / "signal.txt").write_text(str(time.time()))
             os.kill(os.getpid(), number)
         return forward(self, *rest, **call)
 
     ask.PipelineVelocity.forward = counted
     AcceleratorState._reset_state()
+    moments.clear()
+    walks.clear()
     train_glance_lora.main(arguments)
+    seen = {"walks": walks, "moments": {moment: sorted(names) for moment, names in moments.items()}}
+    (output_dir / f"seen-rank-{os.environ['RANK']}.txt").write_text(json.dumps(seen))
 
 
-train_glance_lora.train_phase = train_and_keep
+train_glance_lora.train_phase, grids.walk = train_and_keep, watched_walk
 if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):  # accelerate knows of no backend for it on a CPU
 
     def with_gloo(*args, kwargs_handlers, **kwargs):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate.utils import is_deepspeed_available
 from conftest import ROOT, flags, run_train
+from lifetimes import EXPECTED
 from peak_memory import small_flux
 from PIL import Image
 from test_train import assert_close, lora
@@ -74,13 +75,24 @@ def settings(pipelines, pair):
 
 
 @pytest.fixture(scope="module")
-def single(settings, tmp_path_factory):
-    """single(name of a base, or "trajectory"): the folder of one process's run."""
+def trajectory(tmp_path_factory) -> dict:
+    """Flags of a run with six trajectories."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a blue disc\na green star\n")
+    return {"loss": "trajectory", "prompts_file": path, "num_trajectories": 2, "num_base_steps": 20}
+
+
+@pytest.fixture(scope="module")
+def single(settings, trajectory, tmp_path_factory):
+    """single(name of a base, or "trajectory" or "fp8"): the folder of one process's run."""
     folders = {}
 
     def call(name: str) -> Path:
         if name not in folders:
-            base, further = ("flux", {"loss": name}) if name == "trajectory" else (name, {})
+            base, further = {
+                "trajectory": ("flux", trajectory),
+                "fp8": ("flux", {"quantization": "fp8"}),
+            }.get(name, (name, {}))
             further |= {"timesteps_per_step": 2} if name == "qwen" else {}
             folders[name] = run_train(settings(base, tmp_path_factory.mktemp("single") / name, 1), further)
         return folders[name]
@@ -89,7 +101,7 @@ def single(settings, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def launched(settings, tmp_path_factory):
+def launched(settings, trajectory, tmp_path_factory):
     """launched(kind, processes): the folder of the output folders of several runs in one launch, the last one killed;
     the launch; how many seconds it lived on."""
     found = {}
@@ -102,8 +114,9 @@ def launched(settings, tmp_path_factory):
             if processes == 2:
                 runs += [
                     (settings("qwen", root / "qwen", 2, gradient_checkpointing=True, timesteps_per_step=2), 0),
-                    (settings("flux", root / "trajectory", 2, loss="trajectory"), 0),
+                    (settings("flux", root / "trajectory", 2, **trajectory), 0),
                     (settings("sd3", root / "bf16", 2, mixed_precision="bf16"), 0),
+                    *[(settings("flux", root / "fp8", 2, quantization="fp8"), 0)] * (kind == "ddp"),
                     (stopped, signal.SIGTERM),
                     (stopped | {"resume_from_checkpoint": "latest"}, 0),
                 ]
@@ -121,7 +134,7 @@ def launched(settings, tmp_path_factory):
 
 
 RUNS = [(kind, processes, "flux") for kind in ("ddp", "fsdp") for processes in (2, 4)]
-RUNS += [(kind, 2, name) for kind in ("ddp", "fsdp") for name in ("qwen", "trajectory")]
+RUNS += [(kind, 2, name) for kind in ("ddp", "fsdp") for name in ("qwen", "trajectory")] + [("ddp", 2, "fp8")]
 
 
 @pytest.mark.parametrize("kind, processes, base", RUNS)
@@ -137,6 +150,30 @@ def test_several_processes_equal_one_with_the_same_batch(kind, processes, base, 
         assert len(ranks[0]) == len(lora(single(base) / phase))
         for name, value in ranks[0].items():
             assert all(torch.equal(value, other[name]) for other in ranks[1:]), name
+
+
+def seen(folder: Path) -> list[dict]:
+    """What each of two processes saw, by tests/launched.py."""
+    return [json.loads((folder / f"seen-rank-{rank}.txt").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_each_trajectory_is_drawn_by_one_process(kind, launched):
+    """Those that choose the sampler, the one that measures it, and the rest: six, three on each of the processes."""
+    walks = [[tuple(walk) for walk in rank["walks"]] for rank in seen(launched(kind, 2)[0] / "trajectory")]
+    whole = [[walk for walk in rank if walk[2] == 20] for rank in walks]
+    captions = ["a red ring", "a blue disc", "a green star"]
+    assert sorted(sum(whole, [])) == sorted((captions[index // 2], 1 + index, 20) for index in range(6))
+    assert [len(rank) for rank in whole] == [3, 3]
+    assert [len(rank) for rank in walks] == [5, 5]  # and each of the four ways to sample once
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_nothing_but_the_vae_waits_in_memory_for_its_turn(kind, launched):
+    for base in ("flux", "qwen", "trajectory"):
+        first, second = (rank["moments"] for rank in seen(launched(kind, 2)[0] / base))
+        assert {moment: set(names) for moment, names in first.items()} == EXPECTED
+        assert second == {moment: first[moment] for moment in second} and {"reading", "training"} <= set(second)
 
 
 def test_a_sharded_base_in_half_precision_is_the_base(launched):
@@ -200,6 +237,8 @@ def test_phases_in_parallel_equal_phases_in_turn(launched, settings, tmp_path):
     done = launch_runs(KINDS["fsdp"], 4, tmp_path, [(run, 0)])
     assert done.returncode == 0, done.stderr[-5000:]
     assert files_in(tmp_path / "output") == files_in(launched("fsdp", 2)[0] / "flux")
+    first, _ = seen(tmp_path / "output")
+    assert {moment: set(names) for moment, names in first["moments"].items()} == EXPECTED
 
 
 def test_phases_in_parallel_stop_together_and_go_on(single, settings, tmp_path):
