@@ -14,7 +14,8 @@ EXPECTED = {"reading": {"vae"}, "training": {"vae", "base"}, "decoding": {"vae"}
 def watch(set_attribute) -> dict[str, set[str]]:
     """Patch by `set_attribute`; return what will hold, by moment, the names of all models that were then alive.
 
-    The one that denoises is "base". No garbage is collected that a run does not collect by itself.
+    The one that denoises is "base"; others of its class have their own names. No garbage is collected that a run does
+    not collect by itself.
     """
     models, moments = {}, {}
     load_pipeline, load_transformer = ask.load_pipeline, distribution.load_transformer
@@ -32,7 +33,7 @@ def watch(set_attribute) -> dict[str, set[str]]:
     def watched_transformer(*args, **kwargs):
         note("reading")
         transformer = load_transformer(*args, **kwargs)
-        models["base"] = weakref.ref(transformer)
+        models[kwargs.get("part") or "base"] = weakref.ref(transformer)
         return transformer
 
     def watched_step(*args, **kwargs):

@@ -152,6 +152,20 @@ def test_several_processes_equal_one_with_the_same_batch(kind, processes, base, 
             assert all(torch.equal(value, other[name]) for other in ranks[1:]), name
 
 
+def test_what_two_processes_exchange(tmp_path):
+    """The mean of gradients, zeros where a process has none; the first one's parameters; work, each job done once."""
+    done = launch(KINDS["ddp"], 2, ROOT / "tests" / "exchange.py", tmp_path)
+    assert done.returncode == 0, done.stderr[-5000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for found in (first, second):
+        assert found["gradients"] == [[2.0] * 2, [2.0] * 2, None, [float("inf")] * 2]
+        assert found["parameters"] == [[float(number)] * 2 for number in range(4)]
+        for kind in ("whole", "sharded"):
+            assert found[kind][1] == [[1.0] * 2, [2.0] * 2, [3.0] * 2]
+    assert [found["whole"][0] for found in (first, second)] == [[1, 3], [2]]
+    assert [found["sharded"][0] for found in (first, second)] == [[1, 3], [2, 3]]  # all compute, or none
+
+
 def seen(folder: Path) -> list[dict]:
     """What each of two processes saw, by tests/launched.py."""
     return [json.loads((folder / f"seen-rank-{rank}.txt").read_text()) for rank in range(2)]

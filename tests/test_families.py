@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT, run_train
 from diffusers import DiffusionPipeline, WanPipeline
 from diffusers.image_processor import VaeImageProcessor
+from lifetimes import watch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_chat_families import FAMILIES as CHAT_FAMILIES
@@ -196,7 +197,7 @@ def test_noise_beyond_a_rectified_flow_is_refused(pipelines):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_family(name, pair, infer, tmp_path):
+def test_family(name, pair, infer, tmp_path, monkeypatch):
     make, size, extra = FAMILIES[name]
     base = make(tmp_path / name)
 
@@ -231,7 +232,9 @@ def test_family(name, pair, infer, tmp_path):
     # Trained and inferred by the command line
     defaults = {"pretrained_model_name_or_path": base, "instance_image": pair, "output_dir": tmp_path / "output"}
     defaults |= {"pipeline_kwargs": json.dumps(extra)} if extra else {}
+    moments = watch(monkeypatch.setattr)
     output = run_train(defaults, {"resolution": size, "max_train_steps": 6, "learning_rate": 1e-2})
+    assert moments["reading"] | moments["training"] <= {"base", "vae"} and moments["decoding"] <= {"vae"}
     lora = [item for phase in glance.PHASES for item in load_file(output / phase / glance.WEIGHT_NAME).items()]
     assert all(key.startswith(f"{glance.denoiser_name(pipe.config)}.") for key, _ in lora)
     moved = [value.abs().max() > 1e-4 for key, value in lora if "lora_B" in key]
