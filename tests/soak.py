@@ -87,7 +87,7 @@ def flags_of_run(root: Path) -> list[str]:
     """All but the output folder."""
     flags = {"pretrained_model_name_or_path": root / "flux", "instance_image": root / "glance.png", "resolution": 32}
     flags |= {"rank": 64, "max_train_steps": STEPS, "checkpointing_steps": 1, "checkpoints_total_limit": 3}
-    return [f"--{name}={value}" for name, value in flags.items()]
+    return ["--no-gradient_checkpointing", *(f"--{name}={value}" for name, value in flags.items())]
 
 
 def is_whole(output: Path) -> bool:

@@ -233,7 +233,8 @@ def test_family(name, pair, infer, tmp_path, monkeypatch):
     defaults = {"pretrained_model_name_or_path": base, "instance_image": pair, "output_dir": tmp_path / "output"}
     defaults |= {"pipeline_kwargs": json.dumps(extra)} if extra else {}
     moments = watch(monkeypatch.setattr)
-    output = run_train(defaults, {"resolution": size, "max_train_steps": 6, "learning_rate": 1e-2})
+    settings = {"resolution": size, "max_train_steps": 6, "learning_rate": 1e-2, "no-gradient_checkpointing": None}
+    output = run_train(defaults, settings)
     assert moments["reading"] | moments["training"] <= {"base", "vae"} and moments["decoding"] <= {"vae"}
     lora = [item for phase in glance.PHASES for item in load_file(output / phase / glance.WEIGHT_NAME).items()]
     assert all(key.startswith(f"{glance.denoiser_name(pipe.config)}.") for key, _ in lora)

@@ -213,9 +213,9 @@ TAKES = {"flux", "sd3", "qwen", "flux2", "z_image", "chroma"}
 @pytest.mark.parametrize("name", sorted(TAKES))
 def test_whether_a_batch_may_hold_several_timesteps_is_asked(name, tmp_path):
     """And where it may, the velocities are those of each timestep alone."""
-    make, size, settings = FAMILIES[name]
+    make, size, pipeline_kwargs = FAMILIES[name]
     pipe = DiffusionPipeline.from_pretrained(make(tmp_path))
-    call = ask.call_arguments(pipe, "a red ring", size, size, None, settings.get("pipeline_kwargs", {}))
+    call = ask.call_arguments(pipe, "a red ring", size, size, None, pipeline_kwargs)
     call |= ask.ask_single_branch(pipe, **call)
     assert ask.takes_timesteps(pipe, **call)
     shapes = []
@@ -397,9 +397,10 @@ def test_checkpointing_is_switched_on_where_the_step_would_not_fit(train, tmp_pa
 
     monkeypatch.setattr(train_glance_lora, "train_phase", watched)
     settings = {"phase": "slow", "max_train_steps": 1}
-    train(output_dir=tmp_path / "fits", **settings)
+    asked = settings | {"no-gradient_checkpointing": None}
+    train(output_dir=tmp_path / "fits", **asked)
     monkeypatch.setattr(estimate, "free_memory", lambda device: 1_000_000)
-    train(output_dir=tmp_path / "does not", **settings)
+    train(output_dir=tmp_path / "does not", **asked)
     train(output_dir=tmp_path / "but no", **settings, **{"no-gradient_checkpointing": True})
     assert switched == [False, True, False]
 
