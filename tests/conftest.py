@@ -24,7 +24,7 @@ import train_glance_lora  # noqa: E402
 
 torch.set_num_threads(1)
 # Flags of run_train that decide themselves about gradient checkpointing.
-DECIDED = {"gradient_checkpointing", "no-gradient_checkpointing", "enable_group_offload", "quantization"}
+DECIDED = {"gradient_checkpointing", "no-gradient_checkpointing", "enable_group_offload", "quantization", "config"}
 
 
 def pytest_collection_finish():
@@ -66,7 +66,7 @@ def run_train(defaults: dict, settings: dict) -> Path:
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     defaults = {"resolution": 32, "rank": 4, "max_train_steps": 5} | defaults
-    if not settings.keys() & DECIDED:
+    if not (defaults | settings).keys() & DECIDED:
         defaults |= {"no-gradient_checkpointing": True}
     settings = {key: value for key, value in (defaults | settings).items() if value is not None}
     train_glance_lora.main(flags(**settings))

@@ -7,6 +7,7 @@ keeps the LoRA that it holds after each phase, as OUTPUT_DIR/PHASE-rank-N.pt, an
 """
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -74,6 +75,7 @@ if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):  # accelerate knows of no ba
 
     train_glance_lora.Accelerator = with_gloo
 PartialState.destroy_process_group = lambda self, group=None: None  # the processes meet only once
+gc.freeze()  # as conftest.py does
 *runs, last_run = json.loads(Path(sys.argv[1]).read_text())
 for arguments, number in runs:
     with contextlib.suppress(SystemExit) if number else contextlib.nullcontext():

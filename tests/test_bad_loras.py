@@ -16,6 +16,9 @@ from tiny_pipelines import make_flux
 import glance_utils as glance
 
 
+pytestmark = pytest.mark.forged
+
+
 def forge(source: Path, target: Path, **changes) -> Path:
     """A copy of a LoRA file with another recipe; None removes a key, recipe=None the whole of it."""
     with safe_open(source, framework="pt") as file:

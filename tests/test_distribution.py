@@ -23,6 +23,7 @@ import glance_utils as glance
 from checkpoints import find_checkpoints
 
 
+pytestmark = pytest.mark.processes
 PHASES = ("slow", "fast")
 KINDS = {"ddp": ["--multi_gpu"], "fsdp": ["--use_fsdp", "--fsdp_version=2"]}
 KINDS["deepspeed"] = ["--use_deepspeed", "--zero_stage=2"]
@@ -31,6 +32,7 @@ DEEPSPEED_ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ACCELERATE
 # Gives memory back at once, so that it can be measured.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
 COMMON = {"resolution": 32, "rank": 4, "max_train_steps": 4, "learning_rate": 1e-4}
+QUICK = {"no-gradient_checkpointing": True}  # as conftest.run_train; the others ask whether a step fits
 
 
 def launch(kind: list[str], processes: int, *command) -> subprocess.CompletedProcess:
@@ -109,18 +111,18 @@ def launched(settings, trajectory, tmp_path_factory):
     def call(kind: str, processes: int) -> tuple:
         if (kind, processes) not in found:
             root = tmp_path_factory.mktemp(f"{kind}-{processes}")
-            stopped = settings("flux", root / "stopped", processes)
+            stopped = settings("flux", root / "stopped", processes, **QUICK)
             runs = [(settings("flux", root / "flux", processes), 0)]
             if processes == 2:
                 runs += [
                     (settings("qwen", root / "qwen", 2, gradient_checkpointing=True, timesteps_per_step=2), 0),
-                    (settings("flux", root / "trajectory", 2, **trajectory), 0),
-                    (settings("sd3", root / "bf16", 2, mixed_precision="bf16"), 0),
+                    (settings("flux", root / "trajectory", 2, **trajectory, **QUICK), 0),
+                    (settings("sd3", root / "bf16", 2, mixed_precision="bf16", **QUICK), 0),
                     *[(settings("flux", root / "fp8", 2, quantization="fp8"), 0)] * (kind == "ddp"),
                     (stopped, signal.SIGTERM),
                     (stopped | {"resume_from_checkpoint": "latest"}, 0),
                 ]
-            runs += [(settings("flux", root / "killed", processes, max_train_steps=1000), signal.SIGKILL)]
+            runs += [(settings("flux", root / "killed", processes, max_train_steps=1000, **QUICK), signal.SIGKILL)]
             done = launch_runs(KINDS[kind], processes, root, runs)
             killed = root / "killed" / "signal.txt"
             found[kind, processes] = root, done, time.time() - float(killed.read_text() if killed.exists() else 0)
@@ -257,7 +259,7 @@ def test_phases_in_parallel_equal_phases_in_turn(launched, settings, tmp_path):
 
 def test_phases_in_parallel_stop_together_and_go_on(single, settings, tmp_path):
     """On two halves of one process each; the fast one is told to stop, and has then nothing to go on from."""
-    run = settings("flux", tmp_path / "output", 1, parallel_phases=True)
+    run = settings("flux", tmp_path / "output", 1, parallel_phases=True, **QUICK)
     done = launch_runs(KINDS["ddp"], 2, tmp_path, [(run, signal.SIGTERM)])
     output = tmp_path / "output"
     assert [step for step, _ in find_checkpoints(output / "fast")] == [3], done.stderr[-5000:]

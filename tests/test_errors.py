@@ -21,6 +21,7 @@ import infer_glance
 import train_glance_lora
 
 
+pytestmark = pytest.mark.forged
 PHASES = ("slow", "fast")
 STATE = "training_state.pt"
 
@@ -543,6 +544,7 @@ def test_a_later_divergence_names_its_step(train):
 # The command line
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "script, arguments, word",
     [

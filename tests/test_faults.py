@@ -100,6 +100,7 @@ def test_a_signal_before_training_ends_the_run_in_one_line(train, monkeypatch, t
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("script", ["train_glance_lora.py", "infer_glance.py"])
 def test_ctrl_c_while_the_libraries_are_imported_ends_in_one_line(script):
     command = [sys.executable, "-X", "importtime", str(ROOT / script), "--help"]
@@ -186,6 +187,7 @@ def test_leftovers_of_a_killed_run_are_swept(train, tmp_path):
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-9"]
 
 
+@pytest.mark.processes
 def test_a_round_of_make_soak(tmp_path):
     command = [sys.executable, str(ROOT / "tests" / "soak.py"), "--rounds=1", "--seed=1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -310,6 +312,7 @@ def test_a_folder_that_became_read_only(train, at_step, tmp_path):
 # Two runs
 
 
+@pytest.mark.processes
 def test_a_second_run_in_the_same_folder_is_refused(train, at_step, tmp_path):
     output = tmp_path / "output"
     code = "import sys, faults\nwith faults.locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"

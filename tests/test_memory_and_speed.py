@@ -125,6 +125,7 @@ def test_a_lora_keeps_its_precision_on_an_fp8_base(trained, pipelines):
         assert (loaded[name].float() - value).abs().max() <= 2**-8 * value.abs().max(), name
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8", "fp8"])
 def test_loading_takes_a_shard_at_a_time(quantization, pipelines, tmp_path):
     """In a fresh process: the host's own memory while loading stays near the largest shard plus the loaded model."""
@@ -363,6 +364,7 @@ def test_a_dry_run_reads_configs_alone(base, pipelines, pair, train, tmp_path, c
     assert len([line for line in printed.splitlines() if line.startswith("| ")]) == 1 + 4 * 2 - 1
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("checkpointing", ["none", "checkpointing"])
 def test_the_estimated_peak_is_the_measured_one(checkpointing, pipelines):
     """A real step of 90 M parameters in a fresh process, by the process's own peak: within 15 %."""

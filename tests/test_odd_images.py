@@ -16,6 +16,7 @@ from glance_utils import InputError
 from instance_data import load_pair
 
 
+pytestmark = pytest.mark.forged
 PIXELS = np.zeros((40, 60, 3), np.uint8)
 PIXELS[:20, :, 0], PIXELS[20:, :, 1] = 200, 100  # red above, green below
 HALVES = Image.fromarray(PIXELS)
