@@ -1,4 +1,4 @@
-"""What both scripts do before they import the libraries, which takes seconds and is not silent."""
+"""What every script does before it imports the libraries, which takes seconds and is not silent."""
 
 import logging
 import os
@@ -12,8 +12,9 @@ def say_stopped(number: int, hint: str) -> None:
 
 
 def as_script(hint: str) -> None:
-    """From here on Ctrl-C ends the process in one line, and bitsandbytes, which peft imports, speaks of errors alone:
-    it asks for a package that is not needed, and says at every layer that it casts."""
+    """From here on Ctrl-C ends the process in one line, and the libraries speak of errors alone: bitsandbytes, which
+    peft imports, asks for a package that is not needed, and says at every layer that it casts; transformers asks for
+    torchvision while it is imported."""
 
     def leave(number, frame):
         say_stopped(number, hint)
@@ -21,3 +22,5 @@ def as_script(hint: str) -> None:
 
     signal.signal(signal.SIGINT, leave)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")

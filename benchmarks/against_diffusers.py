@@ -19,6 +19,18 @@ All run in this process in turns, on two transformers with equal weights; ratios
   trackers, checkpoints, and the text encoders, which that script calls in every step.
 """
 
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import start
+
+
+if __name__ == "__main__":
+    start.as_script("what was not written yet is lost")
+
 import contextlib
 import statistics
 

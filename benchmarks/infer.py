@@ -8,6 +8,18 @@ Both are calls of the pipeline from noise to final latents, without text encoder
 Glance's has two LoRAs with random weights, in --dtype, and the hand-off between them, beside the weights and fused.
 """
 
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import start
+
+
+if __name__ == "__main__":
+    start.as_script("what was not written yet is lost")
+
 import statistics
 
 import shapes

@@ -18,6 +18,18 @@ Writes table.md, results.json and quality.png into --output_dir. The rows, by th
 The teacher is the base with all its steps and guidance. README.md beside this file says what the columns are.
 """
 
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import start
+
+
+if __name__ == "__main__":
+    start.as_script("what was not written yet is lost")
+
 import contextlib
 import functools
 import hashlib
@@ -27,9 +39,7 @@ import logging
 import re
 import shutil
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import diffusers
 import torch

@@ -8,6 +8,18 @@ The step is that of train_glance_lora.py, with its own adapter, optimizer and ve
 pipeline, loss, backward, clipping, AdamW. The base has random weights (--shape) or those of a pipeline directory.
 """
 
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import start
+
+
+if __name__ == "__main__":
+    start.as_script("what was not written yet is lost")
+
 import statistics
 
 import shapes

@@ -6,30 +6,37 @@
 256 captions that training never saw, one picture each, the same noise in every row, guidance as in configs/demo.yaml.
 """
 
-import argparse
-import json
 import sys
-import time
 from pathlib import Path
 
-import diffusers
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import start
+
+
+if __name__ == "__main__":
+    start.as_script("what was not written yet is lost")
+
+import argparse
+import json
+import time
+
 import torch
 from diffusers import FluxPipeline
 from judge import load_judge
 from scenes import ATTRIBUTES, RESOLUTION, caption_of, render, split_scenes
 
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import glance_utils as glance  # noqa: E402
-from lora_files import read_recipe  # noqa: E402
+import command_line as cli
+import glance_utils as glance
+from lora_files import read_recipe
 
 
 def draw(pipe, scenes, guidance: float, **kwargs) -> torch.Tensor:
     """One picture a scene, float32 (N, 3, H, W) in 0..1; picture i has the seed i."""
     pictures = []
-    for start in range(0, len(scenes), 32):
-        captions = [caption_of(scene) for scene in scenes[start : start + 32]]
+    for first in range(0, len(scenes), 32):
+        captions = [caption_of(scene) for scene in scenes[first : first + 32]]
         pictures.append(
             pipe(
                 captions,
@@ -38,7 +45,7 @@ def draw(pipe, scenes, guidance: float, **kwargs) -> torch.Tensor:
                 height=RESOLUTION,
                 width=RESOLUTION,
                 max_sequence_length=16,
-                generator=[torch.Generator().manual_seed(start + i) for i in range(len(captions))],
+                generator=[torch.Generator().manual_seed(first + i) for i in range(len(captions))],
                 output_type="pt",
                 **kwargs,
             ).images.float()
@@ -54,7 +61,7 @@ def main():
     parser.add_argument("--guidance", type=float, default=3.0, help="true_cfg_scale; 1 is none")
     parser.add_argument("--output", help="also write the numbers as JSON")
     args = parser.parse_args()
-    diffusers.logging.set_verbosity_error()
+    cli.set_up_logging()
     judge = load_judge()
     scenes = split_scenes()[1][: args.num_captions]
     pipe = FluxPipeline.from_pretrained(args.model)
@@ -63,12 +70,12 @@ def main():
     results = {}
 
     def row(name: str, model_calls: int, pictures) -> None:
-        start = time.perf_counter()
+        begun = time.perf_counter()
         right = judge.right(pictures(), scenes)
         results[name] = {"model_calls": model_calls, "all_right": right.all(1).float().mean().item()}
         results[name] |= dict(zip(ATTRIBUTES, right.float().mean(0).tolist()))
         numbers = " | ".join(f"{results[name][key]:.3f}" for key in ("all_right", *ATTRIBUTES))
-        print(f"| {name} | {model_calls} | {numbers} | {time.perf_counter() - start:.0f} s |", flush=True)
+        print(f"| {name} | {model_calls} | {numbers} | {time.perf_counter() - begun:.0f} s |", flush=True)
 
     print(f"| {args.num_captions} captions | model calls | all right | {' | '.join(ATTRIBUTES)} | time |")
     print("|---" * (4 + len(ATTRIBUTES)) + "|")

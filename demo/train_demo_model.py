@@ -8,13 +8,24 @@ for how long they take. For long runs on a CPU set MALLOC_MMAP_THRESHOLD_, MALLO
 MALLOC_TOP_PAD_ to 4294967296: glibc otherwise gives every large buffer back to the system.
 """
 
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import start
+
+
+if __name__ == "__main__":
+    start.as_script("what was not written yet is lost")
+
 import argparse
 import copy
 import logging
 import math
 import os
 import re
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
