@@ -7,7 +7,9 @@
 
 The schedule, the size and the guidance are read from the LoRA files. Image i of a prompt has the seed --seed + i.
 With more than one image, out.png becomes out-000.png, out-001.png, ... `accelerate launch infer_glance.py` splits the
-images over its processes. --compare draws the base at full steps, the base at ten and Glance beside each other.
+images over its processes. --compare draws the base at full steps, the base at ten and Glance beside each other; until
+the picture is whole its rows are out-row-000.png, ... A picture that is not finite (NaN) is not written; the others
+are, and the exit code is 1.
 """
 
 import start
