@@ -51,6 +51,7 @@ class Probe(FixedSigmaScheduler):
     def step(self, model_output, timestep, sample, *args, **kwargs):
         sample = self.on_step(self.calls, model_output, sample)
         self.calls += 1
+        self._step_index = (self.begin_index or 0) + self.calls  # some pipelines read it
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample)  # serves [0] and .prev_sample alike
 
     def __deepcopy__(self, memo):

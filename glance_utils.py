@@ -12,6 +12,7 @@ What only the pipeline knows (its schedule, its latents' layout, its velocity) i
 """
 
 import contextlib
+import functools
 import importlib
 import inspect
 import json
@@ -239,59 +240,150 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
 
     With it requested and used sigmas are equal: a pipeline's own scheduler would shift `sigmas=` once more. Plain
     diffusers does the same with shift=1.0, use_dynamic_shifting=False, shift_terminal=None and `sigmas=`, in
-    pipelines that take `sigmas`.
+    pipelines that take `sigmas`. It saves and loads as any scheduler does, the whole sampler in its config.
     """
+
+    _compatibles = ["FlowMatchEulerDiscreteScheduler"]
+    ignore_for_config = ["before_step", "like"]
 
     def __init__(
         self,
         sigmas: list[float],
         told: list[float] | None = None,
-        before_step=lambda index: None,
+        before_step=None,
         like=None,
         coefficients: list[list[float]] | None = None,
+        invert_sigmas: bool = False,
+        num_train_timesteps: int = 1000,
     ):
         """`told` are the timesteps told to the model where they are not 1000 * sigma; `before_step(index)` is called
         before each step's model calls; `like` is a scheduler that may count the image's share instead of the noise's,
-        or timesteps to another number than 1000; with `coefficients` [a, c] for each step, it goes along
-        a * velocity + c * the previous step's velocity (grids.fit_coefficients)."""
-        kept = {"invert_sigmas", "num_train_timesteps"} & set(like.config if like is not None else ())
-        super().__init__(**{key: like.config[key] for key in kept})
-        self.fixed_sigmas = list(sigmas)
-        self.told = told
+        or timesteps to another number than 1000, which the last two arguments say as well; with `coefficients` [a, c]
+        for each step, it goes along a * velocity + c * the previous step's velocity (grids.fit_coefficients).
+
+        Raises InputError where `told` or `coefficients` are not one for each sigma.
+        """
+        if like is not None:
+            invert_sigmas = counts_image(like)
+            num_train_timesteps = like.config.get("num_train_timesteps", num_train_timesteps)
+        super().__init__(num_train_timesteps=num_train_timesteps, invert_sigmas=invert_sigmas)
+        lists = {"sigmas": as_floats(sigmas), "told": told, "coefficients": coefficients}
+        lists = {name: value if value is None else np.asarray(value, float).tolist() for name, value in lists.items()}
+        for name, value in lists.items():
+            if value is not None and len(value) != (count := len(lists["sigmas"])):
+                raise InputError(f"{name}: {len(value)} of them for {count} sigmas; give one for each step")
+        self.register_to_config(**lists)  # beside what the parent has registered
         self.init_noise_sigma = 1.0
         self.before_step = before_step
-        self.coefficients = coefficients
+
+    def _begin_at(self, index: int) -> None:
+        """Note which step is the next to be executed, as soon as it is known."""
+        self.next_index = index
+        if self.before_step is not None:
+            self.before_step(index)
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
-        super().set_timesteps(sigmas=self.fixed_sigmas, device=device)
-        if self.told is not None:
-            self.timesteps = torch.tensor(self.told, dtype=torch.float32, device=device)
-        self.previous = 0.0
-        self.before_step(0)
+        super().set_timesteps(sigmas=self.config.sigmas, device=device)
+        if self.config.told is not None:
+            self.timesteps = torch.tensor(self.config.told, dtype=torch.float32, device=device)
+        self.velocities = {}  # by step, the newest one or two
+        self._begin_at(0)
+
+    def set_begin_index(self, begin_index: int = 0):
+        """Called by pipelines that leave the first steps out: those that begin with a picture."""
+        super().set_begin_index(begin_index)
+        self._begin_at(begin_index)
+
+    def index_for_timestep(self, timestep, schedule_timesteps=None) -> int:
+        """The first of the steps whose timestep is nearest: some are told alike, and some pipelines round them."""
+        return int((self.timesteps.float() - torch.as_tensor(timestep).to(self.timesteps)).abs().argmin())
+
+    def scale_noise(self, sample, timestep, noise=None):
+        if self.begin_index is None and self.step_index is None:  # the picture that the pipeline will begin with
+            self._begin_at(self.index_for_timestep(timestep.flatten()[0]))
+        return super().scale_noise(sample, timestep, noise)
 
     def step(self, model_output, timestep, sample, *args, **kwargs):
-        index = self.step_index or 0
+        if self.step_index is None:
+            self._init_step_index(timestep)
+            if self.before_step is not None and self.step_index != self.next_index:
+                raise InputError(
+                    f"the pipeline begins with step {self.step_index} of {len(self.config.sigmas)} and did not say so "
+                    "before it called its model; call pipe.scheduler.set_begin_index"
+                )
+        index = self.step_index
         timestep = self.timesteps[index]  # some pipelines round it to an integer
-        if self.coefficients is not None:
-            (own, before), velocity = self.coefficients[index], model_output.float()
-            model_output = (own * velocity + before * self.previous).to(model_output.dtype)
-            self.previous = velocity
+        if self.config.coefficients is not None:
+            (own, share), velocity = self.config.coefficients[index], model_output.float()
+            before = self.velocities.get(index - 1, 0.0)
+            if (
+                share and index - 1 not in self.velocities
+            ):  # the first that is executed of a fitted schedule's later ones
+                own = 1.0
+            model_output = (own * velocity + share * before).to(model_output.dtype)
+            self.velocities = {index - 1: before, index: velocity}
         result = super().step(model_output, timestep, sample, *args, **kwargs)
-        self.before_step(self.step_index)
+        if self.before_step is not None:
+            self.before_step(self.step_index)
         return result
 
     def scale_model_input(self, sample, timestep=None):
         return sample
 
 
-def activate_adapter(transformer, name: str | None, scale: float = 1.0) -> None:
-    """Make this LoRA the only active one, at `scale` times its strength, or none where the name is None."""
-    for layer in transformer.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.enable_adapters(name is not None)
-            if name is not None:
-                layer.set_adapter(name)
-                layer.set_scale(name, scale)
+def adapted_layers(model: torch.nn.Module) -> list[BaseTunerLayer]:
+    return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def activate_adapter(transformer, name: str | None, scale: float = 1.0, beside: dict | None = None) -> None:
+    """Make this LoRA the only active one, at `scale` times its strength, or none where the name is None.
+
+    `beside` says, by layer, which others stay active as they are.
+    """
+    for layer in adapted_layers(transformer):
+        names = [*(beside or {}).get(layer, ()), *([] if name is None else [name])]
+        layer.enable_adapters(bool(names))
+        if names:
+            layer.set_adapter(names)
+        if name is not None:
+            layer.set_scale(name, scale)
+
+
+@contextlib.contextmanager
+def adapters_kept(transformer):
+    """Put every layer's adapters back as they were: which are active, how strong, whether disabled, which train."""
+    found = []
+    for layer in adapted_layers(transformer):
+        trains = {name: parameter.requires_grad for name, parameter in layer.named_parameters()}
+        found.append((layer, list(layer.active_adapters), layer.disable_adapters, dict(strengths(layer)), trains))
+    try:
+        yield
+    finally:
+        for layer, active, disabled, scaling, trains in found:
+            layer.set_adapter(active)
+            layer.enable_adapters(not disabled)
+            strengths(layer).update({name: value for name, value in scaling.items() if name in strengths(layer)})
+            for name, parameter in layer.named_parameters():
+                parameter.requires_grad_(trains.get(name, parameter.requires_grad))
+
+
+def strengths(layer: BaseTunerLayer) -> dict[str, float]:
+    """By adapter, what its contribution to this layer is multiplied with: alpha / rank times the user's scale."""
+    return getattr(layer, "scaling", {})
+
+
+def check_adapters(transformer, names: list[str]) -> None:
+    """InputError where the model lacks one of these adapters, or an adapter is fused, so that others cannot act."""
+    layers = adapted_layers(transformer)
+    loaded = sorted({name for layer in layers for name in strengths(layer)})
+    for name in names:
+        if name not in loaded:
+            raise InputError(
+                f"no adapter {name!r} is loaded into {type(transformer).__name__}, it has "
+                f"{', '.join(loaded) or 'none'}; load one under this name, or draw without: FixedSigmaScheduler"
+            )
+    if fused := sorted({name for layer in layers for name in layer.merged_adapters}):
+        raise InputError(f"the adapter {', '.join(fused)} is fused, so that no other can act; call pipe.unfuse_lora()")
 
 
 @contextlib.contextmanager
@@ -299,14 +391,15 @@ def fused_adapters(transformer):
     """A function like `activate_adapter` that adds the LoRA to the base's own weights: it costs nothing a step then.
 
     Each is added to a copy of the base's weights, never to what another left: afterwards the base is as it was, to
-    the bit. It takes the memory of the adapted layers once more.
+    the bit. It takes the memory of the adapted layers once more. Adapters that are active act beside it.
     """
-    layers = [layer for layer in transformer.modules() if isinstance(layer, LoraLayer)]
-    if any(layer.lora_magnitude_vector or any(layer.lora_bias.values()) for layer in layers):
-        raise InputError(
-            "these LoRAs have magnitudes (DoRA) or biases, which cannot be added to the weights; leave --fuse_lora "
-            "and --compile out"
-        )
+    layers = adapted_layers(transformer)
+    for layer in layers:
+        if not isinstance(layer, LoraLayer) or layer.lora_magnitude_vector or any(layer.lora_bias.values()):
+            raise InputError(
+                "these adapters have magnitudes (DoRA), biases or another form than LoRA's, which cannot be added to "
+                "the weights; leave --fuse_lora and --compile out"
+            )
     weights = [layer.get_base_layer().weight for layer in layers]
     copies = [weight.detach().clone() for weight in weights]
 
@@ -320,7 +413,6 @@ def fused_adapters(transformer):
             else:
                 weight.copy_(copy)
 
-    activate_adapter(transformer, None)
     try:
         yield activate
     finally:
@@ -343,30 +435,39 @@ def glance_inference(
 
     The adapters are already loaded under the names of `phases`; `scales` are their strengths, 1 by default;
     `told(sigmas)` are the timesteps told to the model (ask_pipeline.ask_told), 1000 * sigma by default; `fuse` adds
-    each LoRA to the base's weights; `coefficients` are a fitted solver's (FixedSigmaScheduler). Afterwards the
-    scheduler is the pipeline's own again and no adapter is active.
+    each LoRA to the base's weights; `coefficients` are a fitted solver's (FixedSigmaScheduler). A pipeline that leaves
+    steps out, as those that begin with a picture do, begins in the phase of its first step. Other adapters that are
+    active stay so. Afterwards the scheduler and all adapters are as they were found.
+
+    Raises InputError for names that are not loaded, and for timesteps that check_timesteps refuses.
     """
-    scheduler, scales = pipe.scheduler, scales or {}
-    timesteps = [timestep for part in phases.values() for timestep in as_floats(part)]
-    first_steps, step = {}, 0
-    for name, part in phases.items():
-        first_steps[step] = name
-        step += len(part)
+    model, scheduler, scales = denoiser(pipe), pipe.scheduler, scales or {}
+    if unknown := set(scales) - set(phases):
+        raise InputError(f"scales: {', '.join(sorted(unknown))} is no phase; the phases are {', '.join(phases)}")
+    check_adapters(model, list(phases))
+    timesteps = check_timesteps([timestep for part in phases.values() for timestep in as_floats(part)])
+    names = [name for name, part in phases.items() for _ in as_floats(part)]
+    beside = {
+        layer: [] if layer.disable_adapters else [name for name in layer.active_adapters if name not in phases]
+        for layer in adapted_layers(model)
+    }
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(adapters_kept(model))
+        activate_adapter(model, None, beside=beside)
+        activate = functools.partial(activate_adapter, beside=beside)
+        activate, active = stack.enter_context(fused_adapters(model)) if fuse else activate, None
 
-    model = denoiser(pipe)
-    with fused_adapters(model) if fuse else contextlib.nullcontext(activate_adapter) as activate:
-
-        def switch(step):
-            if name := first_steps.get(step):
+        def switch(index: int) -> None:
+            nonlocal active
+            name = names[index] if index < len(names) else active
+            if name != active or index == 0:
                 activate(model, name, scales.get(name, 1.0))
+            active = name
 
         sigmas = timesteps_to_sigmas(timesteps)
-        pipe.scheduler = FixedSigmaScheduler(sigmas, told(sigmas), switch, scheduler, coefficients)
-        try:
-            yield {"num_inference_steps": len(timesteps)}
-        finally:
-            pipe.scheduler = scheduler
-            activate(model, None)
+        fixed = FixedSigmaScheduler(sigmas, told(sigmas), switch, scheduler, coefficients)
+        stack.enter_context(replaced(pipe, "scheduler", fixed))
+        yield {"num_inference_steps": len(timesteps)}
 
 
 # --------------------------------------------------------------------------------------------------------------------

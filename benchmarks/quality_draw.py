@@ -113,9 +113,13 @@ def prepared(bench: Bench, settings: dict):
             inference = glance.glance_inference(pipe, phases, scales, bench.told, True, coefficients)
             kwargs = stack.enter_context(inference)
         else:
-            found = sampler(bench, settings["grid"], settings["steps"], settings.get("solver", "euler"))
-            inference = glance.glance_inference(pipe, {"base": found[0]}, told=bench.told, coefficients=found[1])
-            kwargs = stack.enter_context(inference)
+            timesteps, fitted = sampler(bench, settings["grid"], settings["steps"], settings.get("solver", "euler"))
+            sigmas = glance.timesteps_to_sigmas(timesteps)
+            scheduler = glance.FixedSigmaScheduler(
+                sigmas, bench.told(sigmas), like=pipe.scheduler, coefficients=fitted
+            )
+            stack.enter_context(replaced(pipe, "scheduler", scheduler))
+            kwargs = {"num_inference_steps": len(sigmas)}
         call = call | kwargs | ({} if settings.get("guided", True) else bench.single)
         yield stack.enter_context(ask.plain_call(pipe, call))
 

@@ -206,11 +206,12 @@ def test_each_call_inside_begins_with_the_slow_adapter(trained, pipelines):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_afterwards_no_adapter_is_active(base, trained, pipelines):
+def test_afterwards_the_base_is_as_it_was(base, trained, pipelines):
     folder = trained(base)
     call = {"prompt": "a dog", "height": 32, "width": 32}
     wanted = stock(pipelines[base])(**call, num_inference_steps=4, generator=seeded()).images[0]
     pipe, seen = stock(pipelines[base], folder), []
+    pipe.disable_lora()
     watch(pipe.transformer, seen)
     scheduler, config = pipe.scheduler, dict(pipe.scheduler.config)
     with glance.glance_inference(pipe, schedule_of(folder)) as kwargs:
@@ -229,6 +230,7 @@ def test_nor_after_an_exception(step, trained, pipelines):
     call = {"prompt": "a dog", "height": 32, "width": 32}
     wanted = stock(pipelines["flux"])(**call, num_inference_steps=4, generator=seeded()).images[0]
     pipe = stock(pipelines["flux"], folder)
+    pipe.disable_lora()
     scheduler, calls = pipe.scheduler, []
 
     def interrupt(module, args):
