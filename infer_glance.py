@@ -263,7 +263,7 @@ def check_parts(args, pipe: DiffusionPipeline, paths: dict[str, Path]) -> None:
     if args.enable_vae_tiling and not hasattr(getattr(pipe, "vae", None), "enable_tiling"):
         raise InputError(f"--enable_vae_tiling: {type(pipe).__name__} has no VAE that can be tiled; leave it out")
     for path in paths.values():
-        lora_files.check_fits(pipe, path)
+        glance.read_lora(pipe, path)
 
 
 def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> DiffusionPipeline:

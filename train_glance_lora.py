@@ -366,6 +366,7 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
     if resume is not None:
         start = resume["step"]
         set_peft_model_state_dict(transformer, resume["lora"], adapter_name=ADAPTER)
+        glance.check_loaded(transformer, ADAPTER, resume["lora"])
         generator.set_state(resume["generator"])
         for name, part in stateful.items():
             part.load_state_dict(resume[name])

@@ -150,12 +150,6 @@ def loras(trained, tmp_path_factory):
     wrong("arguments a list", pipeline_kwargs=[1])
     wrong("argument is ours", pipeline_kwargs={"latents": 1})
     wrong("another height", height=64)
-    wrong("alpha")
-    weights = load_file(slow)
-    layer = next(name for name in weights if "lora_A" in name).removesuffix(".lora_A.weight")
-    for phase in PHASES:  # as other trainers write them: no recipe, alpha beside the matrices
-        path = root / "alpha" / phase / glance.WEIGHT_NAME
-        save_file(load_file(good / phase / glance.WEIGHT_NAME) | {f"{layer}.alpha": torch.tensor(4.0)}, path)
     wrong("another base", base_model="somewhere/else")
     for phase in PHASES:
         forge(
@@ -210,7 +204,6 @@ INFERENCE = {
     "LoRA is text": (pair_in("text"), "safetensors"),
     "LoRA is empty": (pair_in("empty"), "safetensors"),
     "one with a recipe, one without": (pair_in("no recipe"), "no recipe"),
-    "LoRA with alpha": (pair_in("alpha"), ".alpha"),
     "weight name missing": ({"slow_weight_name": "other.safetensors"}, "other.safetensors"),
     "LoRA not on the hub": ({"lora": "nobody/nothing"}, "nobody/nothing"),
     "one list": ({"flow_custom_timesteps": "1000,900"}, "one list"),

@@ -382,22 +382,39 @@ def test_call_arguments_are_the_pipelines_own(pipelines):
 def foreign(trained, tmp_path):
     """foreign(scale): the trained pair without recipe, under other names, lora_B divided by `scale`."""
 
-    def call(scale=1.0):
-        folder = tmp_path / f"foreign-{scale:g}"
+    def call(scale=1.0, change=dict):
+        folder = tmp_path / f"foreign-{scale:g}-{change.__name__}"
         folder.mkdir()
         for phase in PHASES:
             weights = load_file(trained() / phase / glance.WEIGHT_NAME)
             weights = {name: value / scale if "lora_B" in name else value for name, value in weights.items()}
-            save_file(weights, folder / f"glance-{phase}.safetensors")
+            save_file(change(weights), folder / f"glance-{phase}.safetensors")
         names = {f"{phase}_weight_name": f"glance-{phase}.safetensors" for phase in PHASES}
         return {"lora": folder, "height": 32, "width": 32, "guidance_scale": 3.5} | names
 
     return call
 
 
+def unprefixed(weights):
+    return {name.removeprefix("transformer."): value for name, value in weights.items()}
+
+
+def with_alphas(weights):
+    """As kohya's scripts and ComfyUI's trainers write them: alpha beside the matrices, here four times the rank."""
+    layers = {name.split(".lora_")[0] for name in weights}
+    names = {".lora_A": ".lora_down", ".lora_B": ".lora_up", "transformer.": "diffusion_model."}
+    for old, new in names.items():
+        weights = {name.replace(old, new): value for name, value in weights.items()}
+    return weights | {
+        f"{layer.replace('transformer.', 'diffusion_model.')}.alpha": torch.tensor(16.0) for layer in layers
+    }
+
+
 def test_files_without_recipe_walk_the_derived_schedule(trained, foreign, infer):
+    """Whoever wrote them, at the strength that they tell, or else the full one."""
     wanted = pixels(infer(lora=trained()))
-    assert np.array_equal(pixels(infer(**foreign())), wanted)
+    for scale, change in [(1.0, dict), (1.0, unprefixed), (4.0, with_alphas)]:
+        assert np.array_equal(pixels(infer(**foreign(scale, change))), wanted)
 
 
 def test_lora_scale_brings_back_a_strength_that_was_not_saved(trained, foreign, infer):
