@@ -1,7 +1,7 @@
 # make demo   train both LoRAs on the demo model and draw the comparison: output/demo/comparison.png
 # make test   lint and the whole test suite
 # make soak   kill -9 and resume training runs 50 times at random moments: how many survived, how many came out equal
-# Each creates .venv and install into it first; nothing else is needed but Python 3.10 or newer.
+# Each creates .venv and install into it first; nothing else is needed but Python 3.11 or newer.
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -1,13 +1,13 @@
 """What may go wrong from outside: signals, a second run on the same folder, a disk that takes no more."""
 
 import contextlib
-import fcntl
-import os
 import re
 import signal
 import sys
 import threading
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from checkpoints import STATE_NAME, find_checkpoints
 from glance_utils import WEIGHT_NAME, InputError
@@ -66,38 +66,29 @@ def locked(output_dir: str | Path):
     """
     path = Path(output_dir).absolute() / ".lock"
     made = [parent for parent in path.parents if not parent.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = lock_file(path)
+    lock = FileLock(path, timeout=0.2, fallback_to_soft=False)  # it may just be taken away by a run that ends
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise InputError(f"--output_dir {path.parent}: cannot be written ({error.strerror})") from None
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"--output_dir {path.parent}: another run is writing there; wait for it or name another folder"
+        ) from None
+    except OSError:  # a file system that knows no locks
+        pass
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # the folder has gone
+        with contextlib.suppress(OSError):  # the folder has gone; or Windows, which removes it on release
             path.unlink()
-        os.close(lock)
+        lock.release()
         with contextlib.suppress(OSError):  # not empty, or gone
             for folder in made:
                 folder.rmdir()
-
-
-def lock_file(path: Path) -> int:
-    """A descriptor that holds the lock on this very file: another run may have just removed the one opened."""
-    while True:
-        try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise InputError(f"--output_dir {path.parent}: cannot be written ({error.strerror})") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
-                return lock
-            os.close(lock)
-        except BlockingIOError:
-            os.close(lock)
-            raise InputError(
-                f"--output_dir {path.parent}: another run is writing there; wait for it or name another folder"
-            ) from None
-        except OSError:  # a file system that knows no locks
-            return lock
 
 
 def sweep(output_dir: Path) -> None:

@@ -870,7 +870,7 @@ def replace_file(path: Path, write) -> None:
         write(temporary)
         os.umask(umask := os.umask(0))
         temporary.chmod(0o666 & ~umask)  # safetensors makes its files readable by their owner alone
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file:  # Windows flushes none that is open to read alone
             os.fsync(file.fileno())  # the name must not be there before the content, should the machine go down
         os.replace(temporary, path)
     finally:

@@ -329,6 +329,33 @@ def test_a_second_run_in_the_same_folder_is_refused(train, at_step, tmp_path):
     assert set(files_in(output)) == FILES
 
 
+def test_a_file_system_without_locks_does_not_stop_a_run(tmp_path, monkeypatch):
+    def refuse(self):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(faults.FileLock, "_acquire", refuse)
+    with faults.locked(tmp_path / "output"):
+        assert (tmp_path / "output" / ".lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_here_needs_posix():
+    """As on Windows, whose Python has none of these modules; the libraries are imported before."""
+    modules = sorted(path.stem for path in ROOT.glob("*.py"))
+    code = f"""
+import sys
+import accelerate.tracking, bitsandbytes, datasets, diffusers.loaders, filelock, peft, torch, transformers
+from diffusers import FluxPipeline, BitsAndBytesConfig
+import PIL.Image, PIL.ImageOps, yaml, tqdm.auto, safetensors.torch
+for name in ("fcntl", "pwd", "grp", "resource", "termios", "tty", "pty", "syslog"):
+    sys.modules[name] = None
+for name in {modules}:
+    __import__(name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Numbers
 
