@@ -49,6 +49,8 @@ def is_deepspeed(accelerator) -> bool:
 
 def check_combination(args, accelerator) -> None:
     """InputError where what was launched does not go with what was asked for."""
+    if accelerator.distributed_type == DistributedType.XLA:
+        raise InputError("nothing here runs on TPUs; launch on GPUs, or with --cpu")
     if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
         raise InputError(
             f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}, but accelerate was launched with "

@@ -42,6 +42,7 @@ import distribution
 import estimate
 import faults
 import glance_utils as glance
+import launcher
 import load_base
 import lora_files
 import pictures
@@ -82,7 +83,7 @@ def parse_args(argv: list[str] | None = None):
     add("--guidance", choices=("keep", "fold"), help="as trained by default; fold: none, it is in the LoRAs")
     add("--pipeline_kwargs", type=cli.json_object, default={}, help="JSON: further arguments of the pipeline's call")
     add("--compare", action="store_true", help="one labelled picture: base at full steps, base at ten, Glance")
-    add("--dtype", "--torch_dtype", choices=tuple(DTYPES), default="float32")
+    add("--dtype", "--torch_dtype", choices=tuple(DTYPES), help="accelerate launch's by default, or float32")
     add("--quantization", choices=load_base.QUANTIZATIONS, default="none", help="of the transformer, while it loads")
     add("--fuse_lora", action="store_true", help="add each LoRA to the weights: no cost a step, more memory")
     add("--compile", action="store_true", help="torch.compile the repeated blocks; fuses the LoRAs where it can")
@@ -91,6 +92,7 @@ def parse_args(argv: list[str] | None = None):
     add("--enable_sequential_cpu_offload", action="store_true", help="slowest, least memory")
     add("--enable_vae_tiling", action="store_true", help="decode large pictures in tiles")
     args = parser.parse(argv)
+    args.dtype = launcher.agreed_dtype(args.dtype)
     if not args.pretrained_model_name_or_path:
         raise InputError("--pretrained_model_name_or_path is missing; give a diffusers pipeline, folder or hub id")
     check_combination(args)

@@ -43,6 +43,7 @@ import command_line as cli
 import distribution
 import faults
 import glance_utils as glance
+import launcher
 import load_base
 import trajectories
 from checkpoints import check_lora, find_resume, load_checkpoint, resume_settings, save_checkpoint, with_run
@@ -60,7 +61,8 @@ DEFAULTS = {"flow": {"grid": "glance", "solver": "euler"}, "trajectory": {"grid"
 SEGMENT_POWERS = {"uniform": 0, "length": 1, "length_squared": 2}
 
 
-def parse_args(argv: list[str] | None = None):
+def make_parser() -> cli.Parser:
+    """Return the parser of all flags; those that the launcher has too are None until launcher.set_defaults."""
     parser = cli.Parser(description="Train Glance's Slow-LoRA and Fast-LoRA on one image and its caption.")
     add = parser.add_argument
     # model
@@ -156,7 +158,7 @@ def parse_args(argv: list[str] | None = None):
     add("--max_train_steps", type=cli.positive(int), default=60, help="per phase")
     add("--train_batch_size", type=cli.positive(int), default=1)
     add("--timesteps_per_step", type=cli.positive(int), default=1, help="5 trains all of a phase's in every step")
-    add("--gradient_accumulation_steps", type=cli.positive(int), default=1)
+    add("--gradient_accumulation_steps", type=cli.positive(int), help="accelerate launch's by default, or 1")
     add(
         "--learning_rate", type=cli.positive(float), help="1e-5 for the trajectory loss that keeps guidance, else 3e-4"
     )
@@ -167,9 +169,13 @@ def parse_args(argv: list[str] | None = None):
     )
     add("--lr_warmup_steps", type=cli.count, default=0)
     add("--adam_weight_decay", type=cli.finite, default=1e-2)
-    add("--max_grad_norm", type=cli.positive(float), default=1.0)
+    add("--max_grad_norm", type=cli.positive(float), help="accelerate launch's by default, or 1")
     add("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW8bit")
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="dtype of the frozen base")
+    add(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        help="dtype of the frozen base; accelerate launch's by default, or no",
+    )
     # memory and speed
     add("--quantization", choices=load_base.QUANTIZATIONS, default="none", help="of the frozen base, while it loads")
     add(
@@ -191,7 +197,14 @@ def parse_args(argv: list[str] | None = None):
     # understood for SimpleTuner's recipe
     add("--model_type", choices=("lora",), default="lora", help="SimpleTuner's; only lora")
     add("--model_family", help="SimpleTuner's; not needed, the pipeline knows")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None):
+    """Return the flags' values, those that depend on others filled in; InputError where they do not go together."""
+    parser = make_parser()
     args = parser.parse(argv)
+    launcher.set_defaults(args)
     if not args.pretrained_model_name_or_path:
         raise InputError("--pretrained_model_name_or_path is missing; give a diffusers pipeline, folder or hub id")
     if args.report_to not in ("none", "all", *(kind.value for kind in get_available_trackers())):

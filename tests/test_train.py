@@ -339,13 +339,6 @@ def test_accumulating_two_batches_of_one_is_one_batch_of_two(train, tmp_path):
         assert_close(accumulated, single, 1e-5)
 
 
-def test_accumulation_given_to_the_launcher_alone_is_refused(train, monkeypatch):
-    """Accelerate takes it from the environment and would do half of the steps that the recipe tells of."""
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
-    with pytest.raises(glance.InputError, match="accelerate was launched with 2; give it to the script alone"):
-        train()
-
-
 def test_tensorboard_logs_each_optimizer_step(train):
     output = train(report_to="tensorboard", gradient_accumulation_steps=2, lr_scheduler="linear", learning_rate=1e-3)
     logs = EventAccumulator(str(next((output / "logs").rglob("events.out*")).parent))

@@ -1,0 +1,93 @@
+"""What `accelerate launch` was told: the defaults of our own flags, or refused where it would change nothing.
+
+It reaches a script through the environment, whether it comes from the launcher's flags or from `accelerate config`.
+The launcher also says "no" where nobody said anything, so there a script's own flag decides alone.
+"""
+
+import os
+
+from accelerate.utils import parse_flag_from_env
+
+from glance_utils import InputError
+
+
+SILENT = ("", "no", "none", "auto")
+# Each would silently not be done, or be done to something that is not there: what to give instead.
+REFUSED = {
+    "ACCELERATE_DYNAMO_BACKEND": "leave --dynamo_backend out; --compile compiles the model's blocks",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM has no diffusers models; launch with --use_fsdp --fsdp_version 2",
+    "PARALLELISM_CONFIG_TP_SIZE": "there is no tensor parallelism here; shard the base by FSDP alone",
+    "PARALLELISM_CONFIG_CP_SIZE": "there is no context parallelism here; shard the base by FSDP alone",
+    "PARALLELISM_CONFIG_SP_SIZE": "there is no sequence parallelism here; shard the base by FSDP alone",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "the base is sharded among all processes; leave it out",
+    "ACCELERATE_DOWNCAST_BF16": "it is for TPUs, on which nothing here runs; leave --downcast_bf16 out",
+    "XLA_DOWNCAST_BF16": "it is for TPUs, on which nothing here runs; leave --downcast_bf16 out",
+}
+DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # as infer_glance.py names them
+
+
+def told(variable: str) -> str | None:
+    """Return what the launcher put into this variable, None where that says nothing."""
+    text = os.environ.get(variable, "").strip().lower()
+    return None if text in SILENT else text
+
+
+def told_number(variable: str, kind: type) -> int | float | None:
+    """Return the same as a number; raise InputError where it is none above 0."""
+    if (text := told(variable)) is None:
+        return None
+    try:
+        if (value := kind(text)) > 0:
+            return value
+    except ValueError:
+        pass
+    raise InputError(f"accelerate was launched with {variable}={text!r}; it takes a number above 0")
+
+
+def told_precision() -> str | None:
+    """Return the launcher's mixed precision, "fp16" or "bf16", None for "no"; raise InputError for any other."""
+    text = told("ACCELERATE_MIXED_PRECISION")
+    if text == "fp8":
+        raise InputError(
+            "accelerate was launched with --mixed_precision fp8, in which it trains a whole model; launch with bf16, "
+            "and give the script --quantization fp8 for a frozen base in fp8"
+        )
+    if text not in (None, *DTYPES):
+        raise InputError(f"accelerate was launched with mixed precision {text!r}; it takes no, fp16 or bf16")
+    return text
+
+
+def agreed(flag: str, own, launched, default):
+    """Return the flag's own value, else the launcher's, else the default; raise InputError where the two differ."""
+    if own is not None and launched is not None and own != launched:
+        raise InputError(
+            f"--{flag} is {own}, but accelerate was launched with {launched}; give one of them, or the same"
+        )
+    return next((value for value in (own, launched) if value is not None), default)
+
+
+def check() -> None:
+    """Raise InputError where the launcher was told what neither script does."""
+    for variable, instead in REFUSED.items():
+        value = told(variable)
+        if value not in (None, "false", "0", "1" if variable.endswith("_SIZE") else None):
+            raise InputError(f"accelerate was launched with {variable}={value}: {instead}")
+
+
+def set_defaults(args) -> None:
+    """Complete the training flags that the launcher has too; raise InputError where both say something else."""
+    check()
+    checkpointing = parse_flag_from_env("ACCELERATE_USE_FSDP") and told("FSDP_ACTIVATION_CHECKPOINTING") == "true"
+    for flag, launched, default in (
+        ("mixed_precision", told_precision(), "no"),
+        ("gradient_accumulation_steps", told_number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", int), 1),
+        ("max_grad_norm", told_number("ACCELERATE_GRADIENT_CLIPPING", float), 1.0),
+        ("gradient_checkpointing", checkpointing or None, None),
+    ):
+        setattr(args, flag, agreed(flag, getattr(args, flag), launched, default))
+
+
+def agreed_dtype(own: str | None) -> str:
+    """Return the dtype that infer_glance.py computes in: float32 where nobody says another."""
+    check()
+    return agreed("dtype", own, DTYPES.get(told_precision()), "float32")
