@@ -10,23 +10,43 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate.logging import get_logger
 
 from glance_utils import PHASES, WEIGHT_NAME, InputError, replace_file
 from lora_files import read_recipe, shown
 
 
+logger = get_logger(__name__)
+
 STATE_NAME = "training_state.pt"
+# All flags are compared, later ones too, when a run goes on from what another left, except these, which cannot
+# change what a LoRA learns:
+NOT_COMPARED = {
+    # the base, known by its files or its commit (load_base.identify); image and captions, known by their content
+    *("pretrained_model_name_or_path", "revision", "instance_image", "instance_prompt", "instance_data_dir"),
+    *("data_backend_config", "prompts_file", "dataset_name", "dataset_index", "image_column", "caption_column"),
+    # known by what they lead to in the recipe: its phase, timesteps, height and width
+    *("phase", "flow_custom_timesteps", "custom_timesteps", "resolution", "height", "width"),
+    # counted in the total batch, which is compared
+    "train_batch_size",
+    # how the same numbers are computed: by rounding alone, as on another accelerator, do they come out otherwise
+    *("gradient_checkpointing", "compile", "enable_group_offload", "parallel_phases"),
+    # where things are written, and what is written beside the LoRAs
+    *("output_dir", "logging_dir", "report_to", "push_to_hub", "hub_model_id", "checkpointing_steps"),
+    *("checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "config", "model_type", "model_family"),
+}
+# Further ones that what the base draws, before any LoRA, does not depend on.
+NOT_DRAWN = {
+    *("rank", "lora_alpha", "lora_layers", "max_train_steps", "timesteps_per_step", "gradient_accumulation_steps"),
+    *("learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "use_8bit_adam"),
+    *("flow_timesteps_mode", "flow_weight", "segment_weights"),
+}
 
 
 def find_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
     """(N, folder) of every checkpoint, lowest N first; a folder without a state is none: its run was killed."""
     matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
     return sorted((int(match[1]), path) for match, path in matches if match and (path / STATE_NAME).exists())
-
-
-def is_resumable(folder: Path) -> bool:
-    """Whether a phase that is trained into this folder has a checkpoint or a LoRA there."""
-    return bool(find_checkpoints(folder)) or (folder / WEIGHT_NAME).exists()
 
 
 def save_checkpoint(output_dir: str | Path, state: dict, step: int, limit: int | None) -> Path:
@@ -48,22 +68,22 @@ def save_checkpoint(output_dir: str | Path, state: dict, step: int, limit: int |
 
 
 def load_checkpoint(name: str | None, output_dir: str | Path) -> dict | None:
-    """The state in the checkpoint folder `name`, or in the newest of `output_dir` where it is "latest".
+    """Return the state in the checkpoint folder `name`, or in the newest of `output_dir` where it is "latest".
 
-    None where nothing is to be resumed, or where "latest" finds no checkpoint but a LoRA, perhaps a finished phase's.
+    None where nothing is to be resumed, or where "latest" finds no checkpoint. InputError where a folder is named, or
+    found, that holds no sound state.
     """
     if not name:
         return None
     path = Path(name)
     if name == "latest":
         checkpoints = find_checkpoints(output_dir)
-        if not checkpoints and any((Path(output_dir) / phase / WEIGHT_NAME).exists() for phase in ("", *PHASES)):
-            return None
         if not checkpoints:
-            raise InputError(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint-N folder")
+            return None
         path = checkpoints[-1][1]
     try:
         state = torch.load(path / STATE_NAME, map_location="cpu", weights_only=True)
+        state["settings"] = plain(state["settings"])
         if state["settings"]["phase"] not in PHASES:
             raise ValueError("phase")
         if not {"lora", "optimizer", "lr_scheduler", "generator"} <= set(state) or type(state["step"]) is not int:
@@ -76,35 +96,63 @@ def load_checkpoint(name: str | None, output_dir: str | Path) -> dict | None:
         raise InputError(f"--resume_from_checkpoint {path}: damaged ({kind}); name an older one") from None
 
 
-def resume_settings(args, recipe: dict) -> dict:
-    """What must be the same for a resumed run to equal the uninterrupted one."""
-    names = ("seed", "lora_alpha", "lora_layers", "flow_timesteps_mode", "train_batch_size", "use_8bit_adam")
-    names += ("gradient_accumulation_steps", "mixed_precision", "timesteps_per_step", "quantization", "learning_rate")
-    names += ("lr_scheduler", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "image_and_caption")
-    names += ("num_trajectories", "segment_weights", "flow_weight", "solver")
-    return recipe | {name: getattr(args, name) for name in names}
+def plain(settings: dict) -> dict:
+    """Return the settings as JSON knows them, 4.0 as 4: what is equal is then written alike."""
+
+    def number(text: str) -> int | float:
+        return int(value) if (value := float(text)).is_integer() else value
+
+    return json.loads(json.dumps(settings), parse_float=number)
 
 
-def with_run(args, recipe: dict) -> dict:
-    """The recipe with a digest of all that the LoRA came from: a resumed run knows by it which phases it finished."""
-    settings = json.dumps(resume_settings(args, recipe), sort_keys=True)
-    return recipe | {"run": hashlib.sha256(settings.encode()).hexdigest()}
+def run_settings(args, recipe: dict, base: str, learned: str, processes: int) -> dict:
+    """Return all that a LoRA comes from: what must be the same for a resumed run to equal the uninterrupted one.
+
+    `base` is load_base.identify's, `learned` a digest of image and captions. Processes share a batch, so that as many
+    rows make the same run however they are shared out.
+    """
+    flags = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED}
+    batch = {"total_batch_size": args.train_batch_size * processes}
+    return plain(flags | recipe | batch | {"base_model": base, "image_and_caption": learned})
 
 
-def is_finished(args, recipe: dict, folder: Path) -> bool:
-    """Whether the phase's LoRA, of just these settings, is there."""
+def with_run(recipe: dict, settings: dict) -> dict:
+    """Return the recipe with a digest of the settings: a resumed run knows by it which phases it finished."""
+    return recipe | {"run": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}
+
+
+def is_finished(recipe: dict, settings: dict, folder: Path) -> bool:
+    """Return whether the phase's LoRA, of just these settings, is there."""
     try:
-        return read_recipe(folder / WEIGHT_NAME)["run"] == with_run(args, recipe)["run"]
+        return read_recipe(folder / WEIGHT_NAME)["run"] == with_run(recipe, settings)["run"]
     except (InputError, KeyError):
         return False
 
 
+def said(value) -> str:
+    return shown(value).strip("'")
+
+
+def check_flags(saved: dict, now: dict) -> None:
+    """Do check_settings for what is known before the base is loaded; `now` is run_settings of an empty recipe.
+
+    What is left to the base is None in it, but for --grid auto.
+    """
+    known = {key: value for key, value in now.items() if value is not None and key != "grid"}
+    check_settings({key: value for key, value in saved.items() if key in known}, known)
+
+
 def check_settings(saved: dict, now: dict) -> None:
-    """InputError where a checkpoint was made with other settings than this run's."""
+    """Raise InputError where a checkpoint was made with other settings than this run's."""
+    for key in sorted(now.keys() ^ saved.keys()):
+        raise InputError(
+            f"--resume_from_checkpoint: another version wrote it, which compares other settings ({said(key)}); go on "
+            "with that one, or leave --resume_from_checkpoint out to start anew"
+        )
     for key, value in sorted(now.items(), key=lambda item: item[0] != "base_model"):  # another has another schedule
-        if saved.get(key) != value:
+        if saved[key] != value:
             raise InputError(
-                f"--resume_from_checkpoint: its {key} is {saved.get(key)}, this run's is {value}; use the same"
+                f"--resume_from_checkpoint: its {key} is {said(saved[key])}, this run's is {said(value)}; use the same"
             )
 
 
@@ -130,22 +178,46 @@ def check_lora(lora: dict, transformer: torch.nn.Module, layers: list[str], rank
             raise InputError(f"{of_checkpoint}'s {name} holds values that are not finite; name an older checkpoint")
 
 
-def find_resume(args, recipes: dict[str, dict], folders: dict[str, Path], state: dict | None) -> tuple[set, dict]:
-    """The phases that need no training, and by phase the checkpoint to begin from, {} or one; InputError where the
-    checkpoint is not of this run."""
-    name = args.resume_from_checkpoint
-    finished = {phase for phase in recipes if name == "latest" and is_finished(args, recipes[phase], folders[phase])}
+def find_resume(
+    args, settings: dict[str, dict], recipes: dict[str, dict], folders: dict[str, Path], state: dict | None
+) -> tuple[set, dict]:
+    """Return the phases that need no training, and by phase the checkpoint to begin from, {} or one.
+
+    InputError where the checkpoint, or the LoRAs that "latest" finds without one, are of another run.
+    """
+    latest = args.resume_from_checkpoint == "latest"
+    finished = {phase for phase in recipes if latest and is_finished(recipes[phase], settings[phase], folders[phase])}
     if state is None:
-        if name and not finished:
-            raise InputError(f"--resume_from_checkpoint latest: {args.output_dir} holds no checkpoint-N folder")
+        if latest:
+            check_unfinished(args, {phase: folders[phase] for phase in recipes if phase not in finished}, finished)
         return finished, {}
     phase = state["settings"]["phase"]
     if phase not in recipes:
         raise InputError(f"--resume_from_checkpoint: it is of the {phase} phase, which --phase leaves out")
-    check_settings(state["settings"], resume_settings(args, recipes[phase]))
+    check_settings(state["settings"], settings[phase])
     if phase == "fast" and "slow" in recipes:
         read_recipe(folders["slow"] / WEIGHT_NAME)  # must be there: it was finished before
-        if not is_finished(args, recipes["slow"], folders["slow"]):
+        if not is_finished(recipes["slow"], settings["slow"], folders["slow"]):
             raise InputError(f"--resume_from_checkpoint: the slow LoRA in {folders['slow']} is of another run")
         finished.add("slow")
     return finished, {phase: state}
+
+
+def check_unfinished(args, folders: dict[str, Path], finished: set) -> None:
+    """Raise InputError where "latest" found no checkpoint of the phases in these folders, but what is another run's.
+
+    Else they start anew, so that one command line serves a job that is restarted.
+    """
+    latest, home = "--resume_from_checkpoint latest:", Path(args.output_dir)
+    for phase, folder in folders.items():
+        other = home.parent if args.parallel_phases else home / phase
+        if find_checkpoints(other):
+            how = "leave --parallel_phases out" if args.parallel_phases else "give --parallel_phases"
+            raise InputError(f"{latest} {other} holds the checkpoints; {how}, as the run did that wrote them")
+        if not finished and (folder / WEIGHT_NAME).exists():
+            raise InputError(
+                f"{latest} the LoRA in {folder} is of another run, with other settings; name another --output_dir, or "
+                "leave --resume_from_checkpoint out to write over it"
+            )
+    if folders and not finished:
+        logger.info(f"{latest} {home} holds nothing to go on from; starting anew")

@@ -21,6 +21,7 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     broadcast_object_list,
     disable_fsdp_ram_efficient_loading,
+    gather_object,
     parse_flag_from_env,
 )
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,7 +32,6 @@ from tqdm.auto import tqdm
 
 import load_base
 from ask_pipeline import find_denoiser
-from checkpoints import is_resumable
 from glance_utils import PHASES, InputError
 
 
@@ -80,6 +80,15 @@ def refuse(args, kind: str, *names: str) -> None:
     given += ["--mixed_precision fp16"] if args.mixed_precision == "fp16" else []
     if given:
         raise InputError(f"{given[0]} does not go with {kind}; leave one of the two out")
+
+
+def check_same(*found) -> None:
+    """Raise InputError where the processes found other things in output_dir to go on from."""
+    if any(other != found for other in gather_object([found])):
+        raise InputError(
+            "--resume_from_checkpoint: the processes do not find the same; let --output_dir be a folder that all of "
+            "them share"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -265,8 +274,5 @@ def split(args) -> Halves:
     )
     args.custom_timesteps = {phase: args.custom_timesteps[phase]}
     args.output_dir = str(output_dir / phase)
-    if args.resume_from_checkpoint and not is_resumable(output_dir / phase):
-        if any(is_resumable(output_dir / other) for other in PHASES):  # it stopped before this one had anything
-            args.resume_from_checkpoint = None
     args.hub_model_id = args.hub_model_id or output_dir.resolve().name
     return Halves(phase, output_dir, store)

@@ -46,7 +46,15 @@ import glance_utils as glance
 import launcher
 import load_base
 import trajectories
-from checkpoints import check_lora, find_resume, load_checkpoint, resume_settings, save_checkpoint, with_run
+from checkpoints import (
+    check_flags,
+    check_lora,
+    find_resume,
+    load_checkpoint,
+    run_settings,
+    save_checkpoint,
+    with_run,
+)
 from glance_utils import InputError
 from instance_data import load_pair
 from model_card import create_hub_repo, draw_preview, push_to_hub, save_picture, write_model_card
@@ -189,7 +197,7 @@ def make_parser() -> cli.Parser:
     # checkpoints, logs, hub
     add("--checkpointing_steps", type=cli.positive(int), help="write a checkpoint every so many steps")
     add("--checkpoints_total_limit", type=cli.positive(int), help="keep this many")
-    add("--resume_from_checkpoint", help="'latest' or a checkpoint folder")
+    add("--resume_from_checkpoint", help="'latest', which starts anew where there is none, or a checkpoint folder")
     add("--report_to", choices=("none", *(kind.value for kind in LoggerType)), default="none")
     add("--logging_dir", default="logs", help="inside output_dir")
     add("--push_to_hub", action="store_true")
@@ -349,11 +357,11 @@ def mean_losses(model, batch: tuple[torch.Tensor, torch.Tensor], sigmas: list[fl
     return torch.stack([glance.velocity_loss(*pair) for pair in zip(velocity, targets)])
 
 
-def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume: dict | None):
+def train_phase(args, accelerator, asked: Asked, recipe: dict, settings: dict, done: int, resume: dict | None):
     """Train one LoRA for --max_train_steps and leave it in the transformer.
 
-    `done` steps were trained in earlier phases; `resume` is a checkpoint of this phase. Where a signal asked to stop,
-    returns the checkpoint that was written instead of going on.
+    `settings` go into its checkpoints; `done` steps were trained in earlier phases; `resume` is a checkpoint of this
+    phase. Where a signal asked to stop, returns the checkpoint that was written instead of going on.
     """
     phase, transformer = recipe["phase"], glance.denoiser(asked.pipe)
     parameters = fresh_adapter(args, accelerator, transformer, asked.layers)
@@ -429,7 +437,7 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
             due = stop or (args.checkpointing_steps and step % args.checkpointing_steps == 0)
             if due and accelerator.is_main_process:
                 state = {name: part.state_dict() for name, part in stateful.items()}
-                state |= {"settings": resume_settings(args, recipe), "step": step, "generator": generator.get_state()}
+                state |= {"settings": settings, "step": step, "generator": generator.get_state()}
                 state |= {"lora": get_peft_model_state_dict(transformer, adapter_name=ADAPTER)}
                 with faults.one_line_errors(args.output_dir):
                     folder = save_checkpoint(args.output_dir, state, done + step, args.checkpoints_total_limit)
@@ -441,10 +449,10 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, done: int, resume
     accelerator.free_memory()
 
 
-def save_phase(args, asked: Asked, folder: Path, recipe: dict) -> Path:
+def save_phase(asked: Asked, folder: Path, recipe: dict) -> Path:
     """Write the LoRA that was just trained, with its recipe; return the file's path."""
     name, transformer = glance.denoiser_name(asked.pipe.config), glance.denoiser(asked.pipe)
-    return glance.save_lora(transformer, ADAPTER, folder, with_run(args, recipe), name)
+    return glance.save_lora(transformer, ADAPTER, folder, recipe, name)
 
 
 def segment_weights(args, asked: Asked, first: int, count: int) -> torch.Tensor:
@@ -484,24 +492,33 @@ def train(args, accelerator, halves=None):
     """The whole run, or its half with --parallel_phases, in an output folder that no other run writes to."""
     image, caption, size = load_pair(args)
     captions = [caption, *(prompt for prompt in cli.read_prompts(args.prompts_file) if prompt != caption)]
-    learned = [b"" if image is None else image.tobytes(), *(text.encode() for text in captions)]
-    args.image_and_caption = hashlib.sha256(b"\0".join(learned)).hexdigest()
+    content = [b"" if image is None else image.tobytes(), *(text.encode() for text in captions)]
+    learned = hashlib.sha256(b"\0".join(content)).hexdigest()
+    base = load_base.identify(args.pretrained_model_name_or_path, **cli.load_arguments(args))
     state = load_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    if state is not None:
+        check_flags(state["settings"], run_settings(args, {}, base, learned, accelerator.num_processes))
     output_dir = Path(args.output_dir)
     phases = args.custom_timesteps
     folders = {phase: output_dir / phase if len(phases) == 2 else output_dir for phase in phases}
     for folder in folders.values():
         cli.check_writable(folder, "--output_dir")
 
+    repo_id = create_hub_repo(args) if args.push_to_hub and accelerator.is_main_process else None
     asked = prepare_pipeline(args, accelerator, image, captions, size)
+    recipes = {phase: make_recipe(args, asked, phase, size) for phase in asked.schedule}
+    settings = {
+        phase: run_settings(args, recipe, base, learned, accelerator.num_processes)
+        for phase, recipe in recipes.items()
+    }
+    finished, resume = find_resume(args, settings, recipes, folders, state)
+    if args.resume_from_checkpoint:
+        distribution.check_same(sorted(finished), {phase: found["step"] for phase, found in resume.items()})
+    for checkpoint in resume.values():
+        check_lora(checkpoint["lora"], glance.denoiser(asked.pipe), asked.layers, args.rank)
     if image is None:
         with faults.explained("the image that the base draws, to be trained on"):
             image = ask_latents.decode(asked.vae, asked.latents.cpu(), asked.layout)
-    recipes = {phase: make_recipe(args, asked, phase, size) for phase in asked.schedule}
-    finished, resume = find_resume(args, recipes, folders, state)
-    for checkpoint in resume.values():
-        check_lora(checkpoint["lora"], glance.denoiser(asked.pipe), asked.layers, args.rank)
-    repo_id = create_hub_repo(args) if args.push_to_hub and accelerator.is_main_process else None
     if accelerator.is_main_process:
         faults.sweep(output_dir)
         with faults.one_line_errors(output_dir):
@@ -531,14 +548,14 @@ def train(args, accelerator, halves=None):
                 continue
             logger.info(f"  {phase}: {timesteps}")
             done = number * args.max_train_steps
-            stopped = train_phase(args, accelerator, asked, recipe, done, resume.get(phase))
+            stopped = train_phase(args, accelerator, asked, recipe, settings[phase], done, resume.get(phase))
             if stopped:
                 accelerator.end_training()
                 hint = f"go on with --resume_from_checkpoint {stopped}" if accelerator.is_main_process else None
                 faults.leave(*(noted or [signal.SIGTERM]), hint=hint)
             if accelerator.is_main_process:
                 with faults.one_line_errors(output_dir):
-                    logger.info(f"Saved {save_phase(args, asked, folders[phase], recipe)}")
+                    logger.info(f"Saved {save_phase(asked, folders[phase], with_run(recipe, settings[phase]))}")
     if accelerator.check_trigger():  # after the last step
         hint = "its LoRAs are there; --resume_from_checkpoint latest writes the rest"
         faults.leave(*(noted or [signal.SIGTERM]), hint=hint)

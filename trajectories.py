@@ -5,10 +5,8 @@ on, and the training image where none is given. They stay beside the LoRAs, so t
 draws the same, need not draw them again.
 """
 
-import glob
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 
 import ask_latents
+import command_line as cli
 import distribution
 import faults
 import glance_utils as glance
 import grids
+import load_base
 from ask_pipeline import PipelineVelocity, further_denoisers
+from checkpoints import NOT_COMPARED, NOT_DRAWN
 from glance_utils import InputError
 
 
@@ -158,20 +159,18 @@ def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str]) 
 
 
 def settings_digest(args, teacher: Teacher, captions: list[str]) -> str:
-    """Of all that trajectories depend on; a local model's files count by their size and date."""
-    names = ("pretrained_model_name_or_path", "revision", "variant", "seed", "num_inference_steps", "grid", "solver")
-    names += ("mixed_precision", "quantization", "loss", "guidance", "num_trajectories")
-    settings = {name: getattr(args, name) for name in names}
-    settings |= {
+    """Of all that trajectories depend on: of flags those that say how LoRAs are trained are left out, no others."""
+    flags = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED | NOT_DRAWN}
+    where = cli.load_arguments(args)
+    settings = flags | {
         "version": glance.__version__,
         "kept": KEPT,
         "found_on": FOUND_ON,
+        "base": load_base.identify(args.pretrained_model_name_or_path, **where),
         "captions": captions,
         "call": teacher.call,
         "timesteps": teacher.timesteps,
     }
-    files = sorted(glob.glob(f"{glob.escape(args.pretrained_model_name_or_path)}/**/*.safetensors", recursive=True))
-    settings["files"] = [(Path(path).name, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files]
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 

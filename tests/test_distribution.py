@@ -21,6 +21,7 @@ from test_train import assert_close, lora
 
 import glance_utils as glance
 from checkpoints import find_checkpoints
+from glance_utils import InputError
 
 
 pytestmark = pytest.mark.processes
@@ -208,6 +209,26 @@ def test_a_signal_to_one_process_stops_all_at_a_checkpoint_and_resumed_equals_un
     assert files_in(root / "stopped") == files_in(root / "flux")
 
 
+def test_one_process_goes_on_from_what_two_left_with_the_same_batch(launched, settings, single, tmp_path):
+    """Their checkpoint, and their finished LoRA; with half the batch it is another run."""
+    stopped, run = launched("ddp", 2)[0] / "stopped", settings("flux", tmp_path, 1)
+    shutil.copytree(stopped / "checkpoint-3", tmp_path / "checkpoint-3")
+    with pytest.raises(InputError, match="its total_batch_size is 4, this run's is 2; use the same"):
+        run_train(run, {"resume_from_checkpoint": "latest", "train_batch_size": 2})
+    run_train(run, {"resume_from_checkpoint": "latest"})
+    assert_close(tmp_path, single("flux"), 1e-5)
+    for path in (tmp_path / "checkpoint-3", tmp_path / "slow", tmp_path / "fast"):
+        shutil.rmtree(path)
+    for phase in PHASES:
+        shutil.copytree(stopped / phase, tmp_path / phase)
+    content = files_in(tmp_path)
+    with pytest.raises(InputError, match="latest: the LoRA in .* is of another run"):
+        run_train(run, {"resume_from_checkpoint": "latest", "train_batch_size": 2})
+    run_train(run, {"resume_from_checkpoint": "latest"})
+    names = [f"{phase}/{glance.WEIGHT_NAME}" for phase in PHASES]
+    assert {name: files_in(tmp_path)[name] for name in names} == {name: content[name] for name in names}
+
+
 @pytest.mark.parametrize("kind, processes", [("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)])
 def test_a_killed_process_ends_the_launch(kind, processes, launched):
     root, done, ended = launched(kind, processes)
@@ -258,14 +279,15 @@ def test_phases_in_parallel_equal_phases_in_turn(launched, settings, tmp_path):
 
 
 def test_phases_in_parallel_stop_together_and_go_on(single, settings, tmp_path):
-    """On two halves of one process each; the fast one is told to stop, and has then nothing to go on from."""
-    run = settings("flux", tmp_path / "output", 1, parallel_phases=True, **QUICK)
+    """On two halves of one process each, by one command line, which starts anew where there is nothing: the fast one
+    is told to stop, and has then nothing to go on from."""
+    run = settings("flux", tmp_path / "output", 1, parallel_phases=True, resume_from_checkpoint="latest", **QUICK)
     done = launch_runs(KINDS["ddp"], 2, tmp_path, [(run, signal.SIGTERM)])
     output = tmp_path / "output"
     assert [step for step, _ in find_checkpoints(output / "fast")] == [3], done.stderr[-5000:]
     assert not (output / "fast" / glance.WEIGHT_NAME).exists() and not (output / "README.md").exists()
     shutil.rmtree(output / "fast" / "checkpoint-3")
-    done = launch_runs(KINDS["ddp"], 2, tmp_path, [(run | {"resume_from_checkpoint": "latest"}, 0)])
+    done = launch_runs(KINDS["ddp"], 2, tmp_path, [(run, 0)])
     assert done.returncode == 0, done.stderr[-5000:]
     assert files_in(output) == files_in(single("flux"))
 

@@ -310,7 +310,6 @@ TRAINING = {
     # output and checkpoints
     "output below a file": ({"output_dir": "{bad}/file/output"}, "file/output"),
     "output is a file": ({"output_dir": "{bad}/file"}, "bad"),
-    "nothing to resume": ({"resume_from_checkpoint": "latest"}, "latest"),
     "checkpoint without state": ({"resume_from_checkpoint": "{bad}/checkpoint-9"}, "checkpoint-9"),
     "checkpoint missing": ({"resume_from_checkpoint": "{bad}/checkpoint-8"}, "checkpoint-8"),
     "checkpoint damaged": ({"resume_from_checkpoint": "{bad}/damaged/checkpoint-2"}, "damaged"),
