@@ -21,7 +21,6 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     broadcast_object_list,
     disable_fsdp_ram_efficient_loading,
-    gather_object,
     parse_flag_from_env,
 )
 from torch.distributed.device_mesh import init_device_mesh
@@ -84,7 +83,7 @@ def refuse(args, kind: str, *names: str) -> None:
 
 def check_same(*found) -> None:
     """Raise InputError where the processes found other things in output_dir to go on from."""
-    if any(other != found for other in gather_object([found])):
+    if any(other != found for other in gather_on_host(found)):
         raise InputError(
             "--resume_from_checkpoint: the processes do not find the same; let --output_dir be a folder that all of "
             "them share"

@@ -1,13 +1,16 @@
 """What is written beside the LoRAs: a picture, the model card; and the upload of it all to the hub."""
 
-import glob
 import json
 import logging
+import os
+import shlex
 from pathlib import Path
 
 import torch
 from accelerate.utils import release_memory
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import ModelCardData, create_repo, upload_folder
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 import ask_latents
@@ -18,6 +21,13 @@ from glance_utils import InputError, first_line
 
 
 logger = logging.getLogger(__name__)
+
+CARD = "README.md"
+
+
+def pictures(phases: int) -> list[str]:
+    """Return the names of those that a run of one phase or both makes; others may lie there of an earlier one."""
+    return ["instance.png", "glance.png"][:phases]
 
 
 def draw_preview(asked, recipes: dict[str, dict], output_dir: Path, seed: int) -> Image.Image:
@@ -54,23 +64,24 @@ def write_model_card(args, directory: Path, recipes: list[dict], caption: str) -
         f"{', '.join(f'{own:.3f} {before:+.3f}' for own, before in recipe['coefficients'] or ()) or 'Euler'} |"
         for recipe in recipes
     )
-    pictures = [f"![{name}](./{name})" for name in ("instance.png", "glance.png") if (directory / name).exists()]
+    shown = " ".join(f"![{name}](./{name})" for name in pictures(len(recipes)))
     settings = {key: recipes[0][key] for key in recipes[0] if key not in ("phase", "timesteps", "coefficients")}
     settings, phase = json.dumps(settings, indent=2), recipes[0]["phase"]
     other = "fast" if phase == "slow" else "slow"
     loras = "--lora ." if len(recipes) == 2 else f"--{phase}_lora . --{other}_lora FOLDER"
+    base = args.pretrained_model_name_or_path
+    tags = ["text-to-image", "diffusers", "lora", "glance", "flow-matching"]
+    data = ModelCardData(library_name="diffusers", base_model=hub_id(base), tags=tags)
     text = f"""---
-library_name: diffusers
-base_model: {args.pretrained_model_name_or_path}
-tags: [text-to-image, diffusers, lora, glance, flow-matching]
+{data.to_yaml()}
 ---
 
-# Glance LoRA for {args.pretrained_model_name_or_path}
+# Glance LoRA for {hub_id(base) or Path(base).resolve().name}
 
 Slow- and Fast-LoRA ([Glance](https://arxiv.org/abs/2512.02899)): the first steps run with the slow one, the last with
 the fast one, {sum(len(recipe["timesteps"]) for recipe in recipes)} steps in all.
 
-{" ".join(pictures)}
+{shown}
 
 Left: the training image, or what the base draws in all its steps, "{caption}".
 Right, where both phases were trained: the same caption with both LoRAs.
@@ -83,13 +94,22 @@ Right, where both phases were trained: the same caption with both LoRAs.
 {settings}
 ```
 
-    python infer_glance.py --pretrained_model_name_or_path {args.pretrained_model_name_or_path} {loras} --prompt "..."
+    python infer_glance.py --pretrained_model_name_or_path {shlex.quote(base)} {loras} --prompt "..."
 """
-    glance.replace_file(directory / "README.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    glance.replace_file(directory / CARD, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def hub_id(base: str) -> str | None:
+    """Return the base's name where that is an id of the hub, which takes no other in a card; None of a folder."""
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return None
+    return None if os.path.exists(base) else base
 
 
 def create_hub_repo(args) -> str:
-    """The repository to push to, made before training; InputError where it cannot be."""
+    """Return the repository to push to, made before anything is loaded; raise InputError where it cannot be."""
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
         return create_repo(name, exist_ok=True).repo_id
@@ -97,10 +117,16 @@ def create_hub_repo(args) -> str:
         raise InputError(f"--push_to_hub {name}: {first_line(error)}; log in with `hf auth login`") from error
 
 
-def push_to_hub(args, output_dir: Path, repo_id: str) -> None:
-    upload_folder(
-        repo_id=repo_id,
-        folder_path=output_dir,
-        ignore_patterns=["*checkpoint-*", f"*{faults.TRAJECTORIES}", f"*{glob.escape(args.logging_dir)}/*"],
-    )
+def push_to_hub(output_dir: Path, repo_id: str, phases: list[str]) -> None:
+    """Upload what the run has made, and nothing else that lies there; raise InputError where the hub takes it not."""
+    loras = [f"{phase}/{glance.WEIGHT_NAME}" for phase in phases] if len(phases) == 2 else [glance.WEIGHT_NAME]
+    files = [CARD, *pictures(len(phases)), *loras]
+    try:
+        upload_folder(repo_id=repo_id, folder_path=output_dir, allow_patterns=files)
+    except Exception as error:  # as above
+        command = shlex.join(["hf", "upload", repo_id, str(output_dir), ".", "--include", *files])
+        raise InputError(
+            f"--push_to_hub {repo_id}: {first_line(error)}; nothing is lost, all of it is in {output_dir}, and this "
+            f"pushes it: {command}"
+        ) from error
     logger.info(f"Pushed to {repo_id}")

@@ -45,6 +45,7 @@ import faults
 import glance_utils as glance
 import launcher
 import load_base
+import trackers
 import trajectories
 from checkpoints import (
     check_flags,
@@ -432,7 +433,7 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, settings: dict, d
             progress.set_postfix(loss=f"{mean_loss:.4f}", timestep=told, refresh=False)
             logs = {f"{phase}/loss": mean_loss}
             logs |= {f"{phase}/loss_at_{1000 * sigma:.0f}": value for sigma, value in zip(chosen, by_timestep)}
-            accelerator.log(logs | {"lr": lr_scheduler.get_last_lr()[0]}, step=done + step)
+            trackers.log(accelerator, logs | {"lr": lr_scheduler.get_last_lr()[0]}, done + step)
             stop = accelerator.check_trigger()  # on every process, where a signal reached any
             due = stop or (args.checkpointing_steps and step % args.checkpointing_steps == 0)
             if due and accelerator.is_main_process:
@@ -505,20 +506,21 @@ def train(args, accelerator, halves=None):
         cli.check_writable(folder, "--output_dir")
 
     repo_id = create_hub_repo(args) if args.push_to_hub and accelerator.is_main_process else None
-    asked = prepare_pipeline(args, accelerator, image, captions, size)
-    recipes = {phase: make_recipe(args, asked, phase, size) for phase in asked.schedule}
-    settings = {
-        phase: run_settings(args, recipe, base, learned, accelerator.num_processes)
-        for phase, recipe in recipes.items()
-    }
-    finished, resume = find_resume(args, settings, recipes, folders, state)
-    if args.resume_from_checkpoint:
-        distribution.check_same(sorted(finished), {phase: found["step"] for phase, found in resume.items()})
-    for checkpoint in resume.values():
-        check_lora(checkpoint["lora"], glance.denoiser(asked.pipe), asked.layers, args.rank)
-    if image is None:
-        with faults.explained("the image that the base draws, to be trained on"):
-            image = ask_latents.decode(asked.vae, asked.latents.cpu(), asked.layout)
+    with trackers.begun(args, accelerator):
+        asked = prepare_pipeline(args, accelerator, image, captions, size)
+        recipes = {phase: make_recipe(args, asked, phase, size) for phase in asked.schedule}
+        settings = {
+            phase: run_settings(args, recipe, base, learned, accelerator.num_processes)
+            for phase, recipe in recipes.items()
+        }
+        finished, resume = find_resume(args, settings, recipes, folders, state)
+        if args.resume_from_checkpoint:
+            distribution.check_same(sorted(finished), {phase: found["step"] for phase, found in resume.items()})
+        for checkpoint in resume.values():
+            check_lora(checkpoint["lora"], glance.denoiser(asked.pipe), asked.layers, args.rank)
+        if image is None:
+            with faults.explained("the image that the base draws, to be trained on"):
+                image = ask_latents.decode(asked.vae, asked.latents.cpu(), asked.layout)
     if accelerator.is_main_process:
         faults.sweep(output_dir)
         with faults.one_line_errors(output_dir):
@@ -527,10 +529,6 @@ def train(args, accelerator, halves=None):
                 trajectories.save(output_dir, asked.taught)
             if halves is None:
                 save_picture(image, output_dir / "instance.png")
-    if args.report_to != "none":
-        shown = {key: value for key, value in vars(args).items() if isinstance(value, int | float | str)}
-        shown.pop("instance_prompt", None)  # prompts do not belong in logs
-        accelerator.init_trackers("glance", config=shown)
 
     logger.info("***** Running training *****")
     logger.info(f"  Phases = {', '.join(recipes)}, {args.max_train_steps} steps each")
@@ -550,6 +548,7 @@ def train(args, accelerator, halves=None):
             done = number * args.max_train_steps
             stopped = train_phase(args, accelerator, asked, recipe, settings[phase], done, resume.get(phase))
             if stopped:
+                trackers.end(accelerator)
                 accelerator.end_training()
                 hint = f"go on with --resume_from_checkpoint {stopped}" if accelerator.is_main_process else None
                 faults.leave(*(noted or [signal.SIGTERM]), hint=hint)
@@ -576,9 +575,10 @@ def train(args, accelerator, halves=None):
             if preview is not None:
                 save_picture(preview, output_dir / "glance.png")
             write_model_card(args, output_dir, list(recipes.values()), caption)
-        if args.push_to_hub:
-            push_to_hub(args, output_dir, repo_id)
+    trackers.end(accelerator)
     accelerator.end_training()
+    if args.push_to_hub and accelerator.is_main_process and recipes:
+        push_to_hub(output_dir, repo_id, list(recipes))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""Accelerate's trackers, each of which raises its own kinds: one line where one cannot begin, and no run lost to one
+that fails later."""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+from accelerate.logging import get_logger
+
+from glance_utils import InputError, first_line
+
+
+logger = get_logger(__name__)
+
+
+def begin(args, accelerator) -> None:
+    """Begin what --report_to names; raise InputError where it cannot: no login, no network, a file in its way."""
+    if args.report_to == "none":
+        return
+    shown = {key: value for key, value in vars(args).items() if isinstance(value, int | float | str)}
+    shown.pop("instance_prompt", None)  # prompts do not belong in logs
+    try:
+        accelerator.init_trackers("glance", config=shown)
+    except Exception as error:
+        for tracker in accelerator.trackers:  # of several, some may have begun
+            with contextlib.suppress(Exception):
+                tracker.finish()
+        accelerator.trackers = []
+        raise InputError(
+            f"--report_to {args.report_to}: it cannot begin ({type(error).__name__}: {first_line(error)}); mend that, "
+            "log in to it, or leave --report_to out"
+        ) from None
+
+
+@contextlib.contextmanager
+def begun(args, accelerator):
+    """Begin them, and take their new folder in output_dir away again where what follows does not come to training."""
+    logs, home = Path(args.output_dir, args.logging_dir).absolute(), Path(args.output_dir).absolute()
+    ours = accelerator.is_main_process and home in logs.parents and not logs.exists()  # the folder is locked
+    try:
+        begin(args, accelerator)
+        yield
+    except BaseException:
+        end(accelerator)
+        if ours:
+            shutil.rmtree(logs, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def forgiven(accelerator):
+    """Go on without trackers, and say so, where one of them fails: what is trained does not depend on them."""
+    try:
+        yield
+    except Exception as error:
+        accelerator.trackers = []
+        logger.warning(f"--report_to: nothing more is logged ({type(error).__name__}: {first_line(error)})")
+
+
+def log(accelerator, values: dict, step: int) -> None:
+    """Log the values by their names; warn and go on without where that fails."""
+    with forgiven(accelerator):
+        accelerator.log(values, step=step)
+
+
+def end(accelerator) -> None:
+    """Let them write what they have, and end them."""
+    with forgiven(accelerator):
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    accelerator.trackers = []
