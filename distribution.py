@@ -180,7 +180,8 @@ def shard(transformer: torch.nn.Module, weights: dict, device: torch.device, res
 
 
 def prepare(args, accelerator, model, parameters, optimizer):
-    """accelerator.prepare for a model that is placed already and of which `parameters`, the LoRA, are trained."""
+    """Do what accelerator.prepare does, for a model that is placed already and of which the LoRA, `parameters`, is
+    trained."""
     if is_deepspeed(accelerator):
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
@@ -204,7 +205,7 @@ class LoraAlone(torch.nn.Module):
 
 
 def is_alone(accelerator) -> bool:
-    """Whether nothing is left to be exchanged: one process, or DeepSpeed, which does it."""
+    """Return whether nothing is left to be exchanged: one process, or DeepSpeed, which does it."""
     return accelerator.num_processes == 1 or is_deepspeed(accelerator)
 
 

@@ -66,8 +66,8 @@ def fit_coefficients(points: list[torch.Tensor], sigmas: list[float], positions:
 
 
 def segment_targets(points, sigmas, positions, coefficients=None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What the trajectory loss trains on: the points at `positions`, and the velocities with which a step from there
-    lands on the next of them, Euler's or the fitted solver's.
+    """Return what the trajectory loss trains on: the points at `positions`, and the velocities with which a step from
+    there lands on the next of them, Euler's or the fitted solver's.
 
     The fitted solver's step also goes along the velocity that the LoRA, not the base, predicted before: each target
     is what the one before it leaves to be done, over the steps of both phases.

@@ -32,7 +32,7 @@ KEPT = 2  # counts the ways in which what is kept was made; a file made in anoth
 FOUND_ON = 4  # trajectories at most; the grid of one alone varies by a tenth in what it loses
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trajectories:
     """Of the base with its guidance, `captions` x `seeds` of them."""
 
@@ -80,8 +80,8 @@ class Teacher:
 
 
 def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], other: tuple[str, int], exact: torch.Tensor):
-    """(grid, positions, coefficients or None), found on some trajectories, whose `points` are (N, ...), and measured
-    on another, (caption, seed), which ends at `exact`.
+    """Return (grid, positions, coefficients or None), found on some trajectories, whose `points` are (N, ...), and
+    measured on another, (caption, seed), which ends at `exact`.
 
     Where there is a choice, every way draws once and the one that ends nearest to all the model's own steps is taken:
     --grid auto may end with any grid, --solver fitted with Euler where the numbers do not carry over.
@@ -113,8 +113,8 @@ def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], other: tu
 
 
 def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str]) -> Trajectories:
-    """The base's trajectories: those in the output folder if they are of these settings, else drawn by all processes
-    together, each of them once. They are not written yet."""
+    """Return the base's trajectories: those in the output folder if they are of these settings, else drawn by all
+    processes together, each of them once. They are not written yet."""
     path, digest = Path(args.output_dir) / faults.TRAJECTORIES, settings_digest(args, teacher, captions)
     digest = distribution.gather_on_host(digest)[0]  # files may have another date on another machine
     found = load(path, digest)
