@@ -25,7 +25,6 @@ import statistics
 import shapes
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs
 
 import ask_pipeline as ask
 import command_line as cli
@@ -40,17 +39,13 @@ def glance_step(args, pipe, call, latents, layers: str | None = None):
     """A function that trains one step, as the loop of train_glance_lora.py does, and returns the loss."""
     settings = ["--pretrained_model_name_or_path", "-", "--rank", str(args.rank)]
     settings = train.parse_args(settings + (["--compile"] if args.compile else []))
-    accelerator = Accelerator(
-        cpu=args.device == "cpu",
-        mixed_precision=shapes.MIXED_PRECISION[args.dtype],
-        kwargs_handlers=[AutocastKwargs(enabled=False)],
-    )
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=shapes.MIXED_PRECISION[args.dtype])
     layers = glance.lora_layers(pipe.transformer, layers)
     parameters = train.fresh_adapter(settings, accelerator, pipe.transformer, layers)
     optimizer, lr_scheduler = train.make_optimizer(settings, parameters)
     call = {name: value for name, value in call.items() if name != ask.batch_argument(pipe)}  # the model's own to set
     model = ask.PipelineVelocity(pipe, **call)
-    model, optimizer = accelerator.prepare(model, optimizer, device_placement=[False, True])
+    optimizer = accelerator.prepare_optimizer(optimizer)
     generator, done = torch.Generator().manual_seed(0), 0
 
     def step():
