@@ -8,7 +8,7 @@ Notation (Glance, arXiv 2512.02899, and rectified flow as in diffusers' FlowMatc
     velocity   what the model predicts; its target is noise - latents
     Euler      x_next = x + (sigma_next - sigma) * velocity
 
-What only the pipeline knows (its schedule, its latents' layout, its velocity) is asked of it in ask_pipeline.py.
+What only the pipeline knows (its schedule, its latents' layout, its velocity) is asked of it in glance/ask/.
 """
 
 import contextlib
@@ -262,7 +262,7 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
         """`told` are the timesteps told to the model where they are not 1000 * sigma; `before_step(index)` is called
         before each step's model calls; `like` is a scheduler that may count the image's share instead of the noise's,
         or timesteps to another number than 1000, which the last two arguments say as well; with `coefficients` [a, c]
-        for each step, it goes along a * velocity + c * the previous step's velocity (grids.fit_coefficients).
+        for each step, it goes along a * velocity + c * the previous step's velocity.
 
         Raises InputError where `told` or `coefficients` are not one for each sigma.
         """
@@ -437,7 +437,7 @@ def glance_inference(
             image = pipe(prompt, **kwargs).images[0]
 
     The adapters are already loaded under the names of `phases`; `scales` are their strengths, 1 by default;
-    `told(sigmas)` are the timesteps told to the model (ask_pipeline.ask_told), 1000 * sigma by default; `fuse` adds
+    `told(sigmas)` are the timesteps told to the model, 1000 * sigma by default; `fuse` adds
     each LoRA to the base's weights; `coefficients` are a fitted solver's (FixedSigmaScheduler). A pipeline that leaves
     steps out, as those that begin with a picture do, begins in the phase of its first step. Other adapters that are
     active stay so. Afterwards the scheduler and all adapters are as they were found.

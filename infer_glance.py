@@ -12,7 +12,7 @@ the picture is whole its rows are out-row-000.png, ... A picture that is not fin
 are, and the exit code is 1.
 """
 
-import start
+from glance import start
 
 
 if __name__ == "__main__":
@@ -35,19 +35,29 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
-import ask_latents
-import ask_pipeline as ask
-import command_line as cli
-import distribution
-import estimate
-import faults
-import glance_utils as glance
-import launcher
-import load_base
-import lora_files
-import pictures
-from glance_utils import InputError
-from prompt_lengths import PromptLengths
+import glance_utils
+from glance import base as load_base
+from glance import command_line as cli
+from glance.ask import latents as ask_latents
+from glance.ask import pipeline as ask
+from glance.ask.prompt_lengths import PromptLengths
+from glance.files import faults, pictures
+from glance.files import lora as lora_files
+from glance.training import distribution, estimate, launcher
+from glance_utils import (
+    MAX_SIDE,
+    PHASES,
+    WEIGHT_NAME,
+    InputError,
+    activate_adapter,
+    derive_timesteps,
+    first_line,
+    glance_inference,
+    load_lora,
+    most_positions,
+    parse_timesteps,
+    read_lora,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -77,8 +87,8 @@ def parse_args(argv: list[str] | None = None):
     add("--output", default="out.png")
     add("--num_images", type=cli.positive(int), default=1, help="images per prompt")
     add("--seed", type=cli.seed, default=0)
-    add("--height", type=cli.positive(int, glance.MAX_SIDE), help="as trained by default")
-    add("--width", type=cli.positive(int, glance.MAX_SIDE), help="as trained by default")
+    add("--height", type=cli.positive(int, MAX_SIDE), help="as trained by default")
+    add("--width", type=cli.positive(int, MAX_SIDE), help="as trained by default")
     add("--guidance_scale", type=cli.finite, help="as trained by default")
     add("--guidance", choices=("keep", "fold"), help="as trained by default; fold: none, it is in the LoRAs")
     add("--pipeline_kwargs", type=cli.json_object, default={}, help="JSON: further arguments of the pipeline's call")
@@ -99,10 +109,10 @@ def parse_args(argv: list[str] | None = None):
     args.prompts = read_prompts(args)
     args.custom_timesteps = None
     if args.flow_custom_timesteps is not None:
-        lists = glance.parse_timesteps(args.flow_custom_timesteps)
+        lists = parse_timesteps(args.flow_custom_timesteps)
         if len(lists) != 2:
             raise InputError("--flow_custom_timesteps holds one list; inference takes two: 'SLOW LIST;FAST LIST'")
-        args.custom_timesteps = dict(zip(glance.PHASES, lists))
+        args.custom_timesteps = dict(zip(PHASES, lists))
     return args
 
 
@@ -137,9 +147,9 @@ def find_loras(args) -> dict[str, Path]:
     if bool(args.lora) == bool(args.slow_lora or args.fast_lora) or bool(args.slow_lora) != bool(args.fast_lora):
         raise InputError("give --lora FOLDER, or both --slow_lora and --fast_lora")
     paths = {}
-    for phase in glance.PHASES:
+    for phase in PHASES:
         source, name = args.lora or getattr(args, f"{phase}_lora"), getattr(args, f"{phase}_weight_name")
-        name = name or (f"{phase}/{glance.WEIGHT_NAME}" if args.lora else glance.WEIGHT_NAME)
+        name = name or (f"{phase}/{WEIGHT_NAME}" if args.lora else WEIGHT_NAME)
         path = Path(source)
         if not name.endswith(".safetensors") or os.path.isfile(path) and path.suffix != ".safetensors":
             raise InputError(f"{source} {name}: only .safetensors files are read, as others can run code; give one")
@@ -149,7 +159,7 @@ def find_loras(args) -> dict[str, Path]:
             try:
                 path = Path(hf_hub_download(source, name))
             except Exception as error:  # not there, no login, no network: each of another kind
-                raise InputError(f"{source}: neither a folder nor on the hub ({glance.first_line(error)})") from error
+                raise InputError(f"{source}: neither a folder nor on the hub ({first_line(error)})") from error
         if not os.path.isfile(path):
             raise InputError(f"{path}: no such {phase} LoRA file; train it with train_glance_lora.py")
         paths[phase] = path
@@ -184,13 +194,13 @@ def read_recipes(args, paths: dict[str, Path]) -> tuple[dict, dict[str, list[flo
 
 def published_timesteps(pipe: DiffusionPipeline, base_timesteps: list[float]) -> dict[str, list[float]]:
     """The published ten of the base's own, for files that do not say theirs; InputError where it has too few."""
-    if glance.most_positions("glance", 10, len(base_timesteps)) < 10:
+    if most_positions("glance", 10, len(base_timesteps)) < 10:
         raise InputError(
             f"the LoRA files carry no recipe, and this {type(pipe).__name__} has its own {len(base_timesteps)} steps, "
             "too few for the published ten; give those that were trained as --flow_custom_timesteps 'SLOW LIST;FAST "
             f"LIST', of {', '.join(f'{timestep:.4f}' for timestep in base_timesteps)}"
         )
-    return glance.derive_timesteps(base_timesteps)
+    return derive_timesteps(base_timesteps)
 
 
 def check_pair(recipes: dict[str, dict], paths: dict[str, Path]) -> None:
@@ -265,7 +275,7 @@ def check_parts(args, pipe: DiffusionPipeline, paths: dict[str, Path]) -> None:
     if args.enable_vae_tiling and not hasattr(getattr(pipe, "vae", None), "enable_tiling"):
         raise InputError(f"--enable_vae_tiling: {type(pipe).__name__} has no VAE that can be tiled; leave it out")
     for path in paths.values():
-        glance.read_lora(pipe, path)
+        read_lora(pipe, path)
 
 
 def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> DiffusionPipeline:
@@ -280,8 +290,8 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> Diffusi
     for part in further:
         setattr(pipe, part, load_base.load_transformer(base, dtype, place, part=part, **where))
     for phase, path in paths.items():
-        glance.load_lora(pipe, path, phase)
-    glance.activate_adapter(glance.denoiser(pipe), None)
+        load_lora(pipe, path, phase)
+    activate_adapter(glance_utils.denoiser(pipe), None)
     if args.enable_vae_tiling:
         pipe.vae.enable_tiling()
     if args.enable_sequential_cpu_offload:
@@ -293,7 +303,7 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> Diffusi
     else:
         pipe.to(device)
     if args.compile:
-        load_base.compile_blocks(glance.denoiser(pipe))
+        load_base.compile_blocks(glance_utils.denoiser(pipe))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -303,7 +313,7 @@ class Counter:
 
     def __init__(self, pipe):
         self.calls = 0
-        for denoiser in (glance.denoiser(pipe), *ask.further_denoisers(pipe).values()):
+        for denoiser in (glance_utils.denoiser(pipe), *ask.further_denoisers(pipe).values()):
             denoiser.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, module, args, kwargs):
@@ -358,9 +368,7 @@ def draw_job(args, pipe, counter, plan: Plan, call: dict, seed: int) -> list[tup
     for count in plan.base_counts if args.compare else ():
         with faults.explained(f"base, {count} steps", what_to_try(args)) as label:
             row.append((label, *timed(pipe, counter, call, seed, num_inference_steps=count)))
-    inference = glance.glance_inference(
-        pipe, plan.schedule, args.lora_scale, plan.told, args.fuse_lora, plan.coefficients
-    )
+    inference = glance_inference(pipe, plan.schedule, args.lora_scale, plan.told, args.fuse_lora, plan.coefficients)
     with faults.explained(f"Glance, {plan.steps} steps", f"{what_to_try(args)}, or a lower --lora_scale") as label:
         with inference as kwargs, ask.plain_call(pipe, call | plan.single) as call:
             row.append((label, *timed(pipe, counter, call, seed, **kwargs)))

@@ -7,10 +7,10 @@
 The caption is --instance_prompt or the .txt beside the image. One run trains both phases and writes
 OUTPUT/slow/pytorch_lora_weights.safetensors and OUTPUT/fast/..., each with its recipe in the header;
 infer_glance.py reads the schedule from there. Any diffusers text-to-image pipeline with a flow-matching transformer
-will do: the schedule, the latents and the velocity are asked of the pipeline itself (ask_pipeline.py).
+will do: the schedule, the latents and the velocity are asked of the pipeline itself (glance/ask/).
 """
 
-import start
+from glance import start
 
 
 if __name__ == "__main__":
@@ -37,17 +37,12 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from tqdm.auto import tqdm
 
-import ask_latents
-import ask_pipeline as ask
-import command_line as cli
-import distribution
-import faults
-import glance_utils as glance
-import launcher
-import load_base
-import trackers
-import trajectories
-from checkpoints import (
+from glance import base as load_base
+from glance import command_line as cli
+from glance.ask import latents as ask_latents
+from glance.ask import pipeline as ask
+from glance.files import faults
+from glance.files.checkpoints import (
     check_flags,
     check_lora,
     find_resume,
@@ -56,10 +51,26 @@ from checkpoints import (
     save_checkpoint,
     with_run,
 )
-from glance_utils import InputError
-from instance_data import load_pair
-from model_card import create_hub_repo, draw_preview, push_to_hub, save_picture, write_model_card
-from prepare import Asked, dry_run, prepare_pipeline
+from glance.files.instance_data import load_pair
+from glance.training import distribution, launcher, trackers, trajectories
+from glance.training.model_card import create_hub_repo, draw_preview, push_to_hub, save_picture, write_model_card
+from glance.training.prepare import Asked, dry_run, prepare_pipeline
+from glance_utils import (
+    MAX_SIDE,
+    PHASES,
+    InputError,
+    __version__,
+    add_noise,
+    check_loaded,
+    compute_as_saved,
+    denoiser,
+    denoiser_name,
+    parse_timesteps,
+    save_lora,
+    timestep_order,
+    timesteps_to_sigmas,
+    velocity_loss,
+)
 
 
 logger = get_logger(__name__)
@@ -92,11 +103,11 @@ def make_parser() -> cli.Parser:
     add("--caption_column", default="text")
     add(
         "--resolution",
-        type=cli.positive(int, glance.MAX_SIDE),
+        type=cli.positive(int, MAX_SIDE),
         help="height and width in pixels; 1024 if nothing else is said",
     )
-    add("--height", type=cli.positive(int, glance.MAX_SIDE))
-    add("--width", type=cli.positive(int, glance.MAX_SIDE))
+    add("--height", type=cli.positive(int, MAX_SIDE))
+    add("--width", type=cli.positive(int, MAX_SIDE))
     # schedule
     add(
         "--phase",
@@ -257,14 +268,14 @@ def parse_args(argv: list[str] | None = None):
 def choose_phases(args) -> dict[str, list[float] | None]:
     """The phases to train, each with its custom timesteps or None where they are derived from the pipeline."""
     if args.flow_custom_timesteps is None:
-        return dict.fromkeys(glance.PHASES if args.phase in (None, "both") else (args.phase,))
-    lists = glance.parse_timesteps(args.flow_custom_timesteps)
+        return dict.fromkeys(PHASES if args.phase in (None, "both") else (args.phase,))
+    lists = parse_timesteps(args.flow_custom_timesteps)
     if len(lists) == 2:
-        if args.phase in glance.PHASES:
+        if args.phase in PHASES:
             raise InputError(
                 f"--flow_custom_timesteps holds two lists, but --phase {args.phase} trains one; give its list"
             )
-        return dict(zip(glance.PHASES, lists))
+        return dict(zip(PHASES, lists))
     if args.phase == "both":
         raise InputError("--flow_custom_timesteps holds one list, but --phase both trains two: 'SLOW LIST;FAST LIST'")
     # Only the slow phase begins at pure noise.
@@ -296,7 +307,7 @@ def make_recipe(args, asked: Asked, phase: str, size: tuple[int, int]) -> dict:
         "loss": args.loss,
         "max_train_steps": args.max_train_steps,
         "rank": args.rank,
-        "version": glance.__version__,
+        "version": __version__,
     }
 
 
@@ -308,7 +319,7 @@ def fresh_adapter(args, accelerator, transformer, layers: list[str]) -> list[tor
         for parameter in transformer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(accelerator.device, torch.float32)
-        glance.compute_as_saved(transformer)
+        compute_as_saved(transformer)
         if args.compile:
             load_base.compile_blocks(transformer)
     torch.manual_seed(args.seed)  # alike on every process
@@ -340,7 +351,7 @@ def check_finite(value: float, phase: str, step: int, timestep: float, name: str
 def flow_batch(asked: Asked, sigmas: list[float], noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the flow loss trains on, (noisy, target velocity), both (sigmas * B, ...), for noise of that shape."""
     parts = noise.to(asked.latents.device).unflatten(0, (len(sigmas), -1))
-    noisy = [glance.add_noise(asked.latents, part, sigma) for part, sigma in zip(parts, sigmas)]
+    noisy = [add_noise(asked.latents, part, sigma) for part, sigma in zip(parts, sigmas)]
     return torch.cat(noisy), torch.cat([part - asked.latents for part in parts])
 
 
@@ -355,7 +366,7 @@ def mean_losses(model, batch: tuple[torch.Tensor, torch.Tensor], sigmas: list[fl
     """velocity_loss at each of the sigmas, (sigmas,) float32."""
     noisy, targets = (part.unflatten(0, (len(sigmas), -1)) for part in batch)
     velocity = model(batch[0], [sigma for sigma in sigmas for _ in noisy[0]], **call).unflatten(0, noisy.shape[:2])
-    return torch.stack([glance.velocity_loss(*pair) for pair in zip(velocity, targets)])
+    return torch.stack([velocity_loss(*pair) for pair in zip(velocity, targets)])
 
 
 def train_phase(args, accelerator, asked: Asked, recipe: dict, settings: dict, done: int, resume: dict | None):
@@ -364,22 +375,22 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, settings: dict, d
     `settings` go into its checkpoints; `done` steps were trained in earlier phases; `resume` is a checkpoint of this
     phase. Where a signal asked to stop, returns the checkpoint that was written instead of going on.
     """
-    phase, transformer = recipe["phase"], glance.denoiser(asked.pipe)
+    phase, transformer = recipe["phase"], denoiser(asked.pipe)
     parameters = fresh_adapter(args, accelerator, transformer, asked.layers)
     optimizer, lr_scheduler = make_optimizer(args, parameters)
     model = ask.PipelineVelocity(asked.pipe, asked.told, asked.takes_timesteps)
     model, optimizer = distribution.prepare(args, accelerator, model, parameters, optimizer)
 
-    sigmas, accumulation = glance.timesteps_to_sigmas(recipe["timesteps"]), args.gradient_accumulation_steps
-    seed, first = args.seed + glance.PHASES.index(phase), asked.first_step[phase]
+    sigmas, accumulation = timesteps_to_sigmas(recipe["timesteps"]), args.gradient_accumulation_steps
+    seed, first = args.seed + PHASES.index(phase), asked.first_step[phase]
     generator, chooser = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     count, start, together = args.max_train_steps * accumulation, 0, args.timesteps_per_step
-    order = glance.timestep_order(len(sigmas), count * together, args.flow_timesteps_mode, generator)
+    order = timestep_order(len(sigmas), count * together, args.flow_timesteps_mode, generator)
     order = order.reshape(count, together).tolist()
     # Every process draws what all of them train on and takes its rows: the run does not depend on how many share it.
     batch, rank, processes = args.train_batch_size, accelerator.process_index, accelerator.num_processes
-    captions = glance.timestep_order(len(asked.captions), count, "stratified", chooser).tolist()
-    seeds = glance.timestep_order(args.num_trajectories, count * processes * batch, "stratified", chooser)
+    captions = timestep_order(len(asked.captions), count, "stratified", chooser).tolist()
+    seeds = timestep_order(args.num_trajectories, count * processes * batch, "stratified", chooser)
     seeds = seeds.reshape(count, processes, batch)[:, rank].tolist()
     weights = segment_weights(args, asked, first, len(sigmas))
     stateful = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "scaler": accelerator.scaler}
@@ -388,7 +399,7 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, settings: dict, d
     if resume is not None:
         start = resume["step"]
         set_peft_model_state_dict(transformer, resume["lora"], adapter_name=ADAPTER)
-        glance.check_loaded(transformer, ADAPTER, resume["lora"])
+        check_loaded(transformer, ADAPTER, resume["lora"])
         generator.set_state(resume["generator"])
         for name, part in stateful.items():
             part.load_state_dict(resume[name])
@@ -452,8 +463,8 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, settings: dict, d
 
 def save_phase(asked: Asked, folder: Path, recipe: dict) -> Path:
     """Write the LoRA that was just trained, with its recipe; return the file's path."""
-    name, transformer = glance.denoiser_name(asked.pipe.config), glance.denoiser(asked.pipe)
-    return glance.save_lora(transformer, ADAPTER, folder, recipe, name)
+    name, transformer = denoiser_name(asked.pipe.config), denoiser(asked.pipe)
+    return save_lora(transformer, ADAPTER, folder, recipe, name)
 
 
 def segment_weights(args, asked: Asked, first: int, count: int) -> torch.Tensor:
@@ -517,7 +528,7 @@ def train(args, accelerator, halves=None):
         if args.resume_from_checkpoint:
             distribution.check_same(sorted(finished), {phase: found["step"] for phase, found in resume.items()})
         for checkpoint in resume.values():
-            check_lora(checkpoint["lora"], glance.denoiser(asked.pipe), asked.layers, args.rank)
+            check_lora(checkpoint["lora"], denoiser(asked.pipe), asked.layers, args.rank)
         if image is None:
             with faults.explained("the image that the base draws, to be trained on"):
                 image = ask_latents.decode(asked.vae, asked.latents.cpu(), asked.layout)
@@ -558,8 +569,8 @@ def train(args, accelerator, halves=None):
     if accelerator.check_trigger():  # after the last step
         hint = "its LoRAs are there; --resume_from_checkpoint latest writes the rest"
         faults.leave(*(noted or [signal.SIGTERM]), hint=hint)
-    if ADAPTER in getattr(glance.denoiser(asked.pipe), "peft_config", ()):
-        glance.denoiser(asked.pipe).unload_lora()  # the base is as it was
+    if ADAPTER in getattr(denoiser(asked.pipe), "peft_config", ()):
+        denoiser(asked.pipe).unload_lora()  # the base is as it was
     accelerator.wait_for_everyone()
 
     if halves is not None:

@@ -6,7 +6,7 @@
 
 All run in this process in turns, on two transformers with equal weights; ratios are medians over the rounds.
 
-- `pipeline` and `bare`: velocity, loss and backward through ask_pipeline.PipelineVelocity, and the same from a call of
+- `pipeline` and `bare`: velocity, loss and backward through PipelineVelocity, and the same from a call of
   the transformer written by hand.
 - `dry`: what the pipeline does around the transformer, which is bypassed.
 - `glance`: the whole step of train_glance_lora.py (train_step.py).
@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import start
+from glance import start
 
 
 if __name__ == "__main__":
@@ -43,10 +43,9 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from peft import LoraConfig
 from train_step import glance_step
 
-import ask_pipeline as ask
-import command_line as cli
-import glance_utils as glance
-from glance_utils import InputError
+from glance import command_line as cli
+from glance.ask import pipeline as ask
+from glance_utils import InputError, add_noise, flow_matching_loss
 
 
 # The layers that the example adapts by default.
@@ -100,9 +99,9 @@ def bare_step(args, pipe, call, latents):
     def step(noise, sigma):
         pipe.transformer.zero_grad()
         timestep = torch.full([len(latents)], 1000 * sigma, device=device, dtype=dtype)
-        noisy = glance.add_noise(latents, noise, sigma).to(dtype)
+        noisy = add_noise(latents, noise, sigma).to(dtype)
         velocity = pipe.transformer(hidden_states=noisy, timestep=timestep / 1000, **inputs)[0]
-        loss = glance.flow_matching_loss(velocity, latents, noise)
+        loss = flow_matching_loss(velocity, latents, noise)
         loss.backward()
         return loss.detach()
 
@@ -114,8 +113,8 @@ def pipeline_step(model, latents):
 
     def step(noise, sigma):
         model.zero_grad()
-        velocity = model(glance.add_noise(latents, noise, sigma), sigma)
-        loss = glance.flow_matching_loss(velocity, latents, noise)
+        velocity = model(add_noise(latents, noise, sigma), sigma)
+        loss = flow_matching_loss(velocity, latents, noise)
         loss.backward()
         return loss.detach()
 

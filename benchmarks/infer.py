@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import start
+from glance import start
 
 
 if __name__ == "__main__":
@@ -27,27 +27,27 @@ import torch
 from peft import LoraConfig
 from train_step import velocity_once
 
-import ask_pipeline as ask
-import command_line as cli
-import glance_utils as glance
-import load_base
+from glance import base as load_base
+from glance import command_line as cli
+from glance.ask import pipeline as ask
+from glance_utils import PHASES, activate_adapter, derive_timesteps, glance_inference, lora_layers
 
 
 def add_loras(transformer, rank: int) -> None:
     """Both adapters with small random weights, none active."""
-    lora = {"r": rank, "lora_alpha": rank, "target_modules": glance.lora_layers(transformer)}
-    for phase in glance.PHASES:
+    lora = {"r": rank, "lora_alpha": rank, "target_modules": lora_layers(transformer)}
+    for phase in PHASES:
         transformer.add_adapter(LoraConfig(**lora, init_lora_weights=False), phase)
     for name, parameter in transformer.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(transformer.dtype) / 10
-    glance.activate_adapter(transformer, None)
+    activate_adapter(transformer, None)
 
 
 def main(argv: list[str] | None = None):
     args = shapes.parse(shapes.parser("Time ten base steps and Glance's ten."), argv)
     pipe, call, latents = shapes.make_pipeline(args)
-    schedule = glance.derive_timesteps(ask.ask_timesteps(pipe, 50, **call))
+    schedule = derive_timesteps(ask.ask_timesteps(pipe, 50, **call))
     count = sum(map(len, schedule.values()))
     counted = shapes.count_flops(lambda: velocity_once(pipe, call, latents))
     add_loras(pipe.transformer, args.rank)
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None):
         return pipe(**call, **kwargs, output_type="latent", generator=torch.Generator().manual_seed(0))
 
     def draw_glance(fuse: bool):
-        with glance.glance_inference(pipe, schedule, fuse=fuse) as kwargs:
+        with glance_inference(pipe, schedule, fuse=fuse) as kwargs:
             draw(**kwargs)
 
     ways = {"base": lambda: draw(num_inference_steps=count), "glance": lambda: draw_glance(False)}

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import start
+from glance import start
 
 
 if __name__ == "__main__":
@@ -56,17 +56,16 @@ from quality_numbers import by_name, diversity, fine_detail, frechet, make_table
 from quality_rows import BASE_STEPS, Row, all_rows  # noqa: E402
 from scenes import RESOLUTION, caption_of, scene_of, split_scenes  # noqa: E402
 
-import ask_latents  # noqa: E402
-import ask_pipeline as ask  # noqa: E402
-import command_line as cli  # noqa: E402
-import faults  # noqa: E402
-import glance_utils as glance  # noqa: E402
 import infer_glance  # noqa: E402
-import lora_files  # noqa: E402
 import train_glance_lora  # noqa: E402
-from glance_utils import InputError, replaced  # noqa: E402
-from grids import relative_error  # noqa: E402
-from instance_data import load_pair  # noqa: E402
+from glance import command_line as cli  # noqa: E402
+from glance.ask import latents as ask_latents  # noqa: E402
+from glance.ask import pipeline as ask  # noqa: E402
+from glance.ask.sampler import relative_error  # noqa: E402
+from glance.files import faults  # noqa: E402
+from glance.files import lora as lora_files  # noqa: E402
+from glance.files.instance_data import load_pair  # noqa: E402
+from glance_utils import MAX_SIDE, InputError, denoiser, first_line, replace_file, replaced  # noqa: E402  # noqa: E402
 
 
 logger = logging.getLogger(__name__)
@@ -141,7 +140,7 @@ def train(bench: Bench, settings: dict, rate: float, seed: int) -> tuple[str, di
     drawn = [json.loads(file.read_text())["drawn"] for file in runs.glob("*/spent.json")]
     flags = ["--config", args.train_config, f"--learning_rate={rate}", f"--seed={seed}"]
     flags += [flag.replace("CAPTIONS", f"{args.output_dir}/captions") for flag in settings["train"]]
-    with counted_forwards(type(glance.denoiser(bench.pipe))) as spent:
+    with counted_forwards(type(denoiser(bench.pipe))) as spent:
         for phase, more in settings.get("phases", {"both": []}).items():
             output = folder if phase == "both" else folder / phase
             output.mkdir(parents=True, exist_ok=True)
@@ -195,7 +194,7 @@ def measure_row(bench: Bench, results: dict, row: Row) -> str | None:
     except (ValueError, AttributeError, TypeError, AssertionError) as error:
         if not {"scheduler", "cache"} & set(row.settings):
             raise
-        return glance.first_line(error)
+        return first_line(error)
 
 
 def finished(bench: Bench, results: dict, settings: dict, measure, row: Row | None = None) -> dict:
@@ -206,7 +205,7 @@ def finished(bench: Bench, results: dict, settings: dict, measure, row: Row | No
     entry = {"name": row and row.name, "kind": row and row.kind, "settings": settings, "numbers": measure()}
     results["rows"].append(entry)
     text = json.dumps(results, indent=1) + "\n"
-    glance.replace_file(Path(bench.args.output_dir, "results.json"), lambda path: path.write_text(text))
+    replace_file(Path(bench.args.output_dir, "results.json"), lambda path: path.write_text(text))
     logger.info(f"{entry['name'] or settings}: error {entry['numbers']['error']:.4f}")
     return entry["numbers"]
 
@@ -232,8 +231,8 @@ def parse_args(argv: list[str] | None = None):
     add("--prompts_file", help="captions, one a line; with --train_config half choose rates; the demo's by default")
     add("--instance_prompt", help="the caption that was trained on, if not that of --train_config")
     add("--num_prompts", type=cli.positive(int), help="report only so many")
-    add("--height", type=cli.positive(int, glance.MAX_SIDE))
-    add("--width", type=cli.positive(int, glance.MAX_SIDE))
+    add("--height", type=cli.positive(int, MAX_SIDE))
+    add("--width", type=cli.positive(int, MAX_SIDE))
     add("--guidance_scale", type=cli.finite)
     add("--pipeline_kwargs", type=cli.json_object, default={}, help="JSON: further arguments of the pipeline's call")
     add("--dtype", choices=tuple(infer_glance.DTYPES), default="float32")

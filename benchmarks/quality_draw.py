@@ -11,13 +11,23 @@ from diffusers.image_processor import VaeImageProcessor
 from quality_rows import BASE_STEPS
 from tqdm.auto import tqdm
 
-import ask_latents
-import ask_pipeline as ask
-import glance_utils as glance
-import grids
 import infer_glance
-import lora_files
-from glance_utils import replaced
+from glance.ask import latents as ask_latents
+from glance.ask import pipeline as ask
+from glance.ask import sampler as grids
+from glance.files import lora as lora_files
+from glance_utils import (
+    PHASES,
+    WEIGHT_NAME,
+    FixedSigmaScheduler,
+    denoiser,
+    derive_timesteps,
+    glance_inference,
+    grid_positions,
+    load_lora,
+    replaced,
+    timesteps_to_sigmas,
+)
 
 
 SEEDS = {"reported": 9000, "validation": 1000, "training": 3000, "diversity": 7000}  # of each set's first picture
@@ -29,7 +39,7 @@ class Counter(infer_glance.Counter):
     def __init__(self, pipe):
         super().__init__(pipe)
         self.products = 0
-        for layer in glance.denoiser(pipe).modules():
+        for layer in denoiser(pipe).modules():
             if isinstance(layer, torch.nn.Linear):
                 layer.register_forward_pre_hook(self.multiply)
 
@@ -83,11 +93,11 @@ def sampler(bench: Bench, grid: str, steps: int, solver: str) -> tuple[list[floa
     """(timesteps, the fitted solver's coefficients or None), as training finds them on one trajectory of the base."""
     if steps >= BASE_STEPS:
         return ask.ask_timesteps(bench.pipe, steps, **bench.call), None
-    points, sigmas = None, [*glance.timesteps_to_sigmas(bench.timesteps), 0.0]
+    points, sigmas = None, [*timesteps_to_sigmas(bench.timesteps), 0.0]
     if grid == "auto" or solver == "fitted":
         points = bench.trajectory[0]
     auto = grid == "auto"
-    positions = grids.best_positions(points, sigmas, steps) if auto else glance.grid_positions(grid, steps, BASE_STEPS)
+    positions = grids.best_positions(points, sigmas, steps) if auto else grid_positions(grid, steps, BASE_STEPS)
     coefficients = grids.fit_coefficients(points, sigmas, positions) if solver == "fitted" else None
     return [bench.timesteps[position] for position in positions], coefficients
 
@@ -105,19 +115,17 @@ def prepared(bench: Bench, settings: dict):
         elif "cache" in settings:
             name, options = settings["cache"]
             precise = {"taylor_factors_dtype": pipe.dtype} if "Taylor" in name else {}
-            glance.denoiser(pipe).enable_cache(getattr(diffusers.hooks, name)(**options, **precise))
-            stack.callback(glance.denoiser(pipe).disable_cache)
+            denoiser(pipe).enable_cache(getattr(diffusers.hooks, name)(**options, **precise))
+            stack.callback(denoiser(pipe).disable_cache)
         elif "lora" in settings:
             call, phases, coefficients = recipe_of(bench, settings["lora"])
             scales = settings.get("scales")
-            inference = glance.glance_inference(pipe, phases, scales, bench.told, True, coefficients)
+            inference = glance_inference(pipe, phases, scales, bench.told, True, coefficients)
             kwargs = stack.enter_context(inference)
         else:
             timesteps, fitted = sampler(bench, settings["grid"], settings["steps"], settings.get("solver", "euler"))
-            sigmas = glance.timesteps_to_sigmas(timesteps)
-            scheduler = glance.FixedSigmaScheduler(
-                sigmas, bench.told(sigmas), like=pipe.scheduler, coefficients=fitted
-            )
+            sigmas = timesteps_to_sigmas(timesteps)
+            scheduler = FixedSigmaScheduler(sigmas, bench.told(sigmas), like=pipe.scheduler, coefficients=fitted)
             stack.enter_context(replaced(pipe, "scheduler", scheduler))
             kwargs = {"num_inference_steps": len(sigmas)}
         call = call | kwargs | ({} if settings.get("guided", True) else bench.single)
@@ -126,9 +134,9 @@ def prepared(bench: Bench, settings: dict):
 
 def recipe_of(bench: Bench, folder: str) -> tuple[dict, dict[str, list[float]], list | None]:
     """The call, timesteps and coefficients that a pair was trained for; the pipeline's where its files do not say."""
-    recipes = {phase: lora_files.read_recipe(lora_file(folder, phase), required=False) for phase in glance.PHASES}
+    recipes = {phase: lora_files.read_recipe(lora_file(folder, phase), required=False) for phase in PHASES}
     if not all(recipes.values()):
-        return bench.call, glance.derive_timesteps(bench.timesteps), None
+        return bench.call, derive_timesteps(bench.timesteps), None
     own, fitted = recipes["slow"], [recipe["coefficients"] for recipe in recipes.values()]
     call = bench.call | own["pipeline_kwargs"] | {key: own[key] for key in ("height", "width")}
     call |= {} if own["guidance_scale"] is None else {"guidance_scale": own["guidance_scale"]}
@@ -138,19 +146,19 @@ def recipe_of(bench: Bench, folder: str) -> tuple[dict, dict[str, list[float]], 
 
 
 def lora_file(folder: str | Path, phase: str) -> Path:
-    return Path(folder) / phase / glance.WEIGHT_NAME
+    return Path(folder) / phase / WEIGHT_NAME
 
 
 @contextlib.contextmanager
 def loaded(bench: Bench, folder: str | None):
     """Both LoRAs of a folder in the pipeline."""
     try:
-        for phase in glance.PHASES if folder else ():
-            glance.load_lora(bench.pipe, lora_file(folder, phase), phase)
+        for phase in PHASES if folder else ():
+            load_lora(bench.pipe, lora_file(folder, phase), phase)
         yield
     finally:
         if folder:
-            glance.denoiser(bench.pipe).unload_lora()
+            denoiser(bench.pipe).unload_lora()
 
 
 def draw(bench: Bench, settings: dict, name: str, count: int | None = None) -> torch.Tensor:

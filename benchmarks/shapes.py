@@ -33,11 +33,11 @@ from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import ask_pipeline as ask  # noqa: E402
-import ask_prompts  # noqa: E402
-import command_line as cli  # noqa: E402
-import glance_utils as glance  # noqa: E402
-import load_base  # noqa: E402
+from glance import base as load_base  # noqa: E402
+from glance import command_line as cli  # noqa: E402
+from glance.ask import pipeline as ask  # noqa: E402
+from glance.ask import prompts as ask_prompts  # noqa: E402
+from glance_utils import InputError, with_adapters  # noqa: E402
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,7 +93,7 @@ def parser(description: str) -> cli.Parser:
 def parse(parser: cli.Parser, argv: list[str] | None = None):
     args = parser.parse(argv)
     if args.pretrained_model_name_or_path and args.shape:
-        raise glance.InputError("give --pretrained_model_name_or_path or --shape, not both")
+        raise InputError("give --pretrained_model_name_or_path or --shape, not both")
     if not args.pretrained_model_name_or_path:
         args.shape = args.shape or "small"
     args.resolution = args.resolution or (512 if args.shape == "small" else 1024)
@@ -128,7 +128,7 @@ def make_pipeline(args) -> tuple[DiffusionPipeline, dict, torch.Tensor]:
         )
     elif args.quantization != "none":
         quantize(pipe.transformer, args.quantization)
-    glance.with_adapters(pipe.transformer).requires_grad_(False)
+    with_adapters(pipe.transformer).requires_grad_(False)
     if args.gradient_checkpointing:
         load_base.enable_gradient_checkpointing(pipe.transformer)
     if args.device.startswith("cuda"):  # what it took to build does not count
@@ -173,7 +173,7 @@ def random_transformer(kind, config: dict, dtype: torch.dtype, device: str) -> t
 
 
 def quantize(transformer, quantization: str) -> None:
-    """What load_base.load_transformer does to a file's weights, for those that no file holds."""
+    """What glance.base.load_transformer does to a file's weights, for those that no file holds."""
     if quantization == "fp8":
         return transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer.dtype)
     for name in [name for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)]:

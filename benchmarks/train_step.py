@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import start
+from glance import start
 
 
 if __name__ == "__main__":
@@ -26,10 +26,10 @@ import shapes
 import torch
 from accelerate import Accelerator
 
-import ask_pipeline as ask
-import command_line as cli
-import glance_utils as glance
 import train_glance_lora as train
+from glance import command_line as cli
+from glance.ask import pipeline as ask
+from glance_utils import add_noise, flow_matching_loss, lora_layers
 
 
 SIGMAS = (1.0, 0.97, 0.94, 0.91, 0.88)
@@ -40,7 +40,7 @@ def glance_step(args, pipe, call, latents, layers: str | None = None):
     settings = ["--pretrained_model_name_or_path", "-", "--rank", str(args.rank)]
     settings = train.parse_args(settings + (["--compile"] if args.compile else []))
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=shapes.MIXED_PRECISION[args.dtype])
-    layers = glance.lora_layers(pipe.transformer, layers)
+    layers = lora_layers(pipe.transformer, layers)
     parameters = train.fresh_adapter(settings, accelerator, pipe.transformer, layers)
     optimizer, lr_scheduler = train.make_optimizer(settings, parameters)
     call = {name: value for name, value in call.items() if name != ask.batch_argument(pipe)}  # the model's own to set
@@ -52,8 +52,8 @@ def glance_step(args, pipe, call, latents, layers: str | None = None):
         nonlocal done
         sigma, done = SIGMAS[done % len(SIGMAS)], done + 1
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        velocity = model(glance.add_noise(latents, noise, sigma), sigma)
-        loss = glance.flow_matching_loss(velocity, latents, noise)
+        velocity = model(add_noise(latents, noise, sigma), sigma)
+        loss = flow_matching_loss(velocity, latents, noise)
         mean_loss = accelerator.gather(loss.detach()).mean().item()
         train.check_finite(mean_loss, "slow", done, 1000 * sigma)
         accelerator.backward(loss)

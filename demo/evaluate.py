@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import start
+from glance import start
 
 
 if __name__ == "__main__":
@@ -27,9 +27,9 @@ from diffusers import FluxPipeline
 from judge import load_judge
 from scenes import ATTRIBUTES, RESOLUTION, caption_of, render, split_scenes
 
-import command_line as cli
-import glance_utils as glance
-from lora_files import read_recipe
+from glance import command_line as cli
+from glance.files.lora import read_recipe
+from glance_utils import PHASES, WEIGHT_NAME, glance_inference
 
 
 def draw(pipe, scenes, guidance: float, **kwargs) -> torch.Tensor:
@@ -84,13 +84,13 @@ def main():
     row("base, 10 steps", 10 * calls, lambda: draw(pipe, scenes, args.guidance, num_inference_steps=10))
     if args.lora:
         schedule = {}
-        for phase in glance.PHASES:
-            path = Path(args.lora) / phase / glance.WEIGHT_NAME
+        for phase in PHASES:
+            path = Path(args.lora) / phase / WEIGHT_NAME
             schedule[phase] = read_recipe(path)["timesteps"]
             pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=phase)
 
         def ten_steps(strength: float):
-            with glance.glance_inference(pipe, schedule) as kwargs:
+            with glance_inference(pipe, schedule) as kwargs:
                 kwargs["joint_attention_kwargs"] = {"scale": strength}
                 return draw(pipe, scenes, args.guidance, **kwargs)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import start
+from glance import start
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 
-import distribution  # noqa: E402
+from glance.training import distribution  # noqa: E402
 
 
 accelerator = Accelerator()

@@ -24,10 +24,10 @@ from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env  # noqa
 from lifetimes import watch  # noqa: E402
 from peft import get_peft_model_state_dict  # noqa: E402
 
-import ask_pipeline as ask  # noqa: E402
-import glance_utils as glance  # noqa: E402
-import grids  # noqa: E402
 import train_glance_lora  # noqa: E402
+from glance.ask import pipeline as ask  # noqa: E402
+from glance.ask import sampler as grids  # noqa: E402
+from glance_utils import denoiser  # noqa: E402
 
 
 moments, walks = watch(setattr), []
@@ -36,7 +36,7 @@ train_phase, forward, walk = train_glance_lora.train_phase, ask.PipelineVelocity
 
 def train_and_keep(args, accelerator, asked, recipe, *rest):
     stopped = train_phase(args, accelerator, asked, recipe, *rest)
-    lora = get_peft_model_state_dict(glance.denoiser(asked.pipe), adapter_name=train_glance_lora.ADAPTER)
+    lora = get_peft_model_state_dict(denoiser(asked.pipe), adapter_name=train_glance_lora.ADAPTER)
     torch.save(lora, Path(args.output_dir) / f"{recipe['phase']}-rank-{accelerator.process_index}.pt")
     return stopped
 

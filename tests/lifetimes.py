@@ -2,9 +2,9 @@
 
 import weakref
 
-import ask_latents
-import ask_pipeline as ask
-import distribution
+from glance.ask import latents as ask_latents
+from glance.ask import pipeline as ask
+from glance.training import distribution
 
 
 # When weights are about to be read, at each training step, and when the preview is decoded. The VAE waits on the CPU.

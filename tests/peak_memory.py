@@ -19,12 +19,11 @@ from accelerate import Accelerator, init_empty_weights  # noqa: E402
 from diffusers import FluxTransformer2DModel  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 
-import ask_pipeline as ask  # noqa: E402
-import distribution  # noqa: E402
-import estimate  # noqa: E402
-import glance_utils as glance  # noqa: E402
-import load_base  # noqa: E402
-from ask_prompts import remember_prompts  # noqa: E402
+from glance import base as load_base  # noqa: E402
+from glance.ask import pipeline as ask  # noqa: E402
+from glance.ask.prompts import remember_prompts  # noqa: E402
+from glance.training import distribution, estimate  # noqa: E402
+from glance_utils import lora_layers  # noqa: E402
 
 
 def small_flux(**overrides) -> FluxTransformer2DModel:
@@ -84,7 +83,7 @@ def step(pipeline: str, checkpointing: str) -> dict:
         pipe.transformer = small_flux()
     call = ask.call_arguments(pipe, "a red ring", 96, 96, None, {})
     remember_prompts(pipe)
-    layers = glance.lora_layers(pipe.transformer)
+    layers = lora_layers(pipe.transformer)
     found = estimate.estimate(pipe, layers, 16, call, [checkpointing])
     with watched() as samples:
         transformer = pipe.transformer = small_flux().requires_grad_(False)

@@ -28,11 +28,11 @@ from PIL import Image  # noqa: E402
 from tiny_pipelines import make_flux  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
-import command_line as cli  # noqa: E402
-from checkpoints import find_checkpoints, load_checkpoint  # noqa: E402
-from faults import LEFTOVER  # noqa: E402
+from glance import command_line as cli  # noqa: E402
+from glance.files.checkpoints import find_checkpoints, load_checkpoint  # noqa: E402
+from glance.files.faults import LEFTOVER  # noqa: E402
+from glance.files.lora import read_recipe  # noqa: E402
 from glance_utils import PHASES, WEIGHT_NAME  # noqa: E402
-from lora_files import read_recipe  # noqa: E402
 
 
 FIRST, LAST = "instance.png", "README.md"  # written where training begins, and after all else

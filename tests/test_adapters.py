@@ -16,8 +16,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 
-import glance_utils as glance
-from ask_pipeline import Probe
+from glance.ask.pipeline import Probe
+from glance_utils import FixedSigmaScheduler, InputError, glance_inference
 
 
 PHASES = {"slow": [1000.0, 950.0, 900.0, 850.0, 800.0], "fast": [750.0, 600.0, 450.0, 300.0, 100.0]}
@@ -95,7 +95,7 @@ def test_a_picture_is_begun_in_its_own_phase(base, kind, pipelines):
     pipe, arguments = with_picture(kind, load(pipelines[base]))
     arguments |= {"guidance_scale": 1.0}
     calls = watched(pipe)
-    with glance.glance_inference(pipe, PHASES) as kwargs:
+    with glance_inference(pipe, PHASES) as kwargs:
         found = {begin: draw(pipe, **arguments, **kwargs, strength=1 - begin / 10) for begin in (3, 5)}
         whole = draw(pipe, **arguments, **kwargs, strength=1.0)
     assert turns(calls) == STEPS[3:] + STEPS[5:] + STEPS
@@ -117,7 +117,7 @@ def test_a_fitted_solver_begins_with_the_steps_own_numbers(begin, pipelines):
     """The first executed step has no velocity before it: it is Euler's, unless it is the fitted schedule's first."""
     pipe, arguments = with_picture(FluxImg2ImgPipeline, load(pipelines["flux"]))
     calls = watched(pipe)
-    with glance.glance_inference(pipe, PHASES, coefficients=FITTED) as kwargs:
+    with glance_inference(pipe, PHASES, coefficients=FITTED) as kwargs:
         last = draw(pipe, **arguments, **kwargs, strength=1 - begin / 10)
     points = [call["latents"] for call in calls] + [last]
     assert len(calls) == 10 - begin
@@ -133,7 +133,7 @@ def test_a_pipeline_that_only_cuts_its_timesteps_begins_in_the_right_phase(pipel
     """As those that have no set_begin_index: the picture's noise tells, and without it there is an error."""
     pipe, seen = load(pipelines["flux"]), []
     layer = next(iter(tuner_layers(pipe.transformer).values()))
-    with glance.glance_inference(pipe, PHASES, told=lambda sigmas: [1000.0, 1000.0, *range(8, 0, -1)]):
+    with glance_inference(pipe, PHASES, told=lambda sigmas: [1000.0, 1000.0, *range(8, 0, -1)]):
         scheduler, x = pipe.scheduler, torch.ones(1, 2)
         for begin in (6, 0):
             scheduler.set_timesteps()
@@ -145,7 +145,7 @@ def test_a_pipeline_that_only_cuts_its_timesteps_begins_in_the_right_phase(pipel
             assert scheduler.step_index == 10
         assert seen == [[name] for name in STEPS[6:] + STEPS]
         scheduler.set_timesteps()
-        with pytest.raises(glance.InputError, match="step 6 of 10.*set_begin_index"):
+        with pytest.raises(InputError, match="step 6 of 10.*set_begin_index"):
             scheduler.step(torch.ones(1, 2), scheduler.timesteps[6], x)
 
 
@@ -163,9 +163,9 @@ def test_a_probe_counts_its_steps_from_where_it_begins():
 def test_the_scheduler_is_saved_and_loaded_with_all_of_its_numbers(told, tmp_path, caplog):
     like = FlowMatchEulerDiscreteScheduler(shift=3.0, num_train_timesteps=1 if told is None else 1000)
     numbers = {"told": told, "like": like, "coefficients": [[1.1, 0.0], [1.2, -0.2], [1.3, -0.3]]}
-    own = glance.FixedSigmaScheduler([1, np.float64(0.9), 0.5], **numbers)
+    own = FixedSigmaScheduler([1, np.float64(0.9), 0.5], **numbers)
     own.save_pretrained(tmp_path)
-    kind = glance.FixedSigmaScheduler
+    kind = FixedSigmaScheduler
     assert "before_step" not in json.loads((tmp_path / "scheduler_config.json").read_text())
     loaded = [kind.from_pretrained(tmp_path), kind.from_config(own.config), type(own).from_config(dict(own.config))]
     loaded.append(kind.from_config(like.config, sigmas=[1, 0.9, 0.5], **numbers | {"like": None}))
@@ -179,7 +179,7 @@ def test_the_scheduler_is_saved_and_loaded_with_all_of_its_numbers(told, tmp_pat
         ends.append((scheduler.timesteps, scheduler.sigmas, x))
         for mine, found in zip(ends[0], ends[-1]):
             assert torch.equal(mine, found)
-    with pytest.raises(glance.InputError, match="coefficients: 1 of them for 3 sigmas"):
+    with pytest.raises(InputError, match="coefficients: 1 of them for 3 sigmas"):
         kind([1, 0.9, 0.5], coefficients=[[1, 0]])
 
 
@@ -224,7 +224,7 @@ def test_other_adapters_stay_and_everything_is_put_back(enter, beside, fuse, pip
     enter(pipe)
     before, scheduler, calls = state(pipe), pipe.scheduler, watched(pipe)
     scale = next(iter(tuner_layers(pipe.transformer).values())).scaling["style"]
-    with glance.glance_inference(pipe, PHASES, {"slow": 0.5}, fuse=fuse) as kwargs:
+    with glance_inference(pipe, PHASES, {"slow": 0.5}, fuse=fuse) as kwargs:
         found = draw(pipe, **kwargs)
         assert next(iter(tuner_layers(pipe.transformer).values())).scaling["style"] == scale
     assert state(pipe) == before and pipe.scheduler is scheduler
@@ -234,7 +234,7 @@ def test_other_adapters_stay_and_everything_is_put_back(enter, beside, fuse, pip
             mine = [] if fuse else [STEPS[number]]
             assert active == [part for part in [beside, *mine] if part in here], name
 
-    with pytest.raises(KeyError), glance.glance_inference(pipe, PHASES, fuse=fuse) as kwargs:
+    with pytest.raises(KeyError), glance_inference(pipe, PHASES, fuse=fuse) as kwargs:
         draw(pipe, **kwargs, callback_on_step_end=lambda *rest: {}["nothing"])
     assert state(pipe) == before and pipe.scheduler is scheduler
 
@@ -261,14 +261,14 @@ def test_names_that_are_not_loaded_are_an_error(pipelines):
         ({"phases": {"early": [500.0], "fast": [1000.0]}}, "descending"),
         ({"phases": {"early": [1000.0], "fast": [500.0]}, "coefficients": [[1.0, 0.0]]}, "1 of them for 2"),
     ]:
-        with pytest.raises(glance.InputError, match=message), glance.glance_inference(pipe, **settings):
+        with pytest.raises(InputError, match=message), glance_inference(pipe, **settings):
             pass
         assert pipe.scheduler is scheduler and state(pipe) == before
     pipe.set_adapters("early")
     pipe.fuse_lora()
-    with pytest.raises(glance.InputError, match="early is fused.*unfuse_lora"):
-        with glance.glance_inference(pipe, {"early": [1000.0], "fast": [500.0]}):
+    with pytest.raises(InputError, match="early is fused.*unfuse_lora"):
+        with glance_inference(pipe, {"early": [1000.0], "fast": [500.0]}):
             pass
     pipe.unload_lora_weights()
-    with pytest.raises(glance.InputError, match="it has none"), glance.glance_inference(pipe, PHASES):
+    with pytest.raises(InputError, match="it has none"), glance_inference(pipe, PHASES):
         pass

@@ -20,11 +20,10 @@ from diffusers.image_processor import VaeImageProcessor
 from peft import LoraConfig
 from PIL import Image
 
-import ask_pipeline as ask
-import ask_prompts
-import glance_utils as glance
-from ask_latents import ask_layout, decode, encode_image
-from glance_utils import InputError
+from glance.ask import pipeline as ask
+from glance.ask import prompts as ask_prompts
+from glance.ask.latents import ask_layout, decode, encode_image
+from glance_utils import InputError, flow_matching_loss, lora_layers
 
 
 BASES = ("flux", "sd3", "qwen")
@@ -602,7 +601,7 @@ def test_non_square_sizes_have_a_velocity(base, ready, stock):
 def add_lora(transformer):
     """{name: parameter} of a LoRA as training adds it, lora_B at zero."""
     torch.manual_seed(0)
-    layers = glance.lora_layers(transformer)
+    layers = lora_layers(transformer)
     transformer.add_adapter(LoraConfig(r=2, target_modules=layers, init_lora_weights="gaussian"), "slow")
     return {name: value for name, value in transformer.named_parameters() if ".lora_" in name}
 
@@ -616,7 +615,7 @@ def test_gradients_reach_the_lora_and_nothing_else(base, dtype, asked, pipelines
     velocity, noisy = ask.PipelineVelocity(pipe, **call), noise_like(base, 1)
     gradients = []
     for _ in range(2):  # and once more: nothing of the first graph is kept
-        glance.flow_matching_loss(velocity(noisy, 0.5), torch.zeros_like(noisy), noisy).backward()
+        flow_matching_loss(velocity(noisy, 0.5), torch.zeros_like(noisy), noisy).backward()
         gradients.append({name: value.grad.clone() for name, value in lora.items() if value.grad is not None})
         pipe.transformer.zero_grad()
     weights = [name for name in lora if "lora_B" in name]
@@ -645,7 +644,7 @@ def test_the_gradient_is_that_of_the_velocity(base, ready):
         with torch.no_grad():
             for name, value in lora.items():
                 value.copy_(step * direction[name])
-        return glance.flow_matching_loss(velocity(noisy, 0.5), torch.zeros_like(noisy), noisy)
+        return flow_matching_loss(velocity(noisy, 0.5), torch.zeros_like(noisy), noisy)
 
     loss_at(0.0).backward()
     slope = sum((value.grad * direction[name]).sum().item() for name, value in lora.items() if value.grad is not None)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_errors import PHASES, Payload, assert_refused, fill, snapshot
 from tiny_pipelines import make_flux
 
-import glance_utils as glance
+from glance_utils import WEIGHT_NAME
 
 
 pytestmark = pytest.mark.forged
@@ -68,7 +68,7 @@ def write_bad_weights(root: Path, good: Path) -> None:
     """LoRA files whose tensors or header are wrong, each in root/weights NAME/slow."""
 
     def write(name: str, change=lambda weights: None, cut=lambda content: content, **header):
-        weights, path = load_file(good), root / f"weights {name}" / "slow" / glance.WEIGHT_NAME
+        weights, path = load_file(good), root / f"weights {name}" / "slow" / WEIGHT_NAME
         change(weights)
         with safe_open(good, framework="pt") as file:
             header = file.metadata() | header
@@ -110,7 +110,7 @@ def write_bad_weights(root: Path, good: Path) -> None:
     write("more than said", cut=lambda content: content + b"x" * 100)
     write("pickle", cut=lambda content: pickle.dumps(Payload(root / "run")))
     write("torch", cut=lambda content: content)
-    torch.save(Payload(root / "run"), root / "weights torch" / "slow" / glance.WEIGHT_NAME)
+    torch.save(Payload(root / "run"), root / "weights torch" / "slow" / WEIGHT_NAME)
     torch.save(Payload(root / "run"), root / "code.bin")
 
 
@@ -121,12 +121,12 @@ def loras(trained, tmp_path_factory):
     good = root / "good"
     for phase in PHASES:
         (good / phase).mkdir(parents=True)
-        shutil.copy(trained("flux") / phase / glance.WEIGHT_NAME, good / phase)
+        shutil.copy(trained("flux") / phase / WEIGHT_NAME, good / phase)
         shutil.copytree(trained("sd3") / phase, root / "sd3" / phase)
-    slow, fast = (good / phase / glance.WEIGHT_NAME for phase in PHASES)
+    slow, fast = (good / phase / WEIGHT_NAME for phase in PHASES)
 
     def wrong(name, **changes):
-        forge(slow, root / name / "slow" / glance.WEIGHT_NAME, **changes)
+        forge(slow, root / name / "slow" / WEIGHT_NAME, **changes)
         shutil.copytree(good / "fast", root / name / "fast")
 
     wrong("no recipe", recipe=None)
@@ -153,12 +153,12 @@ def loras(trained, tmp_path_factory):
     wrong("another base", base_model="somewhere/else")
     for phase in PHASES:
         forge(
-            good / phase / glance.WEIGHT_NAME,
-            root / "fine-tuned" / phase / glance.WEIGHT_NAME,
+            good / phase / WEIGHT_NAME,
+            root / "fine-tuned" / phase / WEIGHT_NAME,
             base_model="nobody/another-model",
         )
     shutil.copytree(good / "slow", root / "unchained" / "slow")
-    forge(fast, root / "unchained" / "fast" / glance.WEIGHT_NAME, timesteps=[950, 900, 300])
+    forge(fast, root / "unchained" / "fast" / WEIGHT_NAME, timesteps=[950, 900, 300])
 
     for name, content in {
         "truncated": slow.read_bytes()[:-100],
@@ -166,7 +166,7 @@ def loras(trained, tmp_path_factory):
         "empty": b"",
     }.items():
         (root / name / "slow").mkdir(parents=True)
-        (root / name / "slow" / glance.WEIGHT_NAME).write_bytes(content)
+        (root / name / "slow" / WEIGHT_NAME).write_bytes(content)
         shutil.copytree(good / "fast", root / name / "fast")
     shutil.copytree(good / "slow", root / "only-slow" / "slow")
     for name, (key, value) in FORGED.items():

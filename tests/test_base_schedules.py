@@ -10,12 +10,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_chat_families import make_qwen21
 
-import ask_pipeline as ask
-import ask_prompts
-import glance_utils as glance
 import infer_glance
-from glance_utils import InputError
-from lora_files import read_recipe
+from glance.ask import pipeline as ask
+from glance.ask import prompts as ask_prompts
+from glance.files.lora import read_recipe
+from glance_utils import PHASES, WEIGHT_NAME, InputError
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -159,7 +158,7 @@ def test_its_own_steps_are_the_schedule(turbo, own_timesteps):
 def test_fewer_calls_than_its_own_are_trained(settings, positions, turbo, own_timesteps, train, caplog):
     caplog.set_level("INFO")
     output = train(turbo, max_train_steps=1, **CALL, **settings)
-    recipes = [read_recipe(output / phase / glance.WEIGHT_NAME) for phase in glance.PHASES]
+    recipes = [read_recipe(output / phase / WEIGHT_NAME) for phase in PHASES]
     timesteps = sum([recipe["timesteps"] for recipe in recipes], [])
     assert [recipe["num_base_steps"] for recipe in recipes] == [8, 8]
     kept = [own_timesteps.index(timestep) for timestep in timesteps]
@@ -192,9 +191,9 @@ def test_its_comparison_is_with_all_of_its_own(turbo, own_timesteps, train, infe
     assert Image.open(path).size[0] > 0
 
     silent = tmp_path / "silent"  # the same LoRAs, as other trainers write them
-    for phase in glance.PHASES:
+    for phase in PHASES:
         (silent / phase).mkdir(parents=True)
-        save_file(load_file(output / phase / glance.WEIGHT_NAME), silent / phase / glance.WEIGHT_NAME)
+        save_file(load_file(output / phase / WEIGHT_NAME), silent / phase / WEIGHT_NAME)
     listed = ", ".join(f"{timestep:.4f}" for timestep in own_timesteps)
     with pytest.raises(InputError, match=f"its own 8 steps, too few for .* --flow_custom_timesteps .* of {listed}"):
         infer(turbo, lora=silent, height=64, width=64)

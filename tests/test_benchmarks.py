@@ -18,7 +18,7 @@ import infer  # noqa: E402
 import shapes  # noqa: E402
 import train_step  # noqa: E402
 
-import ask_pipeline as ask  # noqa: E402
+from glance.ask import pipeline as ask  # noqa: E402
 
 
 @pytest.fixture

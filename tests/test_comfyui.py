@@ -18,8 +18,8 @@ import re
 import pytest
 from test_families import FAMILIES
 
-import ask_pipeline as ask
-import glance_utils as glance
+from glance.ask import pipeline as ask
+from glance_utils import lora_layers
 
 
 ATTENTION = r"attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
@@ -59,7 +59,7 @@ NOT_FOUND = {"ovis": r"transformer_blocks\.\d+\.ff(_context)?\.net\.2", "lumina2
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_default_layer_is_found_but_these(name, tmp_path):
     FAMILIES[name][0](tmp_path)
-    layers = glance.lora_layers(ask.load_pipeline(str(tmp_path)).transformer)
+    layers = lora_layers(ask.load_pipeline(str(tmp_path)).transformer)
     assert len(layers) >= 4
     not_found = [layer for layer in layers if not re.fullmatch(KNOWN[name], layer)]
     assert not_found == [layer for layer in layers if re.fullmatch(NOT_FOUND.get(name, "(?!)"), layer)]

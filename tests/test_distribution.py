@@ -19,9 +19,8 @@ from peak_memory import small_flux
 from PIL import Image
 from test_train import assert_close, lora
 
-import glance_utils as glance
-from checkpoints import find_checkpoints
-from glance_utils import InputError
+from glance.files.checkpoints import find_checkpoints
+from glance_utils import WEIGHT_NAME, InputError
 
 
 pytestmark = pytest.mark.processes
@@ -225,7 +224,7 @@ def test_one_process_goes_on_from_what_two_left_with_the_same_batch(launched, se
     with pytest.raises(InputError, match="latest: the LoRA in .* is of another run"):
         run_train(run, {"resume_from_checkpoint": "latest", "train_batch_size": 2})
     run_train(run, {"resume_from_checkpoint": "latest"})
-    names = [f"{phase}/{glance.WEIGHT_NAME}" for phase in PHASES]
+    names = [f"{phase}/{WEIGHT_NAME}" for phase in PHASES]
     assert {name: files_in(tmp_path)[name] for name in names} == {name: content[name] for name in names}
 
 
@@ -233,7 +232,7 @@ def test_one_process_goes_on_from_what_two_left_with_the_same_batch(launched, se
 def test_a_killed_process_ends_the_launch(kind, processes, launched):
     root, done, ended = launched(kind, processes)
     assert done.returncode != 0 and ended < 60
-    assert not (root / "killed" / "slow" / glance.WEIGHT_NAME).exists()
+    assert not (root / "killed" / "slow" / WEIGHT_NAME).exists()
 
 
 @pytest.mark.skipif(not is_deepspeed_available(), reason="pip install deepspeed, which builds its operators here")
@@ -285,7 +284,7 @@ def test_phases_in_parallel_stop_together_and_go_on(single, settings, tmp_path):
     done = launch_runs(KINDS["ddp"], 2, tmp_path, [(run, signal.SIGTERM)])
     output = tmp_path / "output"
     assert [step for step, _ in find_checkpoints(output / "fast")] == [3], done.stderr[-5000:]
-    assert not (output / "fast" / glance.WEIGHT_NAME).exists() and not (output / "README.md").exists()
+    assert not (output / "fast" / WEIGHT_NAME).exists() and not (output / "README.md").exists()
     shutil.rmtree(output / "fast" / "checkpoint-3")
     done = launch_runs(KINDS["ddp"], 2, tmp_path, [(run, 0)])
     assert done.returncode == 0, done.stderr[-5000:]

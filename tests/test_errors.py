@@ -15,10 +15,10 @@ from diffusers import DDPMScheduler
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
-import command_line as cli
-import glance_utils as glance
 import infer_glance
 import train_glance_lora
+from glance import command_line as cli
+from glance_utils import WEIGHT_NAME, InputError
 
 
 pytestmark = pytest.mark.forged
@@ -453,7 +453,7 @@ def test_training(row, train, bad, pipelines, request, tmp_path, capsys):
     settings = fill(settings, **places)
     for phase in PHASES:
         (tmp_path / "output" / phase).mkdir(parents=True)
-        (tmp_path / "output" / phase / glance.WEIGHT_NAME).write_bytes(b"a good LoRA")
+        (tmp_path / "output" / phase / WEIGHT_NAME).write_bytes(b"a good LoRA")
     (tmp_path / "output" / "instance.png").write_bytes(b"a picture")
     before = snapshot(tmp_path), snapshot(bad)
     assert_refused(capsys, word, train, **settings)
@@ -496,7 +496,7 @@ def test_a_file_in_the_place_of_a_phases_folder(train, tmp_path):
     """Better said at once than after an hour of training."""
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "fast").write_text("a file")
-    with pytest.raises(glance.InputError) as error:
+    with pytest.raises(InputError) as error:
         train()
     assert_one_line(error, "fast")
     assert snapshot(tmp_path) == {"output": None, "output/fast": b"a file"}
@@ -521,14 +521,14 @@ def nan_base(pipelines, tmp_path_factory):
 def test_a_loss_that_is_not_finite_ends_the_run(train, nan_base, tmp_path):
     for phase in PHASES:
         (tmp_path / "output" / phase).mkdir(parents=True)
-        (tmp_path / "output" / phase / glance.WEIGHT_NAME).write_bytes(b"a good LoRA")
+        (tmp_path / "output" / phase / WEIGHT_NAME).write_bytes(b"a good LoRA")
     with pytest.raises(FloatingPointError) as error:
         train(nan_base, flow_custom_timesteps="900;100", checkpointing_steps=1)
     assert_one_line(error, "step 1, timestep 900")
     assert "slow" in str(error.value) and "nan" in str(error.value)
     for phase in PHASES:
         folder = tmp_path / "output" / phase
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == {glance.WEIGHT_NAME: b"a good LoRA"}
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == {WEIGHT_NAME: b"a good LoRA"}
     assert not list((tmp_path / "output").glob("*checkpoint-*"))
 
 

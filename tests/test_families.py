@@ -27,10 +27,18 @@ from tiny_image_families import FAMILIES as IMAGE_FAMILIES
 from tiny_pipelines import PIPELINES
 from tiny_video_families import FAMILIES as VIDEO_FAMILIES
 
-import ask_latents
-import ask_pipeline as ask
-import command_line as cli
-import glance_utils as glance
+from glance import command_line as cli
+from glance.ask import latents as ask_latents
+from glance.ask import pipeline as ask
+from glance_utils import (
+    PHASES,
+    WEIGHT_NAME,
+    FixedSigmaScheduler,
+    InputError,
+    denoiser,
+    denoiser_name,
+    timesteps_to_sigmas,
+)
 
 
 pytestmark = pytest.mark.families
@@ -68,7 +76,7 @@ def guidance_kind(pipe, call, off) -> str:
     """How guidance works by default, as the transformer's calls show it."""
     batches, _ = ask._made_up_step(pipe, None, **call)
     if off == {} and batches == [1]:
-        return "embedded" if glance.denoiser(pipe).config.get("guidance_embeds") else "none"
+        return "embedded" if denoiser(pipe).config.get("guidance_embeds") else "none"
     kind = "two calls" if len(batches) == 2 else "batch of two"
     return f"{kind}, off by {', '.join(f'{key}={value}' for key, value in off.items()) or 'itself'}"
 
@@ -177,7 +185,7 @@ def test_an_average_velocity_is_refused(train, tmp_path):
     base = FAMILIES["hunyuan_image"][0](tmp_path / "meanflow")
     config = json.loads((base / "transformer" / "config.json").read_text())
     (base / "transformer" / "config.json").write_text(json.dumps(config | {"use_meanflow": True}))
-    with pytest.raises(glance.InputError, match="timestep_r, where a step ends"):
+    with pytest.raises(InputError, match="timestep_r, where a step ends"):
         train(base)
 
 
@@ -192,7 +200,7 @@ def test_noise_beyond_a_rectified_flow_is_refused(pipelines):
             self.sigmas, self.timesteps = 80 * self.sigmas, 80 * self.timesteps
 
     pipe.scheduler = Wide.from_config(pipe.scheduler.config)
-    with pytest.raises(glance.InputError, match="visit timestep 80000 .* a rectified flow"):
+    with pytest.raises(InputError, match="visit timestep 80000 .* a rectified flow"):
         ask.ask_timesteps(pipe, 50, **call)
 
 
@@ -209,8 +217,8 @@ def test_family(name, pair, infer, tmp_path, monkeypatch):
     walked = ask.ask_timesteps(pipe, 50, **call)
     stock = stock_walk(pipe, 50, call, {})
     np.testing.assert_allclose(walked, [sigma for _, sigma, _, _ in stock], atol=1)  # some round what they tell
-    sigmas = glance.timesteps_to_sigmas(walked)
-    fixed = glance.FixedSigmaScheduler(sigmas, told(sigmas), like=pipe.scheduler)
+    sigmas = timesteps_to_sigmas(walked)
+    fixed = FixedSigmaScheduler(sigmas, told(sigmas), like=pipe.scheduler)
     fixed.set_timesteps()
     np.testing.assert_allclose(fixed.timesteps, [timestep for _, _, timestep, _ in stock], atol=1e-3)
 
@@ -236,8 +244,8 @@ def test_family(name, pair, infer, tmp_path, monkeypatch):
     settings = {"resolution": size, "max_train_steps": 6, "learning_rate": 1e-2, "no-gradient_checkpointing": None}
     output = run_train(defaults, settings)
     assert moments["reading"] | moments["training"] <= {"base", "vae"} and moments["decoding"] <= {"vae"}
-    lora = [item for phase in glance.PHASES for item in load_file(output / phase / glance.WEIGHT_NAME).items()]
-    assert all(key.startswith(f"{glance.denoiser_name(pipe.config)}.") for key, _ in lora)
+    lora = [item for phase in PHASES for item in load_file(output / phase / WEIGHT_NAME).items()]
+    assert all(key.startswith(f"{denoiser_name(pipe.config)}.") for key, _ in lora)
     moved = [value.abs().max() > 1e-4 for key, value in lora if "lora_B" in key]
     assert len(moved) >= 4 and sum(moved) > 0.75 * len(moved)  # not experts that were not chosen
     preview = np.asarray(Image.open(output / "glance.png"))

@@ -15,16 +15,15 @@ import torch
 from conftest import ROOT, run_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import ask_pipeline as ask
-import checkpoints
-import faults
-import glance_utils as glance
 import train_glance_lora
-from lora_files import read_recipe
+from glance.ask import pipeline as ask
+from glance.files import checkpoints, faults
+from glance.files.lora import read_recipe
+from glance_utils import WEIGHT_NAME, InputError
 
 
 PHASES = ("slow", "fast")
-FILES = {"instance.png", "glance.png", "README.md", *(f"{phase}/{glance.WEIGHT_NAME}" for phase in PHASES)}
+FILES = {"instance.png", "glance.png", "README.md", *(f"{phase}/{WEIGHT_NAME}" for phase in PHASES)}
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -230,7 +229,7 @@ def test_a_run_that_died_after_training_is_completed_without(train, whole, at_st
 @pytest.mark.parametrize("change", [{"seed": 3}, {"learning_rate": 1e-5}, {"instance_prompt": "a dog"}])
 def test_a_phase_finished_with_other_settings_does_not_count(change, train, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "output")
-    with pytest.raises(glance.InputError, match="latest"):
+    with pytest.raises(InputError, match="latest"):
         train(gradient_accumulation_steps=2, resume_from_checkpoint="latest", **change)
 
 
@@ -258,7 +257,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(train, whole, at_step, tmp_path):
     output, settings = tmp_path / "output", {"gradient_accumulation_steps": 2, "checkpointing_steps": 2}
     at_step(6, lambda: disk.__enter__())
     disk = full_disk(20000)
-    with pytest.raises(glance.InputError) as error:
+    with pytest.raises(InputError) as error:
         train(**settings)
     disk.__exit__(None, None, None)
     assert_one_line(error, "--output_dir", "File too large", f"{output}/checkpoint-2 is left to resume from")
@@ -269,19 +268,19 @@ def test_a_full_disk_keeps_the_last_checkpoint(train, whole, at_step, tmp_path):
 
 def test_a_disk_too_full_for_the_lora_keeps_the_old_one(train, at_step, tmp_path):
     (tmp_path / "output" / "slow").mkdir(parents=True)
-    (tmp_path / "output" / "slow" / glance.WEIGHT_NAME).write_bytes(b"a good LoRA")
+    (tmp_path / "output" / "slow" / WEIGHT_NAME).write_bytes(b"a good LoRA")
     disk = full_disk(20000)
     at_step(4, lambda: disk.__enter__())
-    with pytest.raises(glance.InputError) as error:
+    with pytest.raises(InputError) as error:
         train()
     disk.__exit__(None, None, None)
     assert_one_line(error, "File too large", "no checkpoint is left")
-    assert files_in(tmp_path / "output" / "slow") == {glance.WEIGHT_NAME: b"a good LoRA"}
+    assert files_in(tmp_path / "output" / "slow") == {WEIGHT_NAME: b"a good LoRA"}
 
 
 def test_a_vanished_output_folder(train, at_step, tmp_path):
     at_step(4, lambda: shutil.rmtree(tmp_path / "output"))
-    with pytest.raises(glance.InputError) as error:
+    with pytest.raises(InputError) as error:
         train(checkpointing_steps=2)
     assert_one_line(error, "No such file or directory", "no checkpoint is left")
 
@@ -292,7 +291,7 @@ def test_a_folder_that_became_a_file(train, at_step, tmp_path):
         (tmp_path / "output").write_text("a file")
 
     at_step(4, swap)
-    with pytest.raises(glance.InputError) as error:
+    with pytest.raises(InputError) as error:
         train()
     assert_one_line(error, "--output_dir")
 
@@ -302,7 +301,7 @@ def test_a_folder_that_became_read_only(train, at_step, tmp_path):
     if os.access(tmp_path / "read-only", os.W_OK):
         pytest.skip("root writes anywhere")
     at_step(4, lambda: (tmp_path / "output").chmod(0o555))
-    with pytest.raises(glance.InputError) as error:
+    with pytest.raises(InputError) as error:
         train(checkpointing_steps=2)
     (tmp_path / "output").chmod(0o755)
     assert_one_line(error, "Permission denied", "checkpoint-2 is left")
@@ -319,7 +318,7 @@ def test_a_second_run_in_the_same_folder_is_refused(train, at_step, tmp_path):
     command = [sys.executable, "-c", code, str(output)]
     other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"held\n"
-    with pytest.raises(glance.InputError) as error:
+    with pytest.raises(InputError) as error:
         train()
     assert_one_line(error, str(output), "another run")
     assert [path.name for path in output.iterdir()] == [".lock"]
@@ -341,7 +340,8 @@ def test_a_file_system_without_locks_does_not_stop_a_run(tmp_path, monkeypatch):
 
 def test_nothing_here_needs_posix():
     """As on Windows, whose Python has none of these modules; the libraries are imported before."""
-    modules = sorted(path.stem for path in ROOT.glob("*.py"))
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("glance/**/*.py")]
+    modules = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths)
     code = f"""
 import sys
 import accelerate.tracking, bitsandbytes, datasets, diffusers.loaders, filelock, peft, torch, transformers
@@ -402,7 +402,7 @@ def test_the_log_ends_with_each_timesteps_mean_loss(train, caplog):
     logs = EventAccumulator(str(next((output / "logs").rglob("events.out*")).parent))
     logs.Reload()
     means = []
-    for timestep in read_recipe(output / glance.WEIGHT_NAME)["timesteps"]:
+    for timestep in read_recipe(output / WEIGHT_NAME)["timesteps"]:
         losses = [log.value for log in logs.Scalars(f"slow/loss_at_{timestep:.0f}")]
         means.append(f"{sum(losses) / len(losses):.4f} at {timestep:.0f}")
         assert len(losses) == 2

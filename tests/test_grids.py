@@ -7,29 +7,28 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-import ask_pipeline as ask
-import glance_utils as glance
-import grids
-from glance_utils import InputError
-from lora_files import read_recipe
+from glance.ask import pipeline as ask
+from glance.ask import sampler as grids
+from glance.files.lora import read_recipe
+from glance_utils import PHASES, WEIGHT_NAME, InputError, derive_timesteps, grid_positions
 
 
 PUBLISHED = [0, 2, 4, 6, 8, 10, 20, 30, 40, 49]
 
 
 def test_the_named_grids():
-    assert glance.grid_positions("glance", 10, 50) == PUBLISHED
-    assert glance.grid_positions("even", 10, 50) == [0, 5, 10, 15, 20, 25, 30, 35, 40, 45]
+    assert grid_positions("glance", 10, 50) == PUBLISHED
+    assert grid_positions("even", 10, 50) == [0, 5, 10, 15, 20, 25, 30, 35, 40, 45]
     for grid, count in itertools.product(("glance", "even"), (1, 4, 8, 16)):
-        positions = glance.grid_positions(grid, count, 50)
+        positions = grid_positions(grid, count, 50)
         assert len(set(positions)) == count and positions == sorted(positions) and positions[0] == 0
 
 
 def test_the_first_half_is_slow():
-    phases = glance.derive_timesteps([1000 - 20 * step for step in range(50)], [0, 5, 20, 30, 45])
+    phases = derive_timesteps([1000 - 20 * step for step in range(50)], [0, 5, 20, 30, 45])
     assert phases == {"slow": [1000, 900, 600], "fast": [400, 100]}
     with pytest.raises(InputError, match="10 steps are too few for 20 distinct ones on this grid; give more"):
-        glance.derive_timesteps([1000.0 - step for step in range(10)], glance.grid_positions("even", 20, 10))
+        derive_timesteps([1000.0 - step for step in range(10)], grid_positions("even", 20, 10))
 
 
 def chord_cost(points, sigmas, positions) -> float:
@@ -72,7 +71,7 @@ def test_auto_trains_and_draws_on_the_grid_that_measures_best(train, infer, capl
     errors = dict(re.findall(r"(\w+) grid, euler solver: error ([\d.]+) to 20 steps", " ".join(caplog.messages)))
     errors = {grid: float(error) for grid, error in errors.items()}
     assert set(errors) == {"auto", "glance", "even"} and list(errors.values()) == sorted(errors.values())
-    recipes = [read_recipe(output / phase / glance.WEIGHT_NAME) for phase in glance.PHASES]
+    recipes = [read_recipe(output / phase / WEIGHT_NAME) for phase in PHASES]
     assert [recipe["grid"] for recipe in recipes] == [next(iter(errors))] * 2
     assert [len(recipe["timesteps"]) for recipe in recipes] == [3, 3]
     infer(lora=output)

@@ -13,11 +13,11 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import ask_pipeline as ask
-import glance_utils as glance
 import infer_glance
 import train_glance_lora
-from lora_files import read_recipe
+from glance.ask import pipeline as ask
+from glance.files.lora import read_recipe
+from glance_utils import WEIGHT_NAME, InputError, fused_adapters, glance_inference
 
 
 PHASES = ("slow", "fast")
@@ -33,7 +33,7 @@ def same(one, other) -> bool:
 
 
 def recipes_of(folder) -> dict[str, dict]:
-    return {phase: read_recipe(folder / phase / glance.WEIGHT_NAME) for phase in PHASES}
+    return {phase: read_recipe(folder / phase / WEIGHT_NAME) for phase in PHASES}
 
 
 def schedule_of(folder) -> dict[str, list[float]]:
@@ -125,7 +125,7 @@ def test_files_and_folders_are_taken_alike(name, trained, infer, tmp_path):
     folder = trained("flux")
     for phase in PHASES:
         (tmp_path / phase).mkdir()
-        shutil.copy(folder / phase / glance.WEIGHT_NAME, tmp_path / phase / (name or glance.WEIGHT_NAME))
+        shutil.copy(folder / phase / WEIGHT_NAME, tmp_path / phase / (name or WEIGHT_NAME))
     wanted = pixels(infer(lora=folder))
     assert same(infer(slow_lora=tmp_path / "slow" / name, fast_lora=tmp_path / "fast" / name), Image.fromarray(wanted))
 
@@ -183,7 +183,7 @@ def test_all_sigmas_are_walked_as_they_were_trained(trained, pipelines):
     pipe.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(1000 * kwargs["timestep"].item()), with_kwargs=True
     )
-    with glance.glance_inference(pipe, schedule_of(folder)) as kwargs:
+    with glance_inference(pipe, schedule_of(folder)) as kwargs:
         pipe("a dog", height=32, width=32, generator=seeded(), **kwargs)
         sigmas = pipe.scheduler.sigmas.tolist()
     timesteps = sum(schedule_of(folder).values(), [])
@@ -199,7 +199,7 @@ def test_each_call_inside_begins_with_the_slow_adapter(trained, pipelines):
     folder, seen = trained(), []
     pipe = stock(pipelines["flux"], folder)
     watch(pipe.transformer, seen)
-    with glance.glance_inference(pipe, schedule_of(folder)) as kwargs:
+    with glance_inference(pipe, schedule_of(folder)) as kwargs:
         pictures = [pipe("a dog", height=32, width=32, **kwargs, generator=seeded()).images[0] for _ in range(2)]
     assert seen == (["slow"] * 5 + ["fast"] * 5) * 2
     assert same(*pictures)
@@ -214,13 +214,13 @@ def test_afterwards_the_base_is_as_it_was(base, trained, pipelines):
     pipe.disable_lora()
     watch(pipe.transformer, seen)
     scheduler, config = pipe.scheduler, dict(pipe.scheduler.config)
-    with glance.glance_inference(pipe, schedule_of(folder)) as kwargs:
+    with glance_inference(pipe, schedule_of(folder)) as kwargs:
         glance_picture = pipe(**call, **kwargs, generator=seeded()).images[0]
     assert pipe.scheduler is scheduler and dict(scheduler.config) == config
     seen.clear()
     assert same(pipe(**call, num_inference_steps=4, generator=seeded()).images[0], wanted)
     assert seen == [None] * 4
-    with glance.glance_inference(pipe, schedule_of(folder)) as kwargs:  # and it can be used again
+    with glance_inference(pipe, schedule_of(folder)) as kwargs:  # and it can be used again
         assert same(pipe(**call, **kwargs, generator=seeded()).images[0], glance_picture)
 
 
@@ -239,7 +239,7 @@ def test_nor_after_an_exception(step, trained, pipelines):
             raise KeyboardInterrupt
 
     hook = pipe.transformer.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt), glance.glance_inference(pipe, schedule_of(folder)) as kwargs:
+    with pytest.raises(KeyboardInterrupt), glance_inference(pipe, schedule_of(folder)) as kwargs:
         pipe(**call, **kwargs, generator=seeded())
     hook.remove()
     assert pipe.scheduler is scheduler
@@ -356,7 +356,7 @@ def test_allow_base_mismatch_takes_a_base_of_another_name(trained, infer, pipeli
     wanted = pixels(infer(lora=trained()))
     assert np.array_equal(pixels(infer(tmp_path / "link", lora=trained())), wanted)
     shutil.copytree(pipelines["flux"], tmp_path / "fine-tune")
-    with pytest.raises(glance.InputError, match="fine-tune"):
+    with pytest.raises(InputError, match="fine-tune"):
         infer(tmp_path / "fine-tune", lora=trained())
     assert np.array_equal(pixels(infer(tmp_path / "fine-tune", lora=trained(), allow_base_mismatch=True)), wanted)
 
@@ -386,7 +386,7 @@ def foreign(trained, tmp_path):
         folder = tmp_path / f"foreign-{scale:g}-{change.__name__}"
         folder.mkdir()
         for phase in PHASES:
-            weights = load_file(trained() / phase / glance.WEIGHT_NAME)
+            weights = load_file(trained() / phase / WEIGHT_NAME)
             weights = {name: value / scale if "lora_B" in name else value for name, value in weights.items()}
             save_file(change(weights), folder / f"glance-{phase}.safetensors")
         names = {f"{phase}_weight_name": f"glance-{phase}.safetensors" for phase in PHASES}
@@ -438,5 +438,5 @@ def test_what_is_more_than_a_lora_is_not_fused(kind, pipelines):
     """Fused without its magnitudes or biases it would silently be another one."""
     transformer = DiffusionPipeline.from_pretrained(pipelines["flux"]).transformer
     transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], **{kind: True}), "slow")
-    with pytest.raises(glance.InputError, match="cannot be added to the weights"), glance.fused_adapters(transformer):
+    with pytest.raises(InputError, match="cannot be added to the weights"), fused_adapters(transformer):
         pass

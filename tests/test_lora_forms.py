@@ -9,7 +9,7 @@ from diffusers.loaders import PeftAdapterMixin
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-import glance_utils as glance
+from glance_utils import InputError, adapted_layers, load_lora
 
 
 RANK = 4
@@ -106,7 +106,7 @@ def write(path, tensors, header=None):
 
 def read(pipe, path) -> dict[str, torch.Tensor]:
     """What each layer adds to its base's weight after loading: lora_B @ lora_A * scaling."""
-    glance.load_lora(pipe, path, "slow")
+    load_lora(pipe, path, "slow")
     found = {}
     for name, layer in pipe.transformer.named_modules():
         if "slow" in getattr(layer, "lora_A", {}):
@@ -191,7 +191,7 @@ def test_other_architectures_names_are_converted_by_diffusers(pipe, tmp_path):
     pipe.transformer.unload_lora()
     # one that the converter leaves out, with no more than a warning
     tensors |= {name.replace("img_attn_qkv", "new_attn"): value for name, value in tensors.items()}
-    with pytest.raises(glance.InputError, match="lora_unet_double_blocks_0_.*kohya's"):
+    with pytest.raises(InputError, match="lora_unet_double_blocks_0_.*kohya's"):
         read(pipe, write(tmp_path / "b.safetensors", tensors))
 
 
@@ -212,7 +212,7 @@ def test_magnitudes_and_biases_are_read(kind, pipe, tmp_path):
         pipe.transformer.unload_lora()
         named = renamed(tensors, lambda name, ending=ending: name + ending * name.endswith("magnitude_vector"))
         header = settings(r=2, lora_alpha=6, **{kind: True})
-        glance.load_lora(pipe, write(tmp_path / f"{index}.safetensors", NAMES["diffusers"](named), header), "a")
+        load_lora(pipe, write(tmp_path / f"{index}.safetensors", NAMES["diffusers"](named), header), "a")
         found = pipe(**call, generator=torch.Generator().manual_seed(0)).images
         assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
@@ -252,12 +252,12 @@ def test_what_is_no_lora_of_this_model_is_named(pipe, tmp_path):
         ({up: lora[up] * torch.tensor([1.0, 1.0, float("nan"), 1.0])}, None, "finite"),
     ]
     for number, (changes, header, message) in enumerate(cases):
-        with pytest.raises(glance.InputError, match=message) as error:
+        with pytest.raises(InputError, match=message) as error:
             read(pipe, write(tmp_path / f"{number}.safetensors", lora | changes, header))
-        assert "\n" not in str(error.value) and not glance.adapted_layers(pipe.transformer)
+        assert "\n" not in str(error.value) and not adapted_layers(pipe.transformer)
     path = write(tmp_path / "good.safetensors", lora)
     read(pipe, path)
-    with pytest.raises(glance.InputError, match="'slow' is loaded already"):
+    with pytest.raises(InputError, match="'slow' is loaded already"):
         read(pipe, path)
 
 
@@ -279,6 +279,6 @@ def test_a_loader_that_loads_something_else_is_found_out(change, message, pipe, 
         PeftAdapterMixin, "load_lora_adapter", lambda self, tensors, **rest: load(self, change(tensors), **rest)
     )
     path = write(tmp_path / "a.safetensors", lora_of(pipe.transformer, LAYERS["flux"]))
-    with pytest.raises(glance.InputError, match=message):
-        glance.load_lora(pipe, path, "slow")
-    assert not any("slow" in layer.lora_A for layer in glance.adapted_layers(pipe.transformer))
+    with pytest.raises(InputError, match=message):
+        load_lora(pipe, path, "slow")
+    assert not any("slow" in layer.lora_A for layer in adapted_layers(pipe.transformer))

@@ -17,13 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_families import FAMILIES
 
-import ask_pipeline as ask
-import estimate
-import glance_utils as glance
-import load_base
+import glance_utils
 import train_glance_lora
-from glance_utils import InputError
-from lora_files import read_recipe
+from glance import base as load_base
+from glance.ask import pipeline as ask
+from glance.files.lora import read_recipe
+from glance.training import estimate
+from glance_utils import PHASES, WEIGHT_NAME, InputError, activate_adapter, glance_inference, load_lora, lora_layers
 
 
 CPU = torch.device("cpu")
@@ -31,9 +31,7 @@ CPU = torch.device("cpu")
 
 def lora(folder) -> dict[str, torch.Tensor]:
     return {
-        f"{phase} {name}": value
-        for phase in glance.PHASES
-        for name, value in load_file(folder / phase / glance.WEIGHT_NAME).items()
+        f"{phase} {name}": value for phase in PHASES for name, value in load_file(folder / phase / WEIGHT_NAME).items()
     }
 
 
@@ -117,8 +115,8 @@ def test_a_lora_keeps_its_precision_on_an_fp8_base(trained, pipelines):
     """peft puts an adapter into its layer's dtype, here 8 bits."""
     transformer = load_base.load_transformer(str(pipelines["flux"]), torch.bfloat16, CPU, "fp8")
     pipe = DiffusionPipeline.from_pretrained(pipelines["flux"], transformer=transformer, dtype=torch.bfloat16)
-    path = trained() / "slow" / glance.WEIGHT_NAME
-    glance.load_lora(pipe, path, "slow")
+    path = trained() / "slow" / WEIGHT_NAME
+    load_lora(pipe, path, "slow")
     loaded = {name: value for name, value in transformer.named_parameters() if ".lora_" in name}
     for name, value in load_file(path).items():
         name = name.removeprefix("transformer.").replace(".weight", ".slow.weight")
@@ -280,13 +278,13 @@ def test_compiled_training_is_the_same_and_compiles_once_for_both_phases(train, 
 
 def test_the_hand_off_compiles_nothing(trained, infer, tmp_path, monkeypatch):
     """The second picture, with its two hand-offs, finds everything compiled; and so does the first one's own."""
-    counted, activate = [], glance.fused_adapters
+    counted, activate = [], glance_utils.fused_adapters
 
     def watched(transformer):
         counted.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         return activate(transformer)
 
-    monkeypatch.setattr(glance, "fused_adapters", watched)
+    monkeypatch.setattr(glance_utils, "fused_adapters", watched)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     wanted = picture(infer(lora=trained()))
@@ -304,15 +302,15 @@ def test_fused_loras_draw_the_same_and_leave_the_base_as_it_was(base, trained, p
     pipe = DiffusionPipeline.from_pretrained(pipelines[base])
     pipe.set_progress_bar_config(disable=True)
     schedule = {}
-    for phase in glance.PHASES:
-        path = trained(base) / phase / glance.WEIGHT_NAME
+    for phase in PHASES:
+        path = trained(base) / phase / WEIGHT_NAME
         schedule[phase] = read_recipe(path)["timesteps"]
-        glance.load_lora(pipe, path, phase)
+        load_lora(pipe, path, phase)
     before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
 
     def draw(**settings):
         pictures = []
-        with glance.glance_inference(pipe, schedule, {"fast": 0.5}, **settings) as kwargs:
+        with glance_inference(pipe, schedule, {"fast": 0.5}, **settings) as kwargs:
             for _ in range(2):
                 generator = torch.Generator().manual_seed(0)
                 pictures.append(
@@ -321,7 +319,7 @@ def test_fused_loras_draw_the_same_and_leave_the_base_as_it_was(base, trained, p
         return pictures
 
     one, other = draw(), draw(fuse=True)
-    glance.activate_adapter(pipe.transformer, None)
+    activate_adapter(pipe.transformer, None)
     generator = torch.Generator().manual_seed(0)
     plain = pipe("a ring", height=32, width=32, generator=generator, output_type="pt", num_inference_steps=10)[0]
     for unfused, fused in zip(one, other):
@@ -379,7 +377,7 @@ def test_flops_are_those_of_the_products(pipelines):
     with init_empty_weights():
         pipe.transformer = small_flux()
     call = ask.call_arguments(pipe, "a red ring", 96, 96, None, {})
-    layers = glance.lora_layers(pipe.transformer, "proj_out")  # the last layer of each single block
+    layers = lora_layers(pipe.transformer, "proj_out")  # the last layer of each single block
     found = estimate.estimate(pipe, layers, 1, call, [False])
     width, image, text = 768, 576, 512
     block = 12 * width * width * 2 * (image + text)

@@ -12,8 +12,8 @@ from icc_profiles import as_srgb, grey_profile, ink_profile, rgb_profile
 from PIL import Image, PngImagePlugin
 
 import train_glance_lora
+from glance.files.instance_data import load_pair
 from glance_utils import InputError
-from instance_data import load_pair
 
 
 pytestmark = pytest.mark.forged

@@ -18,13 +18,12 @@ from test_errors import assert_one_line, nan_base  # noqa: F401
 from test_families import FAMILIES, load
 from test_faults import full_disk
 
-import ask_latents
-import ask_pipeline as ask
-import command_line as cli
-import glance_utils as glance
 import infer_glance
-import pictures
-from glance_utils import InputError
+from glance import command_line as cli
+from glance.ask import latents as ask_latents
+from glance.ask import pipeline as ask
+from glance.files import pictures
+from glance_utils import PHASES, WEIGHT_NAME, InputError
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -135,7 +134,7 @@ def test_a_preview_of_nan_leaves_the_loras(train, nan_vae, tmp_path, capsys):
     words = ["the preview was not written, the LoRAs are", "its VAE", "--mixed_precision"]
     assert_not_finite(capsys, lambda: train(nan_vae, max_train_steps=1), *words)
     output = tmp_path / "output"
-    assert all((output / phase / glance.WEIGHT_NAME).exists() for phase in glance.PHASES)
+    assert all((output / phase / WEIGHT_NAME).exists() for phase in PHASES)
     assert not (output / "glance.png").exists()
 
 

@@ -6,9 +6,9 @@ import logging
 import pytest
 import transformers
 
-import ask_pipeline as ask
-import ask_prompts
-import prompt_lengths
+from glance.ask import pipeline as ask
+from glance.ask import prompt_lengths
+from glance.ask import prompts as ask_prompts
 
 
 LONG = "zebra" * 30  # one token a letter

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, FluxPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 
-import ask_prompts
+from glance.ask import prompts as ask_prompts
 
 
 @dataclass

@@ -22,9 +22,9 @@ import quality_draw  # noqa: E402
 import quality_numbers as numbers  # noqa: E402
 import quality_rows  # noqa: E402
 
-import lora_files  # noqa: E402
+from glance.ask.sampler import relative_error  # noqa: E402
+from glance.files import lora as lora_files  # noqa: E402
 from glance_utils import InputError  # noqa: E402
-from grids import relative_error  # noqa: E402
 
 
 SMALL = {"num_prompts": 2, "diversity_captions": 1, "diversity_seeds": 2, "training_seeds": 1, "seeds": 1}

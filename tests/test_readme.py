@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, run_train
 from PIL import Image
 
-import glance_utils as glance
-from lora_files import read_recipe
+from glance.files.lora import read_recipe
+from glance_utils import PHASES, WEIGHT_NAME
 
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -38,7 +38,7 @@ def test_plain_diffusers_draws_the_same_picture_bit_for_bit(demo_lora, infer, mo
     prompt = re.search(r'"(a small .*?)"', block)[1]
     ours = infer(ROOT / "demo/model", lora=demo_lora, prompt=prompt)
     assert np.array_equal(np.asarray(Image.open(ours)), np.asarray(Image.open(demo_lora / "plain.png")))
-    written = [read_recipe(demo_lora / phase / glance.WEIGHT_NAME)["timesteps"] for phase in glance.PHASES]
+    written = [read_recipe(demo_lora / phase / WEIGHT_NAME)["timesteps"] for phase in PHASES]
     assert names["SLOW"] + names["FAST"] == pytest.approx(sum(written, []), abs=1e-9)
 
 

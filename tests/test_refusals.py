@@ -10,10 +10,10 @@ from diffusers import FluxPipeline
 from test_errors import assert_one_line, assert_refused, snapshot
 from tiny_pipelines import make_flux
 
-import ask_pipeline as ask
-import ask_prompts
-import estimate
 import infer_glance
+from glance.ask import pipeline as ask
+from glance.ask import prompts as ask_prompts
+from glance.training import estimate
 from glance_utils import InputError
 
 

@@ -12,12 +12,11 @@ from conftest import flags, run_train
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-import checkpoints
-import glance_utils as glance
-import load_base
 import train_glance_lora
-import trajectories
-from glance_utils import InputError
+from glance import base as load_base
+from glance.files import checkpoints
+from glance.training import trajectories
+from glance_utils import WEIGHT_NAME, InputError
 
 
 def parse(base="base", **settings):
@@ -117,9 +116,9 @@ def test_a_resumed_run_on_other_weights_is_refused(stopped, train, tmp_path, mon
     base, output = tmp_path / "base", shutil.copytree(stopped, tmp_path / "output")
     shutil.copytree(stopped.parent / "base", base)
     settings = {"phase": "slow", "train_batch_size": 2, "resume_from_checkpoint": output / "checkpoint-3"}
-    (output / glance.WEIGHT_NAME).unlink()
+    (output / WEIGHT_NAME).unlink()
     train(base, **settings)  # a copy in another folder is the same base
-    tensors = [load_file(path / glance.WEIGHT_NAME) for path in (output, stopped)]
+    tensors = [load_file(path / WEIGHT_NAME) for path in (output, stopped)]
     assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
     (weights,) = (base / "transformer").glob("*.safetensors")
     changed = load_file(weights)

@@ -16,11 +16,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 
-import ask_pipeline as ask
-import ask_prompts
-import glance_utils as glance
-import grids
-from glance_utils import FixedSigmaScheduler, InputError
+from glance.ask import pipeline as ask
+from glance.ask import prompts as ask_prompts
+from glance.ask import sampler as grids
+from glance_utils import (
+    PHASES,
+    FixedSigmaScheduler,
+    InputError,
+    add_noise,
+    check_timesteps,
+    derive_timesteps,
+    flow_matching_loss,
+    glance_inference,
+    parse_timesteps,
+    sigmas_to_timesteps,
+    timestep_order,
+    timesteps_to_sigmas,
+)
 
 
 BASES = ("flux", "sd3", "qwen")
@@ -52,7 +64,7 @@ def derive(pipelines):
             loaded[base] = ask.load_pipeline(str(pipelines[base]))
             ask_prompts.remember_prompts(loaded[base])
         arguments = ask.call_arguments(loaded[base], "a red ring", height, width, None, {})
-        return glance.derive_timesteps(ask.ask_timesteps(loaded[base], num_base_steps, **arguments))
+        return derive_timesteps(ask.ask_timesteps(loaded[base], num_base_steps, **arguments))
 
     return call
 
@@ -61,7 +73,7 @@ def derive(pipelines):
 def test_published_lists_come_out_of_the_pipeline(base, derive):
     derived = derive(base, *SIZE_1024[base])
     assert list(derived) == ["slow", "fast"]
-    for phase in glance.PHASES:
+    for phase in PHASES:
         assert derived[phase] == pytest.approx(PUBLISHED[base][phase], abs=1e-3)
 
 
@@ -96,7 +108,7 @@ def test_sd3_shifts_alike_at_every_resolution(derive):
 )
 def test_positions_scale_with_the_base_steps(num_base_steps, positions):
     walked = [1000.0 - position for position in range(num_base_steps)]
-    derived = glance.derive_timesteps(walked)
+    derived = derive_timesteps(walked)
     assert [1000 - timestep for timestep in derived["slow"] + derived["fast"]] == positions
 
 
@@ -115,7 +127,7 @@ def test_other_base_steps_end_where_the_pipeline_ends(num_base_steps, derive):
 
 def test_any_25_steps_or_more_are_enough():
     for count in range(25, 201):
-        derived = glance.derive_timesteps([1000 * (count - index) / count for index in range(count)])
+        derived = derive_timesteps([1000 * (count - index) / count for index in range(count)])
         assert len(set(derived["slow"] + derived["fast"])) == 10
         assert derived["fast"][-1] == pytest.approx(1000 / count)
 
@@ -171,7 +183,7 @@ def test_requested_and_used_sigmas_are_equal(base, lists, stock):
 
 @pytest.mark.parametrize("base", BASES)
 def test_the_fixed_scheduler_is_stock_eulers_unshifted_one(base, stock):
-    sigmas = glance.timesteps_to_sigmas(QWEN["slow"] + QWEN["fast"])
+    sigmas = timesteps_to_sigmas(QWEN["slow"] + QWEN["fast"])
     pipe, images = stock(base), []
     own = unshifted(pipe)
     for scheduler, asked in [(FixedSigmaScheduler(sigmas), {"num_inference_steps": 10}), (own, {"sigmas": sigmas})]:
@@ -190,7 +202,7 @@ DESCENDING = st.lists(st.integers(1, 1_000_000), min_size=1, max_size=30, unique
 @given(DESCENDING)
 @settings(max_examples=50, deadline=None, derandomize=True)
 def test_euler_steps_add_up_to_the_first_sigma(timesteps):
-    sigmas = glance.timesteps_to_sigmas(timesteps)
+    sigmas = timesteps_to_sigmas(timesteps)
     scheduler = FixedSigmaScheduler(sigmas)
     scheduler.set_timesteps(num_inference_steps=7, mu=1.15)
     used = [Fraction(sigma) for sigma in scheduler.sigmas.tolist()]
@@ -232,7 +244,7 @@ def walk(stock, monkeypatch):
 
 
 def with_adapters(pipe):
-    for phase in glance.PHASES:
+    for phase in PHASES:
         pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), phase)
     pipe.transformer.disable_lora()
     return pipe
@@ -242,7 +254,7 @@ def with_adapters(pipe):
 @pytest.mark.parametrize("lists", [FLUX, QWEN], ids=["flux list", "qwen list"])
 def test_glance_tells_and_integrates_exactly_what_was_trained(base, lists, stock, walk):
     pipe = with_adapters(stock(base))
-    with glance.glance_inference(pipe, lists) as kwargs:
+    with glance_inference(pipe, lists) as kwargs:
         told, held, last = walk(pipe, **kwargs)
     trained = lists["slow"] + lists["fast"]
     assert told == pytest.approx(trained, abs=1e-3)
@@ -251,24 +263,24 @@ def test_glance_tells_and_integrates_exactly_what_was_trained(base, lists, stock
 
 
 def test_known_mistake_sigmas_are_shifted_once_more_by_flux(stock, walk):
-    sigmas = glance.timesteps_to_sigmas(QWEN["slow"] + QWEN["fast"])
+    sigmas = timesteps_to_sigmas(QWEN["slow"] + QWEN["fast"])
     told = walk(stock("flux"), sigmas=sigmas)[0]
     assert told[1] == pytest.approx(993.3, abs=0.05)  # 979.2 was trained
 
 
 def test_known_mistake_the_slow_list_is_stretched_to_qwens_terminal(stock, walk):
-    told = walk(stock("qwen"), sigmas=glance.timesteps_to_sigmas(QWEN["slow"]))[0]
+    told = walk(stock("qwen"), sigmas=timesteps_to_sigmas(QWEN["slow"]))[0]
     assert told == pytest.approx([1000, 778, 542, 289, 20], abs=0.6)
 
 
 def test_known_mistake_the_slow_list_alone_denoises_completely(stock, walk):
     pipe = stock("qwen")
     pipe.scheduler = unshifted(pipe)
-    _, held, last = walk(pipe, sigmas=glance.timesteps_to_sigmas(QWEN["slow"]))
+    _, held, last = walk(pipe, sigmas=timesteps_to_sigmas(QWEN["slow"]))
     assert held[-1] == pytest.approx(0.9113354 - 1, abs=1e-6)
     assert pipe.scheduler.sigmas[-1] == 0
     assert last == pytest.approx(-1, abs=1e-6)  # clean already: 0.911 of the path in the last of five steps
-    told, held, last = walk(pipe, last, sigmas=glance.timesteps_to_sigmas(QWEN["fast"]))
+    told, held, last = walk(pipe, last, sigmas=timesteps_to_sigmas(QWEN["fast"]))
     assert told[0] == pytest.approx(886.7053, abs=1e-3)
     assert held[0] == pytest.approx(-1, abs=1e-6)  # yet nothing but image: noise at 0.887 holds -0.113
     assert last == pytest.approx(-1.8867053, abs=1e-6)
@@ -302,7 +314,7 @@ def test_glance_switches_the_adapter_after_the_slow_list_and_leaves_none(base, s
     pipe = with_adapters(stock(base))
     scheduler, active = pipe.scheduler, []
     pipe.transformer.register_forward_pre_hook(lambda *_: active.append(tuple(pipe.transformer.active_adapters())))
-    with glance.glance_inference(pipe, {"slow": [1000, 900, 800], "fast": [700, 300]}) as kwargs:
+    with glance_inference(pipe, {"slow": [1000, 900, 800], "fast": [700, 300]}) as kwargs:
         pipe(**small_call(), **kwargs)
     calls = len(active) // 5  # two a step would be guidance
     assert active == [("slow",)] * 3 * calls + [("fast",)] * 2 * calls
@@ -315,7 +327,7 @@ def test_glance_puts_everything_back_after_an_error(stock):
     pipe = with_adapters(stock("flux"))
     scheduler = pipe.scheduler
     with pytest.raises(KeyError, match="in the middle"):
-        with glance.glance_inference(pipe, FLUX):
+        with glance_inference(pipe, FLUX):
             assert pipe.scheduler is not scheduler
             raise KeyError("in the middle")
     assert pipe.scheduler is scheduler
@@ -342,7 +354,7 @@ def test_glance_puts_everything_back_after_an_error(stock):
     ],
 )
 def test_timesteps_and_sigmas_are_told_apart(text, lists):
-    parsed = glance.parse_timesteps(text)
+    parsed = parse_timesteps(text)
     assert len(parsed) == len(lists)
     for found, wanted in zip(parsed, lists):
         assert found == pytest.approx(wanted, abs=1e-9)
@@ -384,7 +396,7 @@ def test_timesteps_and_sigmas_are_told_apart(text, lists):
 )
 def test_a_wrong_list_is_named(text, reason):
     with pytest.raises(InputError, match=f"^--flow_custom_timesteps: .*{reason}") as error:
-        glance.parse_timesteps(text)
+        parse_timesteps(text)
     assert "\n" not in str(error.value)
 
 
@@ -397,9 +409,9 @@ TIMESTEPS = st.lists(st.floats(1, 1000, exclude_min=True), min_size=1, max_size=
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_any_descending_list_round_trips(timesteps, cut):
     texts = [repr(timestep) for timestep in timesteps]
-    assert glance.parse_timesteps(",".join(texts)) == [timesteps]
+    assert parse_timesteps(",".join(texts)) == [timesteps]
     if cut < len(timesteps):
-        parsed = glance.parse_timesteps(",".join(texts[:cut]) + ";" + ",".join(texts[cut:]))
+        parsed = parse_timesteps(",".join(texts[:cut]) + ";" + ",".join(texts[cut:]))
         assert parsed == [timesteps[:cut], timesteps[cut:]]
 
 
@@ -409,7 +421,7 @@ def test_no_other_order_of_a_list_is_taken(timesteps, random):
     shuffled = random.sample(timesteps, len(timesteps))
     if shuffled != timesteps:
         with pytest.raises(InputError, match="descending"):
-            glance.parse_timesteps(",".join(map(repr, shuffled)))
+            parse_timesteps(",".join(map(repr, shuffled)))
 
 
 NUMBERS = st.one_of(st.floats(-10, 2000), st.floats(), st.sampled_from(["x", "", "1e9", "1_0", "0x1", "\u0663", "-0"]))
@@ -422,7 +434,7 @@ LISTS = st.builds(lambda values, comma: comma.join(map(str, values)), st.lists(N
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_any_text_is_a_schedule_or_an_error_of_one_line(text):
     try:
-        lists = glance.parse_timesteps(text)
+        lists = parse_timesteps(text)
     except InputError as error:
         assert str(error).isprintable() and len(str(error)) < 1000
         return
@@ -435,16 +447,16 @@ def test_any_text_is_a_schedule_or_an_error_of_one_line(text):
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_any_schedule_gives_ten_of_its_timesteps_from_first_to_last(base):
     base = sorted(base, reverse=True)
-    phases = glance.derive_timesteps(base)
+    phases = derive_timesteps(base)
     ten = phases["slow"] + phases["fast"]
     assert len(ten) == 10 and set(ten) <= set(base) and (ten[0], ten[-1]) == (base[0], base[-1])
-    assert glance.check_timesteps(ten) == sorted(set(ten), reverse=True)
+    assert check_timesteps(ten) == sorted(set(ten), reverse=True)
 
 
 @given(st.integers(1, 12), st.integers(1, 200), st.sampled_from(["stratified", "random"]), st.integers(0, 2**32))
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_any_order_has_its_length_and_visits_alike(timesteps, count, mode, seed):
-    order = glance.timestep_order(timesteps, count, mode, torch.Generator().manual_seed(seed))
+    order = timestep_order(timesteps, count, mode, torch.Generator().manual_seed(seed))
     visits = torch.bincount(order, minlength=timesteps)
     assert order.shape == (count,) and len(visits) == timesteps
     if mode == "stratified":
@@ -456,7 +468,7 @@ def test_any_order_has_its_length_and_visits_alike(timesteps, count, mode, seed)
 
 
 def order(num_timesteps, count, mode, seed=0):
-    return glance.timestep_order(num_timesteps, count, mode, torch.Generator().manual_seed(seed)).tolist()
+    return timestep_order(num_timesteps, count, mode, torch.Generator().manual_seed(seed)).tolist()
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 5, 7])
@@ -515,7 +527,7 @@ def tensors(dtype, count=3):
 @pytest.mark.parametrize("sigma", [0.0, 0.02, 0.5, 0.9791915, 1.0])
 def test_noisy_is_a_point_on_the_straight_path_in_float32(dtype, sigma):
     latents, noise = tensors(dtype, 2)
-    noisy = glance.add_noise(latents, noise, sigma)
+    noisy = add_noise(latents, noise, sigma)
     assert noisy.dtype == torch.float32
     exact = (1 - sigma) * latents.double() + sigma * noise.double()
     assert (noisy - exact).abs().max() < 1e-6
@@ -526,7 +538,7 @@ def test_noisy_is_a_point_on_the_straight_path_in_float32(dtype, sigma):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_loss_is_the_mean_squared_error_of_the_velocity_in_float32(dtype):
     velocity, latents, noise = tensors(dtype)
-    loss = glance.flow_matching_loss(velocity, latents, noise)
+    loss = flow_matching_loss(velocity, latents, noise)
     assert loss.dtype == torch.float32 and loss.shape == ()
     exact = ((velocity.double() - (noise.double() - latents.double())) ** 2).mean()
     assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
@@ -534,9 +546,9 @@ def test_loss_is_the_mean_squared_error_of_the_velocity_in_float32(dtype):
 
 def test_loss_is_zero_at_the_target_and_its_gradient_points_there():
     velocity, latents, noise = tensors(torch.float32)
-    assert glance.flow_matching_loss(noise - latents, latents, noise) == 0
+    assert flow_matching_loss(noise - latents, latents, noise) == 0
     velocity.requires_grad_()
-    glance.flow_matching_loss(velocity, latents, noise).backward()
+    flow_matching_loss(velocity, latents, noise).backward()
     wanted = 2 * (velocity.detach() - (noise - latents)) / velocity.numel()
     assert torch.allclose(velocity.grad, wanted, rtol=1e-5, atol=1e-8)
 
@@ -546,15 +558,15 @@ def test_every_sigma_has_the_same_weight():
     target = noise - latents
     for sigma in (0.02, 0.5, 1.0):
         # a step of the target from the noisy point back to sigma 0 is the image itself
-        assert torch.allclose(glance.add_noise(latents, noise, sigma) - sigma * target, latents, atol=1e-6)
-    assert glance.flow_matching_loss(target + 0.5, latents, noise).item() == pytest.approx(0.25, rel=1e-5)
+        assert torch.allclose(add_noise(latents, noise, sigma) - sigma * target, latents, atol=1e-6)
+    assert flow_matching_loss(target + 0.5, latents, noise).item() == pytest.approx(0.25, rel=1e-5)
 
 
 def test_sigmas_and_timesteps_are_a_factor_of_a_thousand_apart():
-    assert glance.timesteps_to_sigmas([1000, 500, 20]) == [1, 0.5, 0.02]
-    assert glance.sigmas_to_timesteps([1, 0.5, 0.02]) == [1000, 500, 20]
+    assert timesteps_to_sigmas([1000, 500, 20]) == [1, 0.5, 0.02]
+    assert sigmas_to_timesteps([1, 0.5, 0.02]) == [1000, 500, 20]
     for timesteps in (FLUX["slow"], QWEN["fast"]):
-        back = glance.sigmas_to_timesteps(glance.timesteps_to_sigmas(timesteps))
+        back = sigmas_to_timesteps(timesteps_to_sigmas(timesteps))
         assert all(math.isclose(one, other, rel_tol=1e-15) for one, other in zip(back, timesteps))
 
 
@@ -567,9 +579,9 @@ def test_sigmas_and_timesteps_are_a_factor_of_a_thousand_apart():
 )
 def test_lists_may_be_arrays_and_tensors(kind):
     timesteps = [1000.0, 750.0, 500.0, 250.0]
-    assert glance.check_timesteps(kind(timesteps)) == timesteps
-    assert glance.sigmas_to_timesteps(glance.timesteps_to_sigmas(kind(timesteps))) == timesteps
-    phases = glance.derive_timesteps(kind(timesteps), np.array([0, 1, 3]))
+    assert check_timesteps(kind(timesteps)) == timesteps
+    assert sigmas_to_timesteps(timesteps_to_sigmas(kind(timesteps))) == timesteps
+    phases = derive_timesteps(kind(timesteps), np.array([0, 1, 3]))
     assert phases == {"slow": [1000, 750], "fast": [250]} and json.dumps(phases)
     points = [torch.full((1, 2), float(index**2)) for index in range(5)]
     sigmas = [1.0, 0.75, 0.5, 0.25, 0.0]
@@ -580,9 +592,9 @@ def test_lists_may_be_arrays_and_tensors(kind):
 @pytest.mark.parametrize("sigma", [1, np.float64(0.5), np.float32(0.5), np.int64(1), torch.tensor(0.5), np.array(0.5)])
 def test_a_sigma_may_be_any_number(sigma, pipelines):
     latents, noise = torch.ones(1, 256, 16), torch.randn(1, 256, 16)
-    noisy = glance.add_noise(latents, noise, sigma)
+    noisy = add_noise(latents, noise, sigma)
     assert noisy.dtype == torch.float32
-    assert torch.equal(noisy, glance.add_noise(latents, noise, float(sigma)))
+    assert torch.equal(noisy, add_noise(latents, noise, float(sigma)))
     pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
     pipe.set_progress_bar_config(disable=True)
     model = ask.PipelineVelocity(pipe, prompt="a red ring", height=64, width=64)

@@ -8,16 +8,15 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from huggingface_hub import HfApi, ModelCard
 from test_runs import assert_one_line, files_in
 
-import ask_pipeline as ask
-import command_line as cli
-import faults
-import glance_utils as glance
-import model_card
-from glance_utils import PHASES, InputError
-from lora_files import read_recipe
+from glance import command_line as cli
+from glance.ask import pipeline as ask
+from glance.files import faults
+from glance.files.lora import read_recipe
+from glance.training import model_card
+from glance_utils import PHASES, WEIGHT_NAME, InputError
 
 
-PUSHED = {"README.md", "instance.png", "glance.png", *(f"{phase}/{glance.WEIGHT_NAME}" for phase in PHASES)}
+PUSHED = {"README.md", "instance.png", "glance.png", *(f"{phase}/{WEIGHT_NAME}" for phase in PHASES)}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -51,7 +50,7 @@ def test_what_a_run_has_made_is_pushed_and_nothing_else(hub, train, tmp_path):
     }
     hub.clear()
     train(push_to_hub=True, phase="slow", hub_model_id="a/b", output_dir=output)  # where both phases were before
-    assert set(hub) == {"README.md", "instance.png", glance.WEIGHT_NAME}
+    assert set(hub) == {"README.md", "instance.png", WEIGHT_NAME}
 
 
 def test_a_refused_push_loses_nothing(train, tmp_path, monkeypatch, capsys):
@@ -82,7 +81,7 @@ def test_the_card_names_a_base_of_the_hub_or_none(base, name, trained, tmp_path,
     monkeypatch.chdir(tmp_path)
     for folder in ("model", "some/model"):
         Path(folder).mkdir(parents=True)
-    recipe = read_recipe(trained() / "slow" / glance.WEIGHT_NAME)
+    recipe = read_recipe(trained() / "slow" / WEIGHT_NAME)
     args = SimpleNamespace(pretrained_model_name_or_path=base.replace("{here}", str(tmp_path)))
     model_card.write_model_card(args, tmp_path, [recipe], "a red ring")
     data = ModelCard.load(tmp_path / "README.md").data

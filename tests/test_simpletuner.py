@@ -7,8 +7,8 @@ from conftest import flags
 from PIL import Image
 
 import train_glance_lora
+from glance.files.instance_data import load_pair
 from glance_utils import InputError
-from instance_data import load_pair
 
 
 @pytest.fixture

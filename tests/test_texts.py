@@ -7,11 +7,11 @@ import datasets
 import pytest
 from conftest import ROOT, flags
 
-import command_line as cli
 import infer_glance
 import train_glance_lora
+from glance import command_line as cli
+from glance.files.instance_data import load_pair
 from glance_utils import InputError
-from instance_data import load_pair
 
 
 def trained_with(path, text: str):

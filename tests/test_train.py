@@ -20,12 +20,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import ask_pipeline as ask
-import glance_utils as glance
 import train_glance_lora
-from checkpoints import find_checkpoints
-from instance_data import load_pair
-from lora_files import read_recipe
+from glance.ask import pipeline as ask
+from glance.files.checkpoints import find_checkpoints
+from glance.files.instance_data import load_pair
+from glance.files.lora import read_recipe
+from glance_utils import (
+    WEIGHT_NAME,
+    __version__,
+    activate_adapter,
+    add_noise,
+    flow_matching_loss,
+    load_lora,
+    lora_layers,
+    save_lora,
+    timesteps_to_sigmas,
+)
 
 
 PHASES = ("slow", "fast")
@@ -39,11 +49,11 @@ SIMPLETUNER = ROOT / "configs" / "simpletuner"
 
 
 def lora(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / glance.WEIGHT_NAME)
+    return load_file(folder / WEIGHT_NAME)
 
 
 def lora_bytes(folder: Path) -> list[bytes]:
-    return [(folder / phase / glance.WEIGHT_NAME).read_bytes() for phase in PHASES]
+    return [(folder / phase / WEIGHT_NAME).read_bytes() for phase in PHASES]
 
 
 def lora_content(folder: Path) -> list[tuple]:
@@ -56,7 +66,7 @@ def lora_content(folder: Path) -> list[tuple]:
 
 
 def recipe_of(folder: Path) -> dict:
-    return read_recipe(folder / glance.WEIGHT_NAME)
+    return read_recipe(folder / WEIGHT_NAME)
 
 
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]):
@@ -118,10 +128,10 @@ def fixed_loss(asked, timesteps) -> float:
     model = ask.PipelineVelocity(asked.pipe, **asked.train_call)
     generator = torch.Generator().manual_seed(123)
     losses = []
-    for sigma in glance.timesteps_to_sigmas(timesteps) * 4:
+    for sigma in timesteps_to_sigmas(timesteps) * 4:
         noise = torch.randn(asked.latents.shape, generator=generator)
-        velocity = model(glance.add_noise(asked.latents, noise, sigma), sigma)
-        losses.append(glance.flow_matching_loss(velocity, asked.latents, noise).item())
+        velocity = model(add_noise(asked.latents, noise, sigma), sigma)
+        losses.append(flow_matching_loss(velocity, asked.latents, noise).item())
     return sum(losses) / len(losses)
 
 
@@ -132,9 +142,9 @@ def test_training_moves_the_lora_and_nothing_else(base, train, around_phase):
     def look(when, asked, recipe):
         transformer, trained = asked.pipe.transformer, train_glance_lora.ADAPTER
         weights[recipe["phase"], when] = base_weights(transformer)
-        glance.activate_adapter(transformer, None if when == "before" else trained)
+        activate_adapter(transformer, None if when == "before" else trained)
         losses[recipe["phase"], when] = fixed_loss(asked, recipe["timesteps"])
-        glance.activate_adapter(transformer, trained)
+        activate_adapter(transformer, trained)
         phases.append(recipe["phase"])
 
     around_phase(look)
@@ -223,16 +233,16 @@ def test_training_sees_what_the_saved_lora_gives(dtype, pipelines, tmp_path):
     call = {"prompt": "a red ring", "height": 32, "width": 32}
     pipe = DiffusionPipeline.from_pretrained(pipelines["flux"], dtype=dtype)
     settings = train_glance_lora.parse_args(flags(pretrained_model_name_or_path="-", rank=4, lora_alpha=12))
-    here, layers = SimpleNamespace(device=torch.device("cpu")), glance.lora_layers(pipe.transformer)
+    here, layers = SimpleNamespace(device=torch.device("cpu")), lora_layers(pipe.transformer)
     for parameter in train_glance_lora.fresh_adapter(settings, here, pipe.transformer, layers):
         parameter.data.normal_(std=0.1)
     noisy = torch.randn(1, 64, 16)
     with torch.no_grad():
         trained = ask.PipelineVelocity(pipe, **call)(noisy, 0.9)
-        path = glance.save_lora(pipe.transformer, train_glance_lora.ADAPTER, tmp_path, {})
+        path = save_lora(pipe.transformer, train_glance_lora.ADAPTER, tmp_path, {})
         pipe.transformer.unload_lora()
         base = ask.PipelineVelocity(pipe, **call)(noisy, 0.9)
-        glance.load_lora(pipe, path, "slow")
+        load_lora(pipe, path, "slow")
         assert {parameter.dtype for parameter in pipe.transformer.parameters()} == {dtype}
         error = (trained - ask.PipelineVelocity(pipe, **call)(noisy, 0.9)).abs().max()
         assert error <= (1e-6 if dtype == torch.float32 else 0)
@@ -529,7 +539,7 @@ def test_simpletuners_recipe_runs_as_written(train, infer, pair, tmp_path, monke
             train(**settings)
         recipe = recipe_of(Path("output", f"glance-{phase}"))
         assert (recipe["phase"], recipe["timesteps"], recipe["rank"]) == (phase, wanted[phase], 32)
-        assert {path.name for path in Path("output", f"glance-{phase}").iterdir()} >= {"README.md", glance.WEIGHT_NAME}
+        assert {path.name for path in Path("output", f"glance-{phase}").iterdir()} >= {"README.md", WEIGHT_NAME}
     assert "a red ring" in Path("output/glance-slow/README.md").read_text()
     picture = infer(slow_lora="output/glance-slow", fast_lora="output/glance-fast")
     assert Image.open(picture).size == (32, 32)
@@ -545,8 +555,8 @@ def test_output_folder_and_recipes(train, pipelines, pair):
     assert Image.open(output / "instance.png").size == Image.open(output / "glance.png").size == (48, 32)
     timesteps = []
     for phase in PHASES:
-        assert [path.name for path in (output / phase).iterdir()] == [glance.WEIGHT_NAME]
-        with safe_open(output / phase / glance.WEIGHT_NAME, framework="pt") as file:
+        assert [path.name for path in (output / phase).iterdir()] == [WEIGHT_NAME]
+        with safe_open(output / phase / WEIGHT_NAME, framework="pt") as file:
             header, names = file.metadata(), list(file.keys())
         recipe = json.loads(header["glance"])
         timesteps += recipe.pop("timesteps")
@@ -566,7 +576,7 @@ def test_output_folder_and_recipes(train, pipelines, pair):
             "loss": "flow",
             "max_train_steps": 5,
             "rank": 4,
-            "version": glance.__version__,
+            "version": __version__,
         }
         metadata = json.loads(header["lora_adapter_metadata"])
         assert metadata["transformer.r"] == metadata["transformer.lora_alpha"] == 4
@@ -580,7 +590,7 @@ def test_output_folder_and_recipes(train, pipelines, pair):
 
 def test_one_phase_is_written_directly_into_the_output_folder(train):
     output = train(phase="fast")
-    assert {path.name for path in output.iterdir()} == {glance.WEIGHT_NAME, "README.md", "instance.png"}
+    assert {path.name for path in output.iterdir()} == {WEIGHT_NAME, "README.md", "instance.png"}
     assert recipe_of(output)["phase"] == "fast"
     assert "](./glance.png)" not in (output / "README.md").read_text()
 

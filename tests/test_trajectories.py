@@ -12,13 +12,20 @@ from safetensors.torch import load_file, save_file
 from test_train import assert_equal, lora, lora_content, recipe_of
 from tiny_image_families import make_lumina2
 
-import ask_pipeline as ask
-import glance_utils as glance
-import grids
 import train_glance_lora
-import trajectories
-from faults import TRAJECTORIES
-from glance_utils import InputError
+from glance.ask import pipeline as ask
+from glance.ask import sampler as grids
+from glance.files.faults import TRAJECTORIES
+from glance.training import trajectories
+from glance_utils import (
+    WEIGHT_NAME,
+    FixedSigmaScheduler,
+    InputError,
+    glance_inference,
+    load_lora,
+    segment_slopes,
+    timesteps_to_sigmas,
+)
 
 
 PHASES = ("slow", "fast")
@@ -121,11 +128,11 @@ def end_error(teacher, output: Path, seed: int) -> tuple[float, float]:
     phases = {phase: recipe_of(output / phase)["timesteps"] for phase in PHASES}
     exact = teacher.draw("a red ring", seed)[-1]
     for phase in PHASES:
-        glance.load_lora(teacher.pipe, output / phase / glance.WEIGHT_NAME, phase)
+        load_lora(teacher.pipe, output / phase / WEIGHT_NAME, phase)
     errors = []
     for scale in (0.0, 1.0):
         arguments = teacher.call | {"output_type": "latent", "generator": torch.Generator().manual_seed(seed)}
-        with glance.glance_inference(teacher.pipe, phases, dict.fromkeys(PHASES, scale), teacher.told) as kwargs:
+        with glance_inference(teacher.pipe, phases, dict.fromkeys(PHASES, scale), teacher.told) as kwargs:
             errors.append(grids.relative_error(teacher.pipe(**arguments, **kwargs)[0], exact))
     return tuple(errors)
 
@@ -298,7 +305,7 @@ def test_resumed_equals_uninterrupted(extra, train, tmp_path):
     whole = train(**settings)
     content = lora_content(whole)
     for phase in PHASES:
-        (whole / phase / glance.WEIGHT_NAME).unlink()
+        (whole / phase / WEIGHT_NAME).unlink()
     assert lora_content(train(**settings, resume_from_checkpoint=whole / "checkpoint-4")) == content
 
 
@@ -320,7 +327,7 @@ def test_coefficients_are_the_least_squares(teacher):
     found = grids.fit_coefficients(points, asked.sigmas, positions)
     starts, sigmas, velocities = grids.kept(points, asked.sigmas, positions)
     assert found[0][1] == 0.0 and len(found) == 4
-    for step, slope in enumerate(glance.segment_slopes(starts, sigmas)):
+    for step, slope in enumerate(segment_slopes(starts, sigmas)):
 
         def error(own, before, step=step, slope=slope):
             return (own * velocities[step] + before * velocities[step - 1] * bool(step) - slope).norm().item()
@@ -367,8 +374,8 @@ def test_inference_goes_along_both_velocities(train, infer, teacher, tmp_path):
     phases = {phase: recipe_of(output / phase)["timesteps"] for phase in PHASES}
     arguments = asked.call | {"output_type": "latent"}
     for phase in PHASES:
-        glance.load_lora(asked.pipe, output / phase / glance.WEIGHT_NAME, phase)
-    with glance.glance_inference(asked.pipe, phases, coefficients=found) as kwargs:
+        load_lora(asked.pipe, output / phase / WEIGHT_NAME, phase)
+    with glance_inference(asked.pipe, phases, coefficients=found) as kwargs:
         for _ in range(2):  # the second picture begins anew, with no previous velocity
             latents = asked.pipe(**arguments, **kwargs, generator=torch.Generator().manual_seed(0))[0]
             assert (latents - exact).abs().max() < 1e-4
@@ -382,8 +389,8 @@ def test_inference_goes_along_both_velocities(train, infer, teacher, tmp_path):
 def follow(found: dict[str, torch.Tensor], caption: int, recipes: list[dict]) -> float:
     """How far inference misses the kept points at most where the model predicts just the targets."""
     coefficients = sum((recipe["coefficients"] for recipe in recipes), [])
-    sigmas = glance.timesteps_to_sigmas(sum((recipe["timesteps"] for recipe in recipes), []))
-    scheduler = glance.FixedSigmaScheduler(sigmas, coefficients=coefficients)
+    sigmas = timesteps_to_sigmas(sum((recipe["timesteps"] for recipe in recipes), []))
+    scheduler = FixedSigmaScheduler(sigmas, coefficients=coefficients)
     scheduler.set_timesteps()
     starts, targets = found["starts"][caption, 0], found["targets"][caption, 0]
     sample, errors = starts[0], []

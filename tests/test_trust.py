@@ -8,14 +8,14 @@ import pytest
 import torch
 from conftest import ROOT, flags
 
-import command_line as cli
-import glance_utils as glance
 import infer_glance
-import model_card
 import train_glance_lora
+from glance import command_line as cli
+from glance.training import model_card
+from glance_utils import WEIGHT_NAME, InputError, component_class, load_lora
 
 
-SOURCES = sorted(ROOT.glob("*.py"))
+SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("glance/**/*.py")])
 SECRET = "zebra ballet"
 
 
@@ -42,21 +42,21 @@ def test_a_config_names_no_module_to_import(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ImportError, match="never imported"):
-        glance.component_class(("outsider", "Model"))
+        component_class(("outsider", "Model"))
     assert not (tmp_path / "ran").exists()
-    assert glance.component_class(("diffusers", "FluxTransformer2DModel")).__name__ == "FluxTransformer2DModel"
+    assert component_class(("diffusers", "FluxTransformer2DModel")).__name__ == "FluxTransformer2DModel"
 
 
 def test_no_flag_takes_a_token(capsys):
     for module in (train_glance_lora, infer_glance):
         for flag in (["--hub_token=hf_secret"], ["--token", "hf_secret"], ["--use_auth_token=hf_secret"]):
-            with pytest.raises(glance.InputError, match="HF_TOKEN") as error:
+            with pytest.raises(InputError, match="HF_TOKEN") as error:
                 module.parse_args(flag)
             assert "hf_secret" not in str(error.value)
 
 
 def test_words_behind_no_flag_are_counted_not_repeated():
-    with pytest.raises(glance.InputError, match="2 words") as error:
+    with pytest.raises(InputError, match="2 words") as error:
         infer_glance.parse_args(["--prompt", "a", *SECRET.split()])
     assert "zebra" not in str(error.value)
 
@@ -64,7 +64,7 @@ def test_words_behind_no_flag_are_counted_not_repeated():
 def test_the_hubs_own_login_is_all_that_an_upload_uses(monkeypatch):
     called = []
     monkeypatch.setattr(model_card, "create_repo", lambda *args, **kwargs: called.append(kwargs) or called)
-    with pytest.raises(glance.InputError):
+    with pytest.raises(InputError):
         model_card.create_hub_repo(
             train_glance_lora.parse_args(flags(pretrained_model_name_or_path="b", output_dir="x"))
         )
@@ -93,16 +93,16 @@ def test_prompts_and_tokens_never_land_in_logs(train, infer, tmp_path, monkeypat
 
 def test_a_lora_is_read_as_safetensors_alone(pipelines, tmp_path):
     """Also by the functions that people copy: the file is named .safetensors, its content is a pickle."""
-    path = tmp_path / glance.WEIGHT_NAME
+    path = tmp_path / WEIGHT_NAME
     torch.save({"transformer.x.lora_A.weight": torch.ones(4, 4)}, path)
     args = infer_glance.parse_args(flags(pretrained_model_name_or_path=pipelines["flux"], prompt="x"))
     pipe = infer_glance.load_pipeline(args, {}, torch.device("cpu"))
     with pytest.raises(Exception, match="[Hh]eader"):
-        glance.load_lora(pipe, path, "slow")
+        load_lora(pipe, path, "slow")
 
 
 def test_yaml_builds_no_objects(tmp_path):
     (tmp_path / "a.yaml").write_text(f"rank: !!python/object/apply:os.mkdir ['{tmp_path}/ran']")
-    with pytest.raises(glance.InputError, match="constructor"):
+    with pytest.raises(InputError, match="constructor"):
         cli.Parser().parse([f"--config={tmp_path}/a.yaml"])
     assert not (tmp_path / "ran").exists()

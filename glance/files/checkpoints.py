@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from accelerate.logging import get_logger
 
+from glance.files.lora import read_recipe, shown
 from glance_utils import PHASES, WEIGHT_NAME, InputError, replace_file
-from lora_files import read_recipe, shown
 
 
 logger = get_logger(__name__)
@@ -22,7 +22,7 @@ STATE_NAME = "training_state.pt"
 # All flags are compared, later ones too, when a run goes on from what another left, except these, which cannot
 # change what a LoRA learns:
 NOT_COMPARED = {
-    # the base, known by its files or its commit (load_base.identify); image and captions, known by their content
+    # the base, known by its files or its commit (base.identify); image and captions, known by their content
     *("pretrained_model_name_or_path", "revision", "instance_image", "instance_prompt", "instance_data_dir"),
     *("data_backend_config", "prompts_file", "dataset_name", "dataset_index", "image_column", "caption_column"),
     # known by what they lead to in the recipe: its phase, timesteps, height and width
@@ -108,7 +108,7 @@ def plain(settings: dict) -> dict:
 def run_settings(args, recipe: dict, base: str, learned: str, processes: int) -> dict:
     """Return all that a LoRA comes from: what must be the same for a resumed run to equal the uninterrupted one.
 
-    `base` is load_base.identify's, `learned` a digest of image and captions. Processes share a batch, so that as many
+    `base` is base.identify's, `learned` a digest of image and captions. Processes share a batch, so that as many
     rows make the same run however they are shared out.
     """
     flags = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED}

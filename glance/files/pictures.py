@@ -7,9 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-import command_line as cli
-import glance_utils as glance
-from glance_utils import InputError, first_line
+from glance import command_line as cli
+from glance_utils import InputError, first_line, replace_file
 
 
 GAP, LINE, LEAST_WIDTH = 12, 22, 256  # pixels: around a picture, of a line of text, of a picture in a comparison
@@ -73,7 +72,7 @@ def save_image(image: Image.Image, path: Path) -> None:
     image = image.convert("RGB") if kind == "JPEG" else image  # some draw RGBA
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        glance.replace_file(path, lambda temporary: image.save(temporary, format=kind))
+        replace_file(path, lambda temporary: image.save(temporary, format=kind))
     except Exception as error:  # a full disk, a folder that went; and each kind refuses in its own way
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(

@@ -24,10 +24,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-import ask_pipeline as ask
-import glance_utils as glance
-from glance_utils import InputError, first_line
-from load_base import QUANTIZATIONS, enable_gradient_checkpointing
+from glance.ask import pipeline as ask
+from glance.base import QUANTIZATIONS, enable_gradient_checkpointing
+from glance_utils import (
+    InputError,
+    component_class,
+    compute_as_saved,
+    denoiser,
+    denoiser_name,
+    first_line,
+    with_adapters,
+)
 
 
 @dataclass
@@ -134,7 +141,7 @@ def load_without_weights(path: str, dtype: torch.dtype, **where):
     config = ask.read_model_index(path, **where)
     for part, named in config.items():
         kind = model_class(named)
-        if kind is not None and part != glance.denoiser_name(config):
+        if kind is not None and part != denoiser_name(config):
             with ask.loading(f"{path}/{part}"), init_empty_weights():
                 if issubclass(kind, ModelMixin):
                     models[part] = kind.from_config(kind.load_config(path, subfolder=part, **where))
@@ -147,7 +154,7 @@ def load_without_weights(path: str, dtype: torch.dtype, **where):
 def model_class(named) -> type | None:
     """The class behind an entry of model_index.json, ["library", "class name"], if it is a model's."""
     try:
-        kind = glance.component_class(named)
+        kind = component_class(named)
     except (TypeError, ValueError, ImportError, AttributeError):
         return None  # another kind of entry, or a class of the pipeline's own module
     return kind if isinstance(kind, type) and issubclass(kind, torch.nn.Module) else None
@@ -167,7 +174,7 @@ def encode_without_weights(module: torch.nn.Module, mode: FakeTensorMode) -> Non
 
 def run_step(pipe, mode: FakeTensorMode, counter, call: dict) -> None:
     """One step of the pipeline, forward and backward, inside `counter`; its transformer is `weightless`."""
-    transformer, convert = glance.denoiser(pipe), without_content(mode)
+    transformer, convert = denoiser(pipe), without_content(mode)
     predict = transformer.forward
 
     def forward(*args, **kwargs):
@@ -186,8 +193,8 @@ def run_step(pipe, mode: FakeTensorMode, counter, call: dict) -> None:
 
 def measure_step(pipe, mode: FakeTensorMode, gradient_checkpointing: bool, call: dict) -> Step:
     if gradient_checkpointing:
-        enable_gradient_checkpointing(glance.denoiser(pipe))
-    memory = PeakMemory(glance.denoiser(pipe))
+        enable_gradient_checkpointing(denoiser(pipe))
+    memory = PeakMemory(denoiser(pipe))
     run_step(pipe, mode, memory, call)
     operations = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)  # not both: it keeps tensors alive
     run_step(pipe, mode, operations, call)
@@ -195,7 +202,7 @@ def measure_step(pipe, mode: FakeTensorMode, gradient_checkpointing: bool, call:
 
 
 def base_bytes(transformer: torch.nn.Module, quantization: str) -> int:
-    """Size of the weights as load_base.load_transformer leaves them."""
+    """Size of the weights as base.load_transformer leaves them."""
     if quantization == "fp8":
         with init_empty_weights():
             transformer = type(transformer).from_config(transformer.config).to(transformer.dtype)
@@ -215,8 +222,8 @@ def estimate(pipe, layers: list[str], rank: int, call: dict, checkpointing=(Fals
 
     The transformer is of no other use afterwards. InputError where it decides by numbers that are not there.
     """
-    transformer, mode = glance.denoiser(pipe), FakeTensorMode(allow_non_fake_inputs=True)
-    glance.with_adapters(transformer).requires_grad_(False)
+    transformer, mode = denoiser(pipe), FakeTensorMode(allow_non_fake_inputs=True)
+    with_adapters(transformer).requires_grad_(False)
     base = {quantization: base_bytes(transformer, quantization) for quantization in QUANTIZATIONS}
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
     largest = max(layer.weight.numel() for layer in transformer.modules() if isinstance(layer, torch.nn.Linear))
@@ -224,7 +231,7 @@ def estimate(pipe, layers: list[str], rank: int, call: dict, checkpointing=(Fals
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
-    glance.compute_as_saved(transformer)
+    compute_as_saved(transformer)
     weightless(transformer, mode)
     if not transformer._supports_gradient_checkpointing:
         checkpointing = [choice for choice in checkpointing if not choice]

@@ -11,10 +11,10 @@ import fsspec
 from datasets import load_dataset, load_from_disk
 from PIL import Image, ImageOps
 
-from command_line import check_text, read_caption
+from glance.command_line import check_text, read_caption
+from glance.files.image_file import SUFFIXES, read_image
+from glance.files.simpletuner import caption_of, check_shape, directory_of, read_backend, side_of
 from glance_utils import InputError, first_line
-from image_file import SUFFIXES, read_image
-from simpletuner import caption_of, check_shape, directory_of, read_backend, side_of
 
 
 logger = logging.getLogger(__name__)

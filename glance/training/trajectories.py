@@ -15,16 +15,23 @@ from accelerate.logging import get_logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 
-import ask_latents
-import command_line as cli
-import distribution
-import faults
-import glance_utils as glance
-import grids
-import load_base
-from ask_pipeline import PipelineVelocity, further_denoisers
-from checkpoints import NOT_COMPARED, NOT_DRAWN
-from glance_utils import InputError
+from glance import base as load_base
+from glance import command_line as cli
+from glance.ask import latents as ask_latents
+from glance.ask import sampler as grids
+from glance.ask.pipeline import PipelineVelocity, further_denoisers
+from glance.files import faults
+from glance.files.checkpoints import NOT_COMPARED, NOT_DRAWN
+from glance.training import distribution
+from glance_utils import (
+    InputError,
+    __version__,
+    denoiser,
+    grid_positions,
+    replace_file,
+    segment_slopes,
+    timesteps_to_sigmas,
+)
 
 
 logger = get_logger(__name__)
@@ -56,20 +63,20 @@ class Teacher:
                 "give an image, --loss flow, --grid glance or even, --solver euler"
             )
         self.pipe, self.timesteps, self.told, self.call = pipe, base_timesteps, told, call
-        self.sigmas = [*glance.timesteps_to_sigmas(base_timesteps), 0.0]
+        self.sigmas = [*timesteps_to_sigmas(base_timesteps), 0.0]
 
     def draw(self, caption: str, seed: int, positions=None, coefficients=None) -> list[torch.Tensor]:
         """FloatingPointError where the base ends at NaN, on which everything learned from it would."""
         kept = self.timesteps if positions is None else [self.timesteps[position] for position in positions]
         points = grids.walk(self.pipe, kept, self.told, seed, coefficients, **self.call | {"prompt": caption})
-        with faults.explained(f"what the base draws to be trained on, in {glance.denoiser(self.pipe).dtype}"):
+        with faults.explained(f"what the base draws to be trained on, in {denoiser(self.pipe).dtype}"):
             ask_latents.check_finite(points[-1], "its final latents")
         return points
 
     @torch.no_grad()
     def check(self, points: list[torch.Tensor], positions: list[int]) -> None:
         """InputError where a single step, as training sees it, has not the velocity of the trajectory's first step."""
-        model, slopes = PipelineVelocity(self.pipe, self.told, **self.call), glance.segment_slopes(points, self.sigmas)
+        model, slopes = PipelineVelocity(self.pipe, self.told, **self.call), segment_slopes(points, self.sigmas)
         for position in positions:
             velocity = model(points[position], self.sigmas[position]).float().cpu()
             if (error := grids.relative_error(velocity, slopes[position])) > 0.02:
@@ -91,7 +98,7 @@ def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], other: tu
         if grid == "auto":
             positions = grids.best_positions(points, teacher.sigmas, count)
         else:
-            positions = glance.grid_positions(grid, count, steps)
+            positions = grid_positions(grid, count, steps)
             if args.grid == "auto" and len(set(positions)) < count:
                 continue  # too few steps of the model's own for the published grid
         choices.append((grid, "euler", positions, None))
@@ -163,7 +170,7 @@ def settings_digest(args, teacher: Teacher, captions: list[str]) -> str:
     flags = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED | NOT_DRAWN}
     where = cli.load_arguments(args)
     settings = flags | {
-        "version": glance.__version__,
+        "version": __version__,
         "kept": KEPT,
         "found_on": FOUND_ON,
         "base": load_base.identify(args.pretrained_model_name_or_path, **where),
@@ -179,7 +186,7 @@ def save(directory: Path, found: Trajectories) -> None:
     tensors = {name: getattr(found, name).contiguous() for name in ("picture", "starts", "targets")}
     sampler = {name: getattr(found, name) for name in ("grid", "positions", "lengths", "coefficients")}
     content = save_tensors(tensors, {"digest": found.digest, "sampler": json.dumps(sampler)})
-    glance.replace_file(directory / faults.TRAJECTORIES, lambda temporary: temporary.write_bytes(content))
+    replace_file(directory / faults.TRAJECTORIES, lambda temporary: temporary.write_bytes(content))
 
 
 def load(path: Path, digest: str) -> Trajectories | None:

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch.utils._pytree import tree_map_only
 
-from ask_pipeline import Answer, Probe, dry_run, freeable_components
+from glance.ask.pipeline import Answer, Probe, dry_run, freeable_components
 from glance_utils import InputError
 
 

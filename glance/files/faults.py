@@ -9,9 +9,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from checkpoints import STATE_NAME, find_checkpoints
+from glance.files.checkpoints import STATE_NAME, find_checkpoints
+from glance.start import say_stopped
 from glance_utils import WEIGHT_NAME, InputError
-from start import say_stopped
 
 
 TRAJECTORIES = "trajectories.safetensors"  # what the base drew before training

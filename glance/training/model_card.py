@@ -13,11 +13,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
-import ask_latents
-import ask_pipeline as ask
-import faults
-import glance_utils as glance
-from glance_utils import InputError, first_line
+from glance.ask import latents as ask_latents
+from glance.ask import pipeline as ask
+from glance.files import faults
+from glance_utils import WEIGHT_NAME, InputError, denoiser_name, first_line, glance_inference, load_lora, replace_file
 
 
 logger = logging.getLogger(__name__)
@@ -34,14 +33,14 @@ def draw_preview(asked, recipes: dict[str, dict], output_dir: Path, seed: int) -
     """The caption in ten steps, with the LoRA files just written; the VAE follows when the transformer has gone.
     FloatingPointError where the latents or the pixels are not finite."""
     pipe, device = asked.pipe, asked.pipe._execution_device
-    parts = [glance.denoiser_name(pipe.config), *ask.further_denoisers(pipe)]
+    parts = [denoiser_name(pipe.config), *ask.further_denoisers(pipe)]
     for part in parts[1:]:
         setattr(pipe, part, asked.load_transformer(part=part))
     schedule = {phase: recipe["timesteps"] for phase, recipe in recipes.items()}
     for phase in schedule:
-        glance.load_lora(pipe, output_dir / phase / glance.WEIGHT_NAME, phase)
+        load_lora(pipe, output_dir / phase / WEIGHT_NAME, phase)
     fitted = asked.taught and asked.taught.coefficients
-    inference = glance.glance_inference(pipe, schedule, told=asked.told, coefficients=fitted)
+    inference = glance_inference(pipe, schedule, told=asked.told, coefficients=fitted)
     with inference as kwargs, ask.plain_call(pipe, asked.call) as call:
         generator = torch.Generator().manual_seed(seed)
         with torch.compiler.set_stance("force_eager"):  # one picture is not worth compiling for
@@ -54,7 +53,7 @@ def draw_preview(asked, recipes: dict[str, dict], output_dir: Path, seed: int) -
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
-    glance.replace_file(path, lambda temporary: image.save(temporary, format="PNG"))
+    replace_file(path, lambda temporary: image.save(temporary, format="PNG"))
 
 
 def write_model_card(args, directory: Path, recipes: list[dict], caption: str) -> None:
@@ -96,7 +95,7 @@ Right, where both phases were trained: the same caption with both LoRAs.
 
     python infer_glance.py --pretrained_model_name_or_path {shlex.quote(base)} {loras} --prompt "..."
 """
-    glance.replace_file(directory / CARD, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_file(directory / CARD, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def hub_id(base: str) -> str | None:
@@ -119,7 +118,7 @@ def create_hub_repo(args) -> str:
 
 def push_to_hub(output_dir: Path, repo_id: str, phases: list[str]) -> None:
     """Upload what the run has made, and nothing else that lies there; raise InputError where the hub takes it not."""
-    loras = [f"{phase}/{glance.WEIGHT_NAME}" for phase in phases] if len(phases) == 2 else [glance.WEIGHT_NAME]
+    loras = [f"{phase}/{WEIGHT_NAME}" for phase in phases] if len(phases) == 2 else [WEIGHT_NAME]
     files = [CARD, *pictures(len(phases)), *loras]
     try:
         upload_folder(repo_id=repo_id, folder_path=output_dir, allow_patterns=files)

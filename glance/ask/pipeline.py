@@ -81,7 +81,8 @@ def _is_ours(error: Exception) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     files = [Path(frame.filename) for frame in frames if frame.name != "__torch_dispatch__"]  # these only look on
     files = [path for path in files if Path(torch.__file__).parent not in path.parents]
-    return files[-1].parent == Path(__file__).parent
+    root = Path(__file__).parents[2]
+    return files[-1].parent == root or root / "glance" in files[-1].parents
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ so a fitted solver has two numbers a step, read off the same trajectory.
 import torch
 from diffusers import DiffusionPipeline
 
-from ask_pipeline import Answer, Probe
+from glance.ask.pipeline import Answer, Probe
 from glance_utils import as_floats, counts_image, replaced, segment_slopes, timesteps_to_sigmas
 
 

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from ask_pipeline import Answer, Probe, dry_run, refusals
+from glance.ask.pipeline import Answer, Probe, dry_run, refusals
 from glance_utils import InputError, replaced
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from command_line import read_caption, read_text, unique_pairs
+from glance.command_line import read_caption, read_text, unique_pairs
 from glance_utils import MAX_SIDE, InputError
 
 

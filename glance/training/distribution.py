@@ -29,8 +29,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import distribute_tensor
 from tqdm.auto import tqdm
 
-import load_base
-from ask_pipeline import find_denoiser
+from glance import base as load_base
+from glance.ask.pipeline import find_denoiser
 from glance_utils import PHASES, InputError
 
 
@@ -131,7 +131,7 @@ def share(jobs: list, work, description: str) -> list:
 
 
 def load_transformer(accelerator, *how, part=None, **where) -> torch.nn.Module:
-    """load_base.load_transformer for this run: all of it on each process or, under FSDP, each one's rows."""
+    """base.load_transformer for this run: all of it on each process or, under FSDP, each one's rows."""
     if not is_sharded():
         return load_base.load_transformer(*how, part=part, **where)
     path, dtype, device, *_ = how

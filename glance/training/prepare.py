@@ -13,18 +13,25 @@ from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 
-import ask_latents
-import ask_pipeline as ask
-import ask_prompts
-import command_line as cli
-import distribution
-import estimate
-import glance_utils as glance
-import load_base
-from glance_utils import InputError
-from instance_data import SOURCES, chosen_size, load_pair
-from prompt_lengths import PromptLengths
-from trajectories import Teacher, Trajectories, draw_trajectories
+from glance import base as load_base
+from glance import command_line as cli
+from glance.ask import latents as ask_latents
+from glance.ask import pipeline as ask
+from glance.ask import prompts as ask_prompts
+from glance.ask.prompt_lengths import PromptLengths
+from glance.files.instance_data import SOURCES, chosen_size, load_pair
+from glance.training import distribution, estimate
+from glance.training.trajectories import Teacher, Trajectories, draw_trajectories
+from glance_utils import (
+    InputError,
+    denoiser,
+    denoiser_name,
+    derive_timesteps,
+    grid_positions,
+    lora_layers,
+    most_positions,
+    with_adapters,
+)
 
 
 logger = get_logger(__name__)
@@ -79,8 +86,8 @@ def warn_of_schedule(pipe, schedule, derived, told, train_call) -> None:
 def ask_call(args, pipe, caption, size) -> tuple[dict, dict, list[str]]:
     """The call's arguments with and without classifier-free guidance, and the layers to adapt; or InputError."""
     call = ask.call_arguments(pipe, caption, *size, args.guidance_scale, args.pipeline_kwargs)
-    transformer = glance.denoiser(pipe)
-    layers = glance.lora_layers(transformer, args.lora_layers)
+    transformer = denoiser(pipe)
+    layers = lora_layers(transformer, args.lora_layers)
     if args.gradient_checkpointing and not transformer._supports_gradient_checkpointing:
         raise InputError(f"--gradient_checkpointing: {type(transformer).__name__} has none, so leave it out")
     PromptLengths(pipe, logger.warning).watch(pipe)
@@ -109,9 +116,9 @@ def choose_steps(args, pipe, grid: str, walked: int, own: bool) -> tuple[int, in
     this, count = f"this {type(pipe).__name__} has its own {walked} steps", args.num_inference_steps
     if args.num_base_steps not in (None, walked):
         raise InputError(f"--num_base_steps {args.num_base_steps}: {this}, whatever is asked; leave it out")
-    few = glance.most_positions(grid, min(STEPS, max(2, -(-walked // 2))), walked)
+    few = most_positions(grid, min(STEPS, max(2, -(-walked // 2))), walked)
     count = count or (few if own or args.flow_custom_timesteps else STEPS)
-    most = glance.most_positions(grid, count, walked)
+    most = most_positions(grid, count, walked)
     if most < count:
         which = f"{this}, which" if own else f"--num_base_steps: {walked} steps"
         few = f"{few}{f', at most {most}' if most > few else ''}" if own else f"{most} at most"
@@ -130,8 +137,8 @@ def ask_schedule(args, pipe, call: dict, single_call: dict) -> tuple:
     base_timesteps, own = ask.ask_timesteps(pipe, asked, **call), ask.has_own_steps(pipe, asked, **call)
     grid = "even" if args.grid == "auto" else args.grid  # auto needs the weights
     args.num_base_steps, args.num_inference_steps = choose_steps(args, pipe, grid, len(base_timesteps), own)
-    positions = glance.grid_positions(grid, args.num_inference_steps, len(base_timesteps))
-    derived = glance.derive_timesteps(base_timesteps, positions)
+    positions = grid_positions(grid, args.num_inference_steps, len(base_timesteps))
+    derived = derive_timesteps(base_timesteps, positions)
     told = ask.ask_told(pipe, args.num_base_steps, **call)
     schedule = {phase: custom or derived[phase] for phase, custom in args.custom_timesteps.items()}
     warn_of_schedule(pipe, schedule, derived, told, single_call)
@@ -158,8 +165,8 @@ def prepare_pipeline(args, accelerator, image, captions, size) -> Asked:
     """Ask the pipeline everything, free its encoders, load the transformer; peak memory is the larger of the two."""
     asked = ask_everything(args, accelerator, image, captions, size)
     accelerator.free_memory()
-    transformer = glance.with_adapters(asked.load_transformer())
-    setattr(asked.pipe, glance.denoiser_name(asked.pipe.config), transformer)
+    transformer = with_adapters(asked.load_transformer())
+    setattr(asked.pipe, denoiser_name(asked.pipe.config), transformer)
     if asked.teacher is not None:
         asked = learn_from_base(args, accelerator, asked)
     if asked.checkpointing:
@@ -229,7 +236,7 @@ def learn_from_base(args, accelerator, asked: Asked) -> Asked:
     if asked.latents is None:
         found["latents"] = taught.picture.to(accelerator.device)
     if not args.flow_custom_timesteps:
-        derived = glance.derive_timesteps(asked.teacher.timesteps, taught.positions)
+        derived = derive_timesteps(asked.teacher.timesteps, taught.positions)
         found["schedule"] = {phase: derived[phase] for phase in asked.schedule}
         found["first_step"], found["grid"] = {"slow": 0, "fast": len(derived["slow"])}, taught.grid
     return dataclasses.replace(asked, **found)
@@ -240,7 +247,7 @@ def choose_checkpointing(args, accelerator, pipe, layers, train_call) -> bool:
 
     Where weights are unpacked or moved for every layer, the graph would keep them all: there it is always on.
     """
-    if args.gradient_checkpointing is not None or not glance.denoiser(pipe)._supports_gradient_checkpointing:
+    if args.gradient_checkpointing is not None or not denoiser(pipe)._supports_gradient_checkpointing:
         return bool(args.gradient_checkpointing)
     if args.enable_group_offload or args.quantization == "fp8":
         return True

@@ -12,7 +12,7 @@ from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8Bit
 from huggingface_hub import try_to_load_from_cache
 from torch.utils.checkpoint import checkpoint
 
-from ask_pipeline import find_denoiser, loading, read_model_index
+from glance.ask.pipeline import find_denoiser, loading, read_model_index
 from glance_utils import InputError, replaced
 
 
