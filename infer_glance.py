@@ -40,23 +40,24 @@ from glance import base as load_base
 from glance import command_line as cli
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
+from glance.ask.guidance import ask_single_branch
 from glance.ask.prompt_lengths import PromptLengths
+from glance.ask.schedule import ask_timesteps, ask_told, has_own_steps
 from glance.files import faults, pictures
-from glance.files import lora as lora_files
+from glance.files.lora import load_lora
+from glance.files.lora_forms import read_lora
+from glance.files.recipe import WEIGHT_NAME, read_recipe
 from glance.training import distribution, estimate, launcher
 from glance_utils import (
     MAX_SIDE,
     PHASES,
-    WEIGHT_NAME,
     InputError,
     activate_adapter,
     derive_timesteps,
     first_line,
     glance_inference,
-    load_lora,
     most_positions,
     parse_timesteps,
-    read_lora,
 )
 
 
@@ -172,7 +173,7 @@ def read_recipes(args, paths: dict[str, Path]) -> tuple[dict, dict[str, list[flo
 
     Files that were not trained here say nothing: the pipeline's defaults, and None for the timesteps.
     """
-    recipes = {phase: lora_files.read_recipe(path, required=False) for phase, path in paths.items()}
+    recipes = {phase: read_recipe(path, required=False) for phase, path in paths.items()}
     silent = [str(paths[phase]) for phase, recipe in recipes.items() if recipe is None]
     if len(silent) == 1:
         raise InputError(
@@ -348,16 +349,16 @@ class Plan:
 def make_plan(args, pipe, recipe: dict, schedule: dict[str, list[float]] | None, call: dict) -> Plan:
     """What the files say, and what the pipeline says where they are silent."""
     base_steps, folded = recipe["num_base_steps"], (args.guidance or recipe["guidance"]) == "fold"
-    base_timesteps = ask.ask_timesteps(pipe, base_steps, **call)
+    base_timesteps = ask_timesteps(pipe, base_steps, **call)
     schedule = schedule or published_timesteps(pipe, base_timesteps)
     steps = sum(map(len, schedule.values()))
     # A base that ships its own steps cannot be asked for fewer of them.
-    own_steps = args.compare and ask.has_own_steps(pipe, steps, **call)
+    own_steps = args.compare and has_own_steps(pipe, steps, **call)
     return Plan(
         schedule=schedule,
-        told=ask.ask_told(pipe, base_steps, **call),
+        told=ask_told(pipe, base_steps, **call),
         coefficients=recipe["coefficients"],
-        single=ask.ask_single_branch(pipe, **call) if folded else {},
+        single=ask_single_branch(pipe, **call) if folded else {},
         base_counts=[len(base_timesteps)] if own_steps else [len(base_timesteps), steps],
     )
 

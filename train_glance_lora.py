@@ -39,8 +39,10 @@ from tqdm.auto import tqdm
 
 from glance import base as load_base
 from glance import command_line as cli
+from glance.adapters import compute_as_saved
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
+from glance.ask.velocity import PipelineVelocity
 from glance.files import faults
 from glance.files.checkpoints import (
     check_flags,
@@ -52,6 +54,7 @@ from glance.files.checkpoints import (
     with_run,
 )
 from glance.files.instance_data import load_pair
+from glance.files.lora import check_loaded, save_lora
 from glance.training import distribution, launcher, trackers, trajectories
 from glance.training.model_card import create_hub_repo, draw_preview, push_to_hub, save_picture, write_model_card
 from glance.training.prepare import Asked, dry_run, prepare_pipeline
@@ -61,12 +64,9 @@ from glance_utils import (
     InputError,
     __version__,
     add_noise,
-    check_loaded,
-    compute_as_saved,
     denoiser,
     denoiser_name,
     parse_timesteps,
-    save_lora,
     timestep_order,
     timesteps_to_sigmas,
     velocity_loss,
@@ -378,7 +378,7 @@ def train_phase(args, accelerator, asked: Asked, recipe: dict, settings: dict, d
     phase, transformer = recipe["phase"], denoiser(asked.pipe)
     parameters = fresh_adapter(args, accelerator, transformer, asked.layers)
     optimizer, lr_scheduler = make_optimizer(args, parameters)
-    model = ask.PipelineVelocity(asked.pipe, asked.told, asked.takes_timesteps)
+    model = PipelineVelocity(asked.pipe, asked.told, asked.takes_timesteps)
     model, optimizer = distribution.prepare(args, accelerator, model, parameters, optimizer)
 
     sigmas, accumulation = timesteps_to_sigmas(recipe["timesteps"]), args.gradient_accumulation_steps

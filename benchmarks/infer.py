@@ -29,8 +29,9 @@ from train_step import velocity_once
 
 from glance import base as load_base
 from glance import command_line as cli
-from glance.ask import pipeline as ask
-from glance_utils import PHASES, activate_adapter, derive_timesteps, glance_inference, lora_layers
+from glance.adapters import lora_layers
+from glance.ask.schedule import ask_timesteps
+from glance_utils import PHASES, activate_adapter, derive_timesteps, glance_inference
 
 
 def add_loras(transformer, rank: int) -> None:
@@ -47,7 +48,7 @@ def add_loras(transformer, rank: int) -> None:
 def main(argv: list[str] | None = None):
     args = shapes.parse(shapes.parser("Time ten base steps and Glance's ten."), argv)
     pipe, call, latents = shapes.make_pipeline(args)
-    schedule = derive_timesteps(ask.ask_timesteps(pipe, 50, **call))
+    schedule = derive_timesteps(ask_timesteps(pipe, 50, **call))
     count = sum(map(len, schedule.values()))
     counted = shapes.count_flops(lambda: velocity_once(pipe, call, latents))
     add_loras(pipe.transformer, args.rank)

@@ -61,11 +61,14 @@ import train_glance_lora  # noqa: E402
 from glance import command_line as cli  # noqa: E402
 from glance.ask import latents as ask_latents  # noqa: E402
 from glance.ask import pipeline as ask  # noqa: E402
+from glance.ask.guidance import ask_single_branch  # noqa: E402
 from glance.ask.sampler import relative_error  # noqa: E402
+from glance.ask.schedule import ask_timesteps, ask_told  # noqa: E402
 from glance.files import faults  # noqa: E402
-from glance.files import lora as lora_files  # noqa: E402
+from glance.files.atomic import replace_file  # noqa: E402
 from glance.files.instance_data import load_pair  # noqa: E402
-from glance_utils import MAX_SIDE, InputError, denoiser, first_line, replace_file, replaced  # noqa: E402  # noqa: E402
+from glance.files.recipe import read_recipe  # noqa: E402
+from glance_utils import MAX_SIDE, InputError, denoiser, first_line, replaced  # noqa: E402  # noqa: E402
 
 
 logger = logging.getLogger(__name__)
@@ -257,7 +260,7 @@ def parse_args(argv: list[str] | None = None):
         _, caption, (height, width) = load_pair(config)
         trained = vars(config) | {"instance_prompt": caption, "height": height, "width": width}
     elif args.lora:
-        trained = lora_files.read_recipe(lora_file(next(iter(args.lora.values())), "slow"), required=False) or {}
+        trained = read_recipe(lora_file(next(iter(args.lora.values())), "slow"), required=False) or {}
     for key in ("pretrained_model_name_or_path", "instance_prompt", "height", "width", "guidance_scale"):
         setattr(args, key, trained.get(key) if getattr(args, key) is None else getattr(args, key))
     args.pipeline_kwargs = trained.get("pipeline_kwargs", {}) | args.pipeline_kwargs
@@ -321,16 +324,16 @@ def make_bench(args, sets: dict[str, list[str]]) -> Bench:
     call = ask.call_arguments(
         pipe, sets["training"][0], args.height, args.width, args.guidance_scale, args.pipeline_kwargs
     )
-    timesteps = ask.ask_timesteps(pipe, BASE_STEPS, **call)
+    timesteps = ask_timesteps(pipe, BASE_STEPS, **call)
     if len(timesteps) != BASE_STEPS:
         raise InputError(f"{path}: it has its own {len(timesteps)} steps; the rows are of a base's {BASE_STEPS}")
     bench = Bench(
         args=args,
         pipe=pipe,
         call=call,
-        single=ask.ask_single_branch(pipe, **call),
+        single=ask_single_branch(pipe, **call),
         timesteps=timesteps,
-        told=ask.ask_told(pipe, BASE_STEPS, **call),
+        told=ask_told(pipe, BASE_STEPS, **call),
         layout=ask_latents.ask_layout(pipe, **call),
         counter=Counter(pipe),
         sets=sets,

@@ -15,16 +15,16 @@ import infer_glance
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.ask import sampler as grids
-from glance.files import lora as lora_files
+from glance.ask.schedule import ask_timesteps
+from glance.files.lora import load_lora
+from glance.files.recipe import WEIGHT_NAME, read_recipe
 from glance_utils import (
     PHASES,
-    WEIGHT_NAME,
     FixedSigmaScheduler,
     denoiser,
     derive_timesteps,
     glance_inference,
     grid_positions,
-    load_lora,
     replaced,
     timesteps_to_sigmas,
 )
@@ -92,7 +92,7 @@ def teacher(bench: Bench, name: str) -> torch.Tensor:
 def sampler(bench: Bench, grid: str, steps: int, solver: str) -> tuple[list[float], list[list[float]] | None]:
     """(timesteps, the fitted solver's coefficients or None), as training finds them on one trajectory of the base."""
     if steps >= BASE_STEPS:
-        return ask.ask_timesteps(bench.pipe, steps, **bench.call), None
+        return ask_timesteps(bench.pipe, steps, **bench.call), None
     points, sigmas = None, [*timesteps_to_sigmas(bench.timesteps), 0.0]
     if grid == "auto" or solver == "fitted":
         points = bench.trajectory[0]
@@ -134,7 +134,7 @@ def prepared(bench: Bench, settings: dict):
 
 def recipe_of(bench: Bench, folder: str) -> tuple[dict, dict[str, list[float]], list | None]:
     """The call, timesteps and coefficients that a pair was trained for; the pipeline's where its files do not say."""
-    recipes = {phase: lora_files.read_recipe(lora_file(folder, phase), required=False) for phase in PHASES}
+    recipes = {phase: read_recipe(lora_file(folder, phase), required=False) for phase in PHASES}
     if not all(recipes.values()):
         return bench.call, derive_timesteps(bench.timesteps), None
     own, fitted = recipes["slow"], [recipe["coefficients"] for recipe in recipes.values()]

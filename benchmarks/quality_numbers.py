@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from quality_rows import Row
 
-from glance_utils import replace_file
+from glance.files.atomic import replace_file
 
 
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> float:

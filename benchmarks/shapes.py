@@ -35,9 +35,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from glance import base as load_base  # noqa: E402
 from glance import command_line as cli  # noqa: E402
+from glance.adapters import with_adapters  # noqa: E402
 from glance.ask import pipeline as ask  # noqa: E402
 from glance.ask import prompts as ask_prompts  # noqa: E402
-from glance_utils import InputError, with_adapters  # noqa: E402
+from glance.ask.guidance import ask_single_branch  # noqa: E402
+from glance_utils import InputError  # noqa: E402
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -117,7 +119,7 @@ def make_pipeline(args) -> tuple[DiffusionPipeline, dict, torch.Tensor]:
         ask_prompts.remember_prompts(pipe)
     call = {"prompt": "a red ring", "height": args.resolution, "width": args.resolution}
     ask.dry_step(pipe, **call)
-    call |= ask.ask_single_branch(pipe, **call)
+    call |= ask_single_branch(pipe, **call)
     call |= {ask.batch_argument(pipe): args.batch_size}
     latents = loop_latents(pipe, **call)
     if not args.shape:

@@ -28,8 +28,10 @@ from accelerate import Accelerator
 
 import train_glance_lora as train
 from glance import command_line as cli
+from glance.adapters import lora_layers
 from glance.ask import pipeline as ask
-from glance_utils import add_noise, flow_matching_loss, lora_layers
+from glance.ask.velocity import PipelineVelocity
+from glance_utils import add_noise, flow_matching_loss
 
 
 SIGMAS = (1.0, 0.97, 0.94, 0.91, 0.88)
@@ -44,7 +46,7 @@ def glance_step(args, pipe, call, latents, layers: str | None = None):
     parameters = train.fresh_adapter(settings, accelerator, pipe.transformer, layers)
     optimizer, lr_scheduler = train.make_optimizer(settings, parameters)
     call = {name: value for name, value in call.items() if name != ask.batch_argument(pipe)}  # the model's own to set
-    model = ask.PipelineVelocity(pipe, **call)
+    model = PipelineVelocity(pipe, **call)
     optimizer = accelerator.prepare_optimizer(optimizer)
     generator, done = torch.Generator().manual_seed(0), 0
 
@@ -89,7 +91,7 @@ def main(argv: list[str] | None = None):
 
 def velocity_once(pipe, call, latents):
     call = {name: value for name, value in call.items() if name != ask.batch_argument(pipe)}
-    return ask.PipelineVelocity(pipe, **call)(latents, 1.0)
+    return PipelineVelocity(pipe, **call)(latents, 1.0)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from judge import load_judge
 from scenes import ATTRIBUTES, RESOLUTION, caption_of, render, split_scenes
 
 from glance import command_line as cli
-from glance.files.lora import read_recipe
-from glance_utils import PHASES, WEIGHT_NAME, glance_inference
+from glance.files.recipe import WEIGHT_NAME, read_recipe
+from glance_utils import PHASES, glance_inference
 
 
 def draw(pipe, scenes, guidance: float, **kwargs) -> torch.Tensor:

@@ -25,13 +25,13 @@ from lifetimes import watch  # noqa: E402
 from peft import get_peft_model_state_dict  # noqa: E402
 
 import train_glance_lora  # noqa: E402
-from glance.ask import pipeline as ask  # noqa: E402
 from glance.ask import sampler as grids  # noqa: E402
+from glance.ask.velocity import PipelineVelocity  # noqa: E402
 from glance_utils import denoiser  # noqa: E402
 
 
 moments, walks = watch(setattr), []
-train_phase, forward, walk = train_glance_lora.train_phase, ask.PipelineVelocity.forward, grids.walk
+train_phase, forward, walk = train_glance_lora.train_phase, PipelineVelocity.forward, grids.walk
 
 
 def train_and_keep(args, accelerator, asked, recipe, *rest):
@@ -58,7 +58,7 @@ def run(arguments: list[str], number: int) -> None:
             os.kill(os.getpid(), number)
         return forward(self, *rest, **call)
 
-    ask.PipelineVelocity.forward = counted
+    PipelineVelocity.forward = counted
     AcceleratorState._reset_state()
     moments.clear()
     walks.clear()

@@ -4,6 +4,7 @@ import weakref
 
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
+from glance.ask.velocity import PipelineVelocity
 from glance.training import distribution
 
 
@@ -19,7 +20,7 @@ def watch(set_attribute) -> dict[str, set[str]]:
     """
     models, moments = {}, {}
     load_pipeline, load_transformer = ask.load_pipeline, distribution.load_transformer
-    forward, decode = ask.PipelineVelocity.forward, ask_latents.decode_pixels
+    forward, decode = PipelineVelocity.forward, ask_latents.decode_pixels
 
     def note(moment: str) -> None:
         moments.setdefault(moment, set()).update(name for name, model in models.items() if model() is not None)
@@ -47,6 +48,6 @@ def watch(set_attribute) -> dict[str, set[str]]:
 
     set_attribute(ask, "load_pipeline", watched_pipeline)
     set_attribute(distribution, "load_transformer", watched_transformer)
-    set_attribute(ask.PipelineVelocity, "forward", watched_step)
+    set_attribute(PipelineVelocity, "forward", watched_step)
     set_attribute(ask_latents, "decode_pixels", watched_decode)
     return moments

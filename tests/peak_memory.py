@@ -20,10 +20,11 @@ from diffusers import FluxTransformer2DModel  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 
 from glance import base as load_base  # noqa: E402
+from glance.adapters import lora_layers  # noqa: E402
 from glance.ask import pipeline as ask  # noqa: E402
 from glance.ask.prompts import remember_prompts  # noqa: E402
+from glance.ask.velocity import PipelineVelocity  # noqa: E402
 from glance.training import distribution, estimate  # noqa: E402
-from glance_utils import lora_layers  # noqa: E402
 
 
 def small_flux(**overrides) -> FluxTransformer2DModel:
@@ -91,7 +92,7 @@ def step(pipeline: str, checkpointing: str) -> dict:
         if checkpointing:
             load_base.enable_gradient_checkpointing(transformer)
         optimizer = torch.optim.AdamW([parameter for parameter in transformer.parameters() if parameter.requires_grad])
-        model = ask.PipelineVelocity(pipe, **call)
+        model = PipelineVelocity(pipe, **call)
         for _ in range(2):
             model(torch.randn(1, 576, 16), 0.5).square().mean().backward()
             optimizer.step()

@@ -31,8 +31,8 @@ from tqdm.auto import tqdm  # noqa: E402
 from glance import command_line as cli  # noqa: E402
 from glance.files.checkpoints import find_checkpoints, load_checkpoint  # noqa: E402
 from glance.files.faults import LEFTOVER  # noqa: E402
-from glance.files.lora import read_recipe  # noqa: E402
-from glance_utils import PHASES, WEIGHT_NAME  # noqa: E402
+from glance.files.recipe import WEIGHT_NAME, read_recipe  # noqa: E402
+from glance_utils import PHASES  # noqa: E402
 
 
 FIRST, LAST = "instance.png", "README.md"  # written where training begins, and after all else

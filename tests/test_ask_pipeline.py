@@ -20,10 +20,14 @@ from diffusers.image_processor import VaeImageProcessor
 from peft import LoraConfig
 from PIL import Image
 
+from glance.adapters import lora_layers
 from glance.ask import pipeline as ask
 from glance.ask import prompts as ask_prompts
+from glance.ask.guidance import ask_single_branch
 from glance.ask.latents import ask_layout, decode, encode_image
-from glance_utils import InputError, flow_matching_loss, lora_layers
+from glance.ask.schedule import ask_timesteps
+from glance.ask.velocity import PipelineVelocity, takes_timesteps
+from glance_utils import InputError, flow_matching_loss
 
 
 BASES = ("flux", "sd3", "qwen")
@@ -73,7 +77,7 @@ def ready(asked, pipelines):
 
     def load(base, dtype=torch.float32, batch=1, **extra):
         pipe, call = asked(base, dtype, **extra)
-        call |= ask.ask_single_branch(pipe, **call)
+        call |= ask_single_branch(pipe, **call)
         ask.dry_step(pipe, **call, num_images_per_prompt=batch)
         ask_prompts.free_components(pipe)
         load_transformer(pipe, pipelines[base], dtype)
@@ -207,7 +211,7 @@ def test_another_scheduler_with_flow_sigmas_is_asked_too(changed):
     ).save_pretrained(folder / "scheduler")
     pipe = ask.load_pipeline(str(folder))
     ask_prompts.remember_prompts(pipe)
-    found = ask.ask_timesteps(pipe, 30, **ask.call_arguments(pipe, PROMPT, 32, 32, None, {}))
+    found = ask_timesteps(pipe, 30, **ask.call_arguments(pipe, PROMPT, 32, 32, None, {}))
     assert found == walked(DiffusionPipeline.from_pretrained(folder), 30, 32, 32)
 
 
@@ -241,14 +245,14 @@ def walked(pipe, num_steps, height, width):
 @pytest.mark.parametrize("size", [(32, 32), (32, 64)])
 def test_timesteps_are_those_of_a_stock_run(base, size, asked, stock):
     pipe, call = asked(base, height=size[0], width=size[1])
-    found = ask.ask_timesteps(pipe, 50, **call)
+    found = ask_timesteps(pipe, 50, **call)
     assert len(found) == 50 and found[0] == 1000
     assert found == walked(stock(base), 50, *size)
 
 
 def test_timesteps_do_not_depend_on_the_dtype(base, asked):
     (one, call), (other, _) = asked(base), asked(base, torch.bfloat16)
-    assert ask.ask_timesteps(one, 50, **call) == ask.ask_timesteps(other, 50, **call)
+    assert ask_timesteps(one, 50, **call) == ask_timesteps(other, 50, **call)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -272,7 +276,7 @@ def test_timesteps_do_not_depend_on_the_dtype(base, asked):
 )
 def test_classifier_free_guidance_is_recognised_and_switched_off(name, guidance_scale, extra, off, asked, pipelines):
     pipe, call = asked(name, guidance_scale=guidance_scale, **extra)
-    assert ask.ask_single_branch(pipe, **call) == off
+    assert ask_single_branch(pipe, **call) == off
     # and with it the real transformer is called once a step, on one sample, with the caller's embedded guidance
     load_transformer(pipe, pipelines[name])
     calls = []
@@ -387,8 +391,8 @@ def test_the_questions_need_no_weights_and_the_answers_stay(base, asked, pipelin
     pipe, call = asked(base)
 
     def answers():
-        single = ask.ask_single_branch(pipe, **call)
-        return single, ask.ask_timesteps(pipe, 50, **call), ask.ask_timesteps(pipe, 50, **call | single)
+        single = ask_single_branch(pipe, **call)
+        return single, ask_timesteps(pipe, 50, **call), ask_timesteps(pipe, 50, **call | single)
 
     before, layout = answers(), ask_layout(pipe, **call)
     assert all(parameter.is_meta for parameter in pipe.transformer.parameters())
@@ -408,13 +412,13 @@ def test_freeing_leaves_only_the_transformer(base, asked):
 
 
 QUESTIONS = {
-    "timesteps": lambda pipe, call: ask.ask_timesteps(pipe, 50, **call),
-    "single branch": lambda pipe, call: ask.ask_single_branch(pipe, **call),
+    "timesteps": lambda pipe, call: ask_timesteps(pipe, 50, **call),
+    "single branch": lambda pipe, call: ask_single_branch(pipe, **call),
     "dry step": lambda pipe, call: ask.dry_step(pipe, **call),
     "layout": lambda pipe, call: ask_layout(pipe, **call),
     "image": lambda pipe, call: encode_image(pipe, random_image(32, 32), ask_layout(pipe, **call), **call),
-    "takes_timesteps": lambda pipe, call: ask.takes_timesteps(pipe, **call),
-    "velocity": lambda pipe, call: ask.PipelineVelocity(pipe, **call | ask.ask_single_branch(pipe, **call))(
+    "takes_timesteps": lambda pipe, call: takes_timesteps(pipe, **call),
+    "velocity": lambda pipe, call: PipelineVelocity(pipe, **call | ask_single_branch(pipe, **call))(
         torch.zeros(ask_layout(pipe, **call).latents_shape), 0.5
     ),
 }
@@ -450,7 +454,7 @@ def test_a_question_that_fails_leaves_the_pipeline_as_it_was(base, asked):
     pipe, call = asked(base)
     before = state_of(pipe)
     with pytest.raises(ValueError, match="prompt"):
-        ask.ask_timesteps(pipe, 50, **call | {"prompt": 7})
+        ask_timesteps(pipe, 50, **call | {"prompt": 7})
     with pytest.raises(ValueError, match="prompt"):
         ask_layout(pipe, **call | {"prompt": 7})
     assert state_of(pipe) == before
@@ -484,12 +488,12 @@ def count_encodings(pipe):
 
 def test_a_prompt_is_encoded_once(base, asked):
     pipe, call = asked(base)
-    call |= ask.ask_single_branch(pipe, **call)
+    call |= ask_single_branch(pipe, **call)
     pipe, _ = asked(base)  # one that has seen nothing
     ran = count_encodings(pipe)
     for _ in range(3):
         ask.dry_step(pipe, **call)
-    ask.ask_timesteps(pipe, 50, **call)
+    ask_timesteps(pipe, 50, **call)
     ask_layout(pipe, **call)
     assert len(ran) == len(encoders(pipe))
     ask.dry_step(pipe, **call | {"prompt": "a blue ring"})
@@ -542,7 +546,7 @@ def noise_like(base, batch, seed=0):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_velocity_is_what_stock_hands_to_its_scheduler(base, dtype, batch, ready, stock):
     pipe, call = ready(base, dtype, batch)
-    velocity, noisy = ask.PipelineVelocity(pipe, **call), noise_like(base, batch)
+    velocity, noisy = PipelineVelocity(pipe, **call), noise_like(base, batch)
     unasked = stock(base, dtype)
     unasked.scheduler = Recorder(shift=1.0)
     single = {"guidance_scale": 1.0} if base == "sd3" else {}
@@ -570,7 +574,7 @@ def test_embedded_guidance_reaches_the_velocity(ready, stock):
     noisy, found = noise_like("flux", 1), []
     for scale in (3.5, 1.0):
         pipe, call = ready("flux", guidance_scale=scale)
-        found.append(ask.PipelineVelocity(pipe, **call)(noisy, 0.5))
+        found.append(PipelineVelocity(pipe, **call)(noisy, 0.5))
         unasked = stock("flux")
         unasked.scheduler = Recorder(shift=1.0)
         steps = {"sigmas": [0.5], "num_inference_steps": 1, "latents": noisy, "output_type": "latent"}
@@ -582,9 +586,9 @@ def test_embedded_guidance_reaches_the_velocity(ready, stock):
 def test_the_velocity_of_a_batch_is_that_of_its_parts(base, ready):
     noisy = noise_like(base, 2)
     pipe, call = ready(base, batch=2)
-    both = ask.PipelineVelocity(pipe, **call)(noisy, 0.5)
+    both = PipelineVelocity(pipe, **call)(noisy, 0.5)
     pipe, call = ready(base)
-    parts = [ask.PipelineVelocity(pipe, **call)(part[None], 0.5) for part in noisy]
+    parts = [PipelineVelocity(pipe, **call)(part[None], 0.5) for part in noisy]
     assert torch.allclose(both, torch.cat(parts), atol=1e-5)
 
 
@@ -595,7 +599,7 @@ def test_non_square_sizes_have_a_velocity(base, ready, stock):
     unasked = stock(base)
     unasked.scheduler = Recorder(shift=1.0)
     unasked(**call, sigmas=[0.5], num_inference_steps=1, latents=noisy, output_type="latent")
-    assert torch.equal(ask.PipelineVelocity(pipe, **call)(noisy, 0.5), unasked.scheduler.handed)
+    assert torch.equal(PipelineVelocity(pipe, **call)(noisy, 0.5), unasked.scheduler.handed)
 
 
 def add_lora(transformer):
@@ -609,10 +613,10 @@ def add_lora(transformer):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_reach_the_lora_and_nothing_else(base, dtype, asked, pipelines):
     pipe, call = asked(base, dtype)  # encoders and VAE stay, and with them weights that could get a gradient
-    call |= ask.ask_single_branch(pipe, **call)
+    call |= ask_single_branch(pipe, **call)
     load_transformer(pipe, pipelines[base], dtype)
     lora = add_lora(pipe.transformer)
-    velocity, noisy = ask.PipelineVelocity(pipe, **call), noise_like(base, 1)
+    velocity, noisy = PipelineVelocity(pipe, **call), noise_like(base, 1)
     gradients = []
     for _ in range(2):  # and once more: nothing of the first graph is kept
         flow_matching_loss(velocity(noisy, 0.5), torch.zeros_like(noisy), noisy).backward()
@@ -636,7 +640,7 @@ def test_the_gradient_is_that_of_the_velocity(base, ready):
     """Along a random direction of all lora_B, against a difference quotient."""
     pipe, call = ready(base)
     lora = {name: value for name, value in add_lora(pipe.transformer).items() if "lora_B" in name}
-    velocity, noisy = ask.PipelineVelocity(pipe, **call), noise_like(base, 1)
+    velocity, noisy = PipelineVelocity(pipe, **call), noise_like(base, 1)
     generator = torch.Generator().manual_seed(1)
     direction = {name: torch.randn(value.shape, generator=generator) for name, value in lora.items()}
 
@@ -657,7 +661,7 @@ def test_the_gradient_is_that_of_the_velocity(base, ready):
 
 def test_velocity_draws_nothing_from_the_global_generator(base, ready):
     pipe, call = ready(base)
-    velocity, noisy = ask.PipelineVelocity(pipe, **call), noise_like(base, 1)
+    velocity, noisy = PipelineVelocity(pipe, **call), noise_like(base, 1)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     one = velocity(noisy, 0.5)

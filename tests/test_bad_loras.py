@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_errors import PHASES, Payload, assert_refused, fill, snapshot
 from tiny_pipelines import make_flux
 
-from glance_utils import WEIGHT_NAME
+from glance.files.recipe import WEIGHT_NAME
 
 
 pytestmark = pytest.mark.forged

@@ -13,8 +13,9 @@ from tiny_chat_families import make_qwen21
 import infer_glance
 from glance.ask import pipeline as ask
 from glance.ask import prompts as ask_prompts
-from glance.files.lora import read_recipe
-from glance_utils import PHASES, WEIGHT_NAME, InputError
+from glance.ask.schedule import ask_timesteps, ask_told, has_own_steps
+from glance.files.recipe import WEIGHT_NAME, read_recipe
+from glance_utils import PHASES, InputError
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def test_a_scheduler_that_the_pipeline_cannot_set_is_named(pipelines):
     pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])  # which gives its scheduler sigmas
     pipe.scheduler = FlowMatchHeunDiscreteScheduler()
     with pytest.raises(InputError, match="custom sigmas .* it has a FlowMatchHeunDiscreteScheduler, so try a copy"):
-        ask.ask_timesteps(pipe, 50, prompt="a red ring", height=32, width=32)
+        ask_timesteps(pipe, 50, prompt="a red ring", height=32, width=32)
 
 
 def with_points(change):
@@ -95,7 +96,7 @@ def test_a_walk_that_does_not_descend_point_by_point_is_refused(name, pipelines)
     change, message = WALKS[name]
     pipe = DiffusionPipeline.from_pretrained(pipelines["sd3"])
     pipe.scheduler = with_points(change)
-    for question in (ask.ask_timesteps, ask.ask_told):
+    for question in (ask_timesteps, ask_told):
         with pytest.raises(InputError, match=f"^StableDiffusion3Pipeline: with its Changed {message}") as error:
             question(pipe, 50, prompt="a red ring", height=32, width=32)
         assert "\n" not in str(error.value) and "FlowMatchEulerDiscreteScheduler" in str(error.value)
@@ -143,8 +144,8 @@ def test_its_own_steps_are_the_schedule(turbo, own_timesteps):
     ask_prompts.remember_prompts(pipe)
     call = {"prompt": "a red ring", "height": 64, "width": 64}
     for count in (50, 8, 4):
-        assert ask.ask_timesteps(pipe, count, **call) == own_timesteps
-        assert ask.has_own_steps(pipe, count, **call)
+        assert ask_timesteps(pipe, count, **call) == own_timesteps
+        assert has_own_steps(pipe, count, **call)
 
 
 @pytest.mark.parametrize(

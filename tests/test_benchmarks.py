@@ -19,6 +19,7 @@ import shapes  # noqa: E402
 import train_step  # noqa: E402
 
 from glance.ask import pipeline as ask  # noqa: E402
+from glance.ask.velocity import PipelineVelocity  # noqa: E402
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_flops_are_those_that_torch_counts(base, pipelines):
     counted = shapes.count_flops(lambda: train_step.velocity_once(pipe, call, latents))
     # Attention as plain products, so that torch counts it; what requires gradients here is the input of all blocks.
     call.pop(ask.batch_argument(pipe))
-    model = ask.PipelineVelocity(pipe, **call)
+    model = PipelineVelocity(pipe, **call)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
         model(latents, 1.0)
     assert forward.get_total_flops() == pytest.approx(counted.linear + counted.attention, rel=0.01)

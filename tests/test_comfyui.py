@@ -18,8 +18,8 @@ import re
 import pytest
 from test_families import FAMILIES
 
+from glance.adapters import lora_layers
 from glance.ask import pipeline as ask
-from glance_utils import lora_layers
 
 
 ATTENTION = r"attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"

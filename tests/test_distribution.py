@@ -20,7 +20,8 @@ from PIL import Image
 from test_train import assert_close, lora
 
 from glance.files.checkpoints import find_checkpoints
-from glance_utils import WEIGHT_NAME, InputError
+from glance.files.recipe import WEIGHT_NAME
+from glance_utils import InputError
 
 
 pytestmark = pytest.mark.processes

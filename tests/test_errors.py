@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 import infer_glance
 import train_glance_lora
 from glance import command_line as cli
-from glance_utils import WEIGHT_NAME, InputError
+from glance.files.recipe import WEIGHT_NAME
+from glance_utils import InputError
 
 
 pytestmark = pytest.mark.forged

@@ -30,15 +30,11 @@ from tiny_video_families import FAMILIES as VIDEO_FAMILIES
 from glance import command_line as cli
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
-from glance_utils import (
-    PHASES,
-    WEIGHT_NAME,
-    FixedSigmaScheduler,
-    InputError,
-    denoiser,
-    denoiser_name,
-    timesteps_to_sigmas,
-)
+from glance.ask.guidance import _made_up_step, ask_single_branch
+from glance.ask.schedule import ask_timesteps, ask_told
+from glance.ask.velocity import PipelineVelocity
+from glance.files.recipe import WEIGHT_NAME
+from glance_utils import PHASES, FixedSigmaScheduler, InputError, denoiser, denoiser_name, timesteps_to_sigmas
 
 
 pytestmark = pytest.mark.families
@@ -74,7 +70,7 @@ def stock_walk(pipe, steps, call, off) -> list[tuple]:
 
 def guidance_kind(pipe, call, off) -> str:
     """How guidance works by default, as the transformer's calls show it."""
-    batches, _ = ask._made_up_step(pipe, None, **call)
+    batches, _ = _made_up_step(pipe, None, **call)
     if off == {} and batches == [1]:
         return "embedded" if denoiser(pipe).config.get("guidance_embeds") else "none"
     kind = "two calls" if len(batches) == 2 else "batch of two"
@@ -201,7 +197,7 @@ def test_noise_beyond_a_rectified_flow_is_refused(pipelines):
 
     pipe.scheduler = Wide.from_config(pipe.scheduler.config)
     with pytest.raises(InputError, match="visit timestep 80000 .* a rectified flow"):
-        ask.ask_timesteps(pipe, 50, **call)
+        ask_timesteps(pipe, 50, **call)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -212,9 +208,9 @@ def test_family(name, pair, infer, tmp_path, monkeypatch):
     # Asked: the schedule, the layout, the velocity
     pipe = load(base)
     call = ask.call_arguments(pipe, "a red ring", size, size, None, extra)
-    off = ask.ask_single_branch(pipe, **call)
-    told = ask.ask_told(pipe, 50, **call)
-    walked = ask.ask_timesteps(pipe, 50, **call)
+    off = ask_single_branch(pipe, **call)
+    told = ask_told(pipe, 50, **call)
+    walked = ask_timesteps(pipe, 50, **call)
     stock = stock_walk(pipe, 50, call, {})
     np.testing.assert_allclose(walked, [sigma for _, sigma, _, _ in stock], atol=1)  # some round what they tell
     sigmas = timesteps_to_sigmas(walked)
@@ -229,7 +225,7 @@ def test_family(name, pair, infer, tmp_path, monkeypatch):
     round_trip = (ask_latents._decode_input(pipe, lambda sample: latents, **call) - encoded).abs().max().item()
     assert round_trip <= 1e-5
 
-    model, error = ask.PipelineVelocity(pipe, told, **call | off), 0.0
+    model, error = PipelineVelocity(pipe, told, **call | off), 0.0
     for velocity, sigma, timestep, sample in stock_walk(pipe, 50, call, off)[3::23]:
         timestep = timestep if abs(timestep - sigma) < 1 else sigma  # some round what they tell
         found = model(sample, timestep / 1000)

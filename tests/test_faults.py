@@ -16,10 +16,10 @@ from conftest import ROOT, run_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_glance_lora
-from glance.ask import pipeline as ask
+from glance.ask.velocity import PipelineVelocity
 from glance.files import checkpoints, faults
-from glance.files.lora import read_recipe
-from glance_utils import WEIGHT_NAME, InputError
+from glance.files.recipe import WEIGHT_NAME, read_recipe
+from glance_utils import InputError
 
 
 PHASES = ("slow", "fast")
@@ -35,7 +35,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def at_step(monkeypatch):
     """at_step(n, act): act() is called before the run's n-th velocity is asked, the first being 1."""
-    forward = ask.PipelineVelocity.forward
+    forward = PipelineVelocity.forward
 
     def call(number, act):
         count = 0
@@ -47,7 +47,7 @@ def at_step(monkeypatch):
                 act()
             return forward(self, noisy, sigmas, **kwargs)
 
-        monkeypatch.setattr(ask.PipelineVelocity, "forward", watched)
+        monkeypatch.setattr(PipelineVelocity, "forward", watched)
 
     return call
 

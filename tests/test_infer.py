@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import infer_glance
 import train_glance_lora
 from glance.ask import pipeline as ask
-from glance.files.lora import read_recipe
-from glance_utils import WEIGHT_NAME, InputError, fused_adapters, glance_inference
+from glance.files.recipe import WEIGHT_NAME, read_recipe
+from glance_utils import InputError, fused_adapters, glance_inference
 
 
 PHASES = ("slow", "fast")

@@ -9,7 +9,8 @@ from diffusers.loaders import PeftAdapterMixin
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from glance_utils import InputError, adapted_layers, load_lora
+from glance.files.lora import load_lora
+from glance_utils import InputError, adapted_layers
 
 
 RANK = 4

@@ -20,10 +20,15 @@ from test_families import FAMILIES
 import glance_utils
 import train_glance_lora
 from glance import base as load_base
+from glance.adapters import lora_layers
 from glance.ask import pipeline as ask
-from glance.files.lora import read_recipe
-from glance.training import estimate
-from glance_utils import PHASES, WEIGHT_NAME, InputError, activate_adapter, glance_inference, load_lora, lora_layers
+from glance.ask import velocity as ask_velocity
+from glance.ask.guidance import ask_single_branch
+from glance.ask.velocity import PipelineVelocity, takes_timesteps
+from glance.files.lora import load_lora
+from glance.files.recipe import WEIGHT_NAME, read_recipe
+from glance.training import estimate, prepare
+from glance_utils import PHASES, InputError, activate_adapter, glance_inference
 
 
 CPU = torch.device("cpu")
@@ -200,7 +205,7 @@ def test_all_timesteps_in_one_step_are_the_mean_over_single_steps(base, train, t
 def test_pipelines_that_take_one_timestep_run_once_for_each(train, tmp_path, monkeypatch):
     ways = {}
     for name, answer in (("batch", True), ("each", False)):
-        monkeypatch.setattr(ask, "takes_timesteps", lambda *args, answer=answer, **kwargs: answer)
+        monkeypatch.setattr(prepare, "takes_timesteps", lambda *args, answer=answer, **kwargs: answer)
         ways[name] = first_step(train, output_dir=tmp_path / name, timesteps_per_step=3, train_batch_size=2)
     for index, gradient in ways["batch"].items():
         assert (gradient - ways["each"][index]).abs().max() <= 1e-5
@@ -215,8 +220,8 @@ def test_whether_a_batch_may_hold_several_timesteps_is_asked(name, tmp_path):
     make, size, pipeline_kwargs = FAMILIES[name]
     pipe = DiffusionPipeline.from_pretrained(make(tmp_path))
     call = ask.call_arguments(pipe, "a red ring", size, size, None, pipeline_kwargs)
-    call |= ask.ask_single_branch(pipe, **call)
-    assert ask.takes_timesteps(pipe, **call)
+    call |= ask_single_branch(pipe, **call)
+    assert takes_timesteps(pipe, **call)
     shapes = []
     with torch.no_grad():
         ask.run_pipeline(
@@ -224,8 +229,8 @@ def test_whether_a_batch_may_hold_several_timesteps_is_asked(name, tmp_path):
             num_inference_steps=1, **call,
         )  # fmt: skip
     noisy = torch.randn((2, *shapes[0][1:]), generator=torch.Generator().manual_seed(0))
-    together = ask.PipelineVelocity(pipe, takes_timesteps=True, **call)(noisy, [0.9, 0.2])
-    alone = ask.PipelineVelocity(pipe, **call)(noisy, [0.9, 0.2])
+    together = PipelineVelocity(pipe, takes_timesteps=True, **call)(noisy, [0.9, 0.2])
+    alone = PipelineVelocity(pipe, **call)(noisy, [0.9, 0.2])
     assert (together - alone).abs().max() <= 1e-5
     assert (alone[0] - alone[1]).abs().max() > 1e-3
 
@@ -234,22 +239,22 @@ def test_a_pipeline_that_computes_with_its_timestep_is_recognised(pipelines):
     """As Wan's boundary does: `t >= boundary` of two timesteps is no yes or no."""
     pipe = DiffusionPipeline.from_pretrained(pipelines["sd3"])
     call = ask.call_arguments(pipe, "a red ring", 32, 32, 1.0, {})
-    prepare = pipe.scheduler.scale_noise
+    scale_noise = pipe.scheduler.scale_noise
 
     class Compares(ask.Probe):
         def set_timesteps(self, *args, **kwargs):
             super().set_timesteps(*args, **kwargs)
             self.timesteps = [timestep if timestep > 1 else timestep for timestep in self.timesteps]
 
-    assert prepare and ask.takes_timesteps(pipe, **call)
+    assert scale_noise and takes_timesteps(pipe, **call)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ask, "Probe", Compares)
-        assert not ask.takes_timesteps(pipe, **call)
+        patch.setattr(ask_velocity, "Probe", Compares)
+        assert not takes_timesteps(pipe, **call)
 
 
 def test_equal_timesteps_side_by_side_are_one_remembered_run(train, monkeypatch):
     """Three timesteps a step from rounds of five: the same one may end a round and begin the next."""
-    monkeypatch.setattr(ask, "takes_timesteps", lambda *args, **kwargs: False)
+    monkeypatch.setattr(prepare, "takes_timesteps", lambda *args, **kwargs: False)
     train(phase="slow", timesteps_per_step=3, flow_timesteps_mode="random", max_train_steps=12)
 
 

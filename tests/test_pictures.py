@@ -23,7 +23,8 @@ from glance import command_line as cli
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.files import pictures
-from glance_utils import PHASES, WEIGHT_NAME, InputError
+from glance.files.recipe import WEIGHT_NAME
+from glance_utils import PHASES, InputError
 
 
 # --------------------------------------------------------------------------------------------------------------------

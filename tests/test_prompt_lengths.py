@@ -9,6 +9,7 @@ import transformers
 from glance.ask import pipeline as ask
 from glance.ask import prompt_lengths
 from glance.ask import prompts as ask_prompts
+from glance.ask.schedule import ask_timesteps
 
 
 LONG = "zebra" * 30  # one token a letter
@@ -26,7 +27,7 @@ def said(pipelines):
             arguments = ask.call_arguments(pipe, prompt, 32, 32, None, further)
             ask.dry_step(pipe, **arguments)
             ask.dry_step(pipe, **arguments)
-            ask.ask_timesteps(pipe, 4, **arguments)
+            ask_timesteps(pipe, 4, **arguments)
         return lines
 
     return call

@@ -23,7 +23,7 @@ import quality_numbers as numbers  # noqa: E402
 import quality_rows  # noqa: E402
 
 from glance.ask.sampler import relative_error  # noqa: E402
-from glance.files import lora as lora_files  # noqa: E402
+from glance.files.recipe import read_recipe  # noqa: E402
 from glance_utils import InputError  # noqa: E402
 
 
@@ -158,7 +158,7 @@ def test_runs_of_other_rates_share_what_the_base_drew(measured, tmp_path, monkey
     assert pair["spent"] >= trained + drawn + 20 and pair["tuning"] == pair["spent"] + trained
     assert pair["calls"] == apart["calls"] == 20 and folded["calls"] == 10
     assert folded["spent"] < pair["spent"] < apart["spent"]
-    ranks = [lora_files.read_recipe(file)["rank"] for file in tmp_path.glob("loras/*/*/*/pytorch*.safetensors")]
+    ranks = [read_recipe(file)["rank"] for file in tmp_path.glob("loras/*/*/*/pytorch*.safetensors")]
     assert {2, 4} <= set(ranks)
 
 

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, run_train
 from PIL import Image
 
-from glance.files.lora import read_recipe
-from glance_utils import PHASES, WEIGHT_NAME
+from glance.files.recipe import WEIGHT_NAME, read_recipe
+from glance_utils import PHASES
 
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 import train_glance_lora
 from glance import base as load_base
 from glance.files import checkpoints
+from glance.files.recipe import WEIGHT_NAME
 from glance.training import trajectories
-from glance_utils import WEIGHT_NAME, InputError
+from glance_utils import InputError
 
 
 def parse(base="base", **settings):

@@ -19,6 +19,8 @@ from peft import LoraConfig
 from glance.ask import pipeline as ask
 from glance.ask import prompts as ask_prompts
 from glance.ask import sampler as grids
+from glance.ask.schedule import ask_timesteps
+from glance.ask.velocity import PipelineVelocity
 from glance_utils import (
     PHASES,
     FixedSigmaScheduler,
@@ -64,7 +66,7 @@ def derive(pipelines):
             loaded[base] = ask.load_pipeline(str(pipelines[base]))
             ask_prompts.remember_prompts(loaded[base])
         arguments = ask.call_arguments(loaded[base], "a red ring", height, width, None, {})
-        return derive_timesteps(ask.ask_timesteps(loaded[base], num_base_steps, **arguments))
+        return derive_timesteps(ask_timesteps(loaded[base], num_base_steps, **arguments))
 
     return call
 
@@ -597,7 +599,7 @@ def test_a_sigma_may_be_any_number(sigma, pipelines):
     assert torch.equal(noisy, add_noise(latents, noise, float(sigma)))
     pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
     pipe.set_progress_bar_config(disable=True)
-    model = ask.PipelineVelocity(pipe, prompt="a red ring", height=64, width=64)
+    model = PipelineVelocity(pipe, prompt="a red ring", height=64, width=64)
     with torch.no_grad():
         expected = model(noisy, float(sigma))
         for given in (sigma, [sigma], np.array([float(sigma)]), torch.tensor([float(sigma)])):

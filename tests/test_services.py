@@ -11,9 +11,9 @@ from test_runs import assert_one_line, files_in
 from glance import command_line as cli
 from glance.ask import pipeline as ask
 from glance.files import faults
-from glance.files.lora import read_recipe
+from glance.files.recipe import WEIGHT_NAME, read_recipe
 from glance.training import model_card
-from glance_utils import PHASES, WEIGHT_NAME, InputError
+from glance_utils import PHASES, InputError
 
 
 PUSHED = {"README.md", "instance.png", "glance.png", *(f"{phase}/{WEIGHT_NAME}" for phase in PHASES)}

@@ -21,21 +21,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_glance_lora
-from glance.ask import pipeline as ask
+from glance.adapters import lora_layers
+from glance.ask.velocity import PipelineVelocity
 from glance.files.checkpoints import find_checkpoints
 from glance.files.instance_data import load_pair
-from glance.files.lora import read_recipe
-from glance_utils import (
-    WEIGHT_NAME,
-    __version__,
-    activate_adapter,
-    add_noise,
-    flow_matching_loss,
-    load_lora,
-    lora_layers,
-    save_lora,
-    timesteps_to_sigmas,
-)
+from glance.files.lora import load_lora, save_lora
+from glance.files.recipe import WEIGHT_NAME, read_recipe
+from glance_utils import __version__, activate_adapter, add_noise, flow_matching_loss, timesteps_to_sigmas
 
 
 PHASES = ("slow", "fast")
@@ -103,13 +95,13 @@ def around_phase(monkeypatch):
 @pytest.fixture
 def seen_timesteps(monkeypatch):
     """The timesteps at which a velocity was asked of the pipeline, in order."""
-    seen, forward = [], ask.PipelineVelocity.forward
+    seen, forward = [], PipelineVelocity.forward
 
     def watched(self, noisy, sigmas, **kwargs):
         seen.extend(1000 * sigma for sigma in sigmas)
         return forward(self, noisy, sigmas, **kwargs)
 
-    monkeypatch.setattr(ask.PipelineVelocity, "forward", watched)
+    monkeypatch.setattr(PipelineVelocity, "forward", watched)
     return seen
 
 
@@ -125,7 +117,7 @@ def base_weights(transformer) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def fixed_loss(asked, timesteps) -> float:
     """Mean loss over four fixed noises at each timestep."""
-    model = ask.PipelineVelocity(asked.pipe, **asked.train_call)
+    model = PipelineVelocity(asked.pipe, **asked.train_call)
     generator = torch.Generator().manual_seed(123)
     losses = []
     for sigma in timesteps_to_sigmas(timesteps) * 4:
@@ -238,13 +230,13 @@ def test_training_sees_what_the_saved_lora_gives(dtype, pipelines, tmp_path):
         parameter.data.normal_(std=0.1)
     noisy = torch.randn(1, 64, 16)
     with torch.no_grad():
-        trained = ask.PipelineVelocity(pipe, **call)(noisy, 0.9)
+        trained = PipelineVelocity(pipe, **call)(noisy, 0.9)
         path = save_lora(pipe.transformer, train_glance_lora.ADAPTER, tmp_path, {})
         pipe.transformer.unload_lora()
-        base = ask.PipelineVelocity(pipe, **call)(noisy, 0.9)
+        base = PipelineVelocity(pipe, **call)(noisy, 0.9)
         load_lora(pipe, path, "slow")
         assert {parameter.dtype for parameter in pipe.transformer.parameters()} == {dtype}
-        error = (trained - ask.PipelineVelocity(pipe, **call)(noisy, 0.9)).abs().max()
+        error = (trained - PipelineVelocity(pipe, **call)(noisy, 0.9)).abs().max()
         assert error <= (1e-6 if dtype == torch.float32 else 0)
     assert (trained - base).abs().max() > 0.1
 

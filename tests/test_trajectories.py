@@ -15,17 +15,13 @@ from tiny_image_families import make_lumina2
 import train_glance_lora
 from glance.ask import pipeline as ask
 from glance.ask import sampler as grids
+from glance.ask.schedule import ask_timesteps, ask_told
+from glance.ask.velocity import PipelineVelocity
 from glance.files.faults import TRAJECTORIES
+from glance.files.lora import load_lora
+from glance.files.recipe import WEIGHT_NAME
 from glance.training import trajectories
-from glance_utils import (
-    WEIGHT_NAME,
-    FixedSigmaScheduler,
-    InputError,
-    glance_inference,
-    load_lora,
-    segment_slopes,
-    timesteps_to_sigmas,
-)
+from glance_utils import FixedSigmaScheduler, InputError, glance_inference, segment_slopes, timesteps_to_sigmas
 
 
 PHASES = ("slow", "fast")
@@ -44,7 +40,7 @@ def teacher(pipelines):
     def call(base="flux", steps=12, dtype=torch.float32, **extra) -> trajectories.Teacher:
         pipe = DiffusionPipeline.from_pretrained(pipelines[base], dtype=dtype)
         arguments = ask.call_arguments(pipe, "a red ring", 32, 32, None, extra)
-        timesteps, told = ask.ask_timesteps(pipe, steps, **arguments), ask.ask_told(pipe, steps, **arguments)
+        timesteps, told = ask_timesteps(pipe, steps, **arguments), ask_told(pipe, steps, **arguments)
         return trajectories.Teacher(pipe, timesteps, told, arguments)
 
     return call
@@ -103,13 +99,13 @@ def test_other_noises_than_the_previews(train, walks):
 
 def test_every_caption_is_drawn_and_trained_on_equally_often(train, walks, monkeypatch, tmp_path):
     (tmp_path / "prompts.txt").write_text("a blue disc\n\n a green star \na red ring\n")
-    asked, forward = [], ask.PipelineVelocity.forward
+    asked, forward = [], PipelineVelocity.forward
 
     def watched(self, noisy, sigmas, **kwargs):
         asked.append(kwargs.get("prompt"))
         return forward(self, noisy, sigmas, **kwargs)
 
-    monkeypatch.setattr(ask.PipelineVelocity, "forward", watched)
+    monkeypatch.setattr(PipelineVelocity, "forward", watched)
     settings = SHORT | {"num_trajectories": 2, "guidance": "fold", "max_train_steps": 6}
     output = train(**settings, prompts_file=tmp_path / "prompts.txt")
     captions = ("a red ring", "a blue disc", "a green star")

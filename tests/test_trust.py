@@ -11,8 +11,10 @@ from conftest import ROOT, flags
 import infer_glance
 import train_glance_lora
 from glance import command_line as cli
+from glance.files.lora import load_lora
+from glance.files.recipe import WEIGHT_NAME
 from glance.training import model_card
-from glance_utils import WEIGHT_NAME, InputError, component_class, load_lora
+from glance_utils import InputError, component_class
 
 
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("glance/**/*.py")])

@@ -1,38 +1,31 @@
-"""Questions asked of a diffusers pipeline, answered by its own `__call__`: no code per model family.
+"""How a diffusers pipeline is loaded and called so that its own `__call__` answers: no code per model family.
 
-Which timesteps does it walk, how are its latents laid out, how is its guidance switched off, what is its velocity
-at (noisy, sigma)? Each time the pipeline runs for real, with its scheduler replaced by a probe and, where nothing
-needs computing, its transformer bypassed. Training through the pipeline sees exactly what inference will see.
+Each time the pipeline runs for real, with its scheduler replaced by a probe and, where nothing needs computing, its
+transformer bypassed. The questions are in the modules beside: schedule, guidance, velocity, latents, prompts, sampler.
 """
 
 import contextlib
 import inspect
-import itertools
 import re
 import traceback
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import init_empty_weights
-from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.guiders import BaseGuidance
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from PIL import Image
-from torch.utils._pytree import tree_leaves
 
 from glance_utils import (
     FixedSigmaScheduler,
     InputError,
-    as_floats,
     component_class,
-    counts_image,
     denoiser,
     denoiser_name,
     first_line,
     replaced,
-    timesteps_to_sigmas,
 )
 
 
@@ -67,7 +60,7 @@ def model_input(args: tuple, kwargs: dict) -> torch.Tensor | list:
     return kwargs["hidden_states"] if "hidden_states" in kwargs else [*args, *kwargs.values()][0]
 
 
-def _no_prediction(*args, **kwargs):
+def no_prediction(*args, **kwargs):
     """A transformer's forward that computes nothing: zeros in the shape of its input, the last of several images."""
     samples = model_input(args, kwargs)
     if isinstance(samples, torch.Tensor):
@@ -269,7 +262,7 @@ def plain_call(pipe: DiffusionPipeline, call: dict):
         yield call
 
 
-def run_pipeline(pipe, scheduler, forward=_no_prediction, further_forward=_no_prediction, guiders=True, **kwargs):
+def run_pipeline(pipe, scheduler, forward=no_prediction, further_forward=no_prediction, guiders=True, **kwargs):
     """The pipeline's own `__call__` without its no_grad, with this scheduler and this transformer forward; further
     denoisers have no say, unless `further_forward` is given."""
     call = getattr(type(pipe).__call__, "__wrapped__", None)
@@ -302,7 +295,7 @@ def dry_run(pipe: DiffusionPipeline, scheduler, *forwards, **kwargs):
         return run_pipeline(pipe, scheduler, *forwards, **kwargs)
 
 
-def dry_step(pipe: DiffusionPipeline, forward=_no_prediction, **kwargs) -> None:
+def dry_step(pipe: DiffusionPipeline, forward=no_prediction, **kwargs) -> None:
     """One step of the pipeline in which nothing is computed but what comes before it: the prompt's encoding.
     InputError where the picture is so small that there is nothing to denoise."""
 
@@ -322,276 +315,3 @@ def freeable_components(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     kept = {denoiser_name(pipe.config), *further_denoisers(pipe)}
     models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     return {name: part for name, part in models.items() if name not in kept}
-
-
-def ask_timesteps(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[float]:
-    """Return the timesteps (0..1000), 1000 * sigma, that the pipeline walks in `num_steps` steps at this size.
-
-    A pipeline that ships a list of its own steps walks that, whatever is asked: the answer then has its length.
-    InputError where the walk is not one strictly descending point a step.
-    """
-    return [timestep for timestep, _ in _ask_walk(pipe, num_steps, **kwargs)]
-
-
-def has_own_steps(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> bool:
-    """Return whether the pipeline ships a list of its own steps, which are the same for another number of them."""
-    other = 3 if num_steps == 2 else 2  # few: a schedule that drops what it rounds to the same is then whole
-    return _walk(pipe, num_steps, **kwargs) == _walk(pipe, other, **kwargs)
-
-
-def check_instantaneous(pipe: DiffusionPipeline, **kwargs) -> None:
-    """InputError where the transformer is told where a step ends: it then predicts an average over the step, as
-    MeanFlow does, and not the velocity at a point that the flow-matching loss trains."""
-    told = []
-
-    def forward(*args, **inputs):
-        told[-1].append({name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)})
-        return _no_prediction(*args, **inputs)
-
-    for end in (0.5, 0.25):
-        told.append([])
-        probe = Probe([1.0, end], lambda index, model_output, sample: sample)
-        dry_run(pipe, probe, forward, **kwargs)
-    for name, value in told[0][0].items():
-        if not torch.equal(value, told[1][0][name]):
-            raise InputError(
-                f"{type(pipe).__name__}: its model is told, as {name}, where a step ends; Glance needs a velocity"
-            )
-
-
-def ask_told(pipe: DiffusionPipeline, num_steps: int, **kwargs):
-    """Function of sigmas: the timesteps that the model is told at them, None where they are 1000 * sigma.
-
-    Some pipelines shift the sigmas of their schedule, but not the timesteps that go with them.
-    """
-    walk = _ask_walk(pipe, num_steps, **kwargs)
-    if all(told is None for _, told in walk):
-        return lambda sigmas: None
-    points = {(timestep, timestep if told is None else told) for timestep, told in walk}
-    timesteps, told = zip(*sorted({(0.0, 0.0), (1000.0, 1000.0), *points}))
-    return lambda sigmas: np.interp([1000 * sigma for sigma in sigmas], timesteps, told).tolist()
-
-
-def _ask_walk(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[tuple[float, float | None]]:
-    """What `_walk` says, or InputError where a schedule of one step after another cannot be taken from it."""
-    name, scheduler, walk = type(pipe).__name__, type(pipe.scheduler).__name__, _walk(pipe, num_steps, **kwargs)
-    if not walk:
-        raise InputError(f"{name}: asked for {num_steps} steps, but it never called scheduler.step")
-    if len(walk) != num_steps and not has_own_steps(pipe, num_steps, **kwargs):
-        raise InputError(
-            f"{name}: with its {scheduler} {num_steps} steps are {len(walk)} model calls; Glance needs one for each: "
-            f"use {PLAIN_BASE}"
-        )
-    timesteps = [timestep for timestep, _ in walk]
-    wrong = [timestep for timestep in timesteps if not 0 < timestep <= 1000]  # NaN among them
-    wrong += [low for high, low in zip(timesteps, timesteps[1:]) if not low < high]
-    if wrong:
-        raise InputError(
-            f"{name}: with its {scheduler} {num_steps} steps visit timestep {wrong[0]:g} "
-            f"({', '.join(f'{timestep:.4g}' for timestep in timesteps[:3])}, ...); a rectified flow descends from at "
-            f"most 1000 and stays above 0: give another --num_base_steps, or {PLAIN_BASE}"
-        )
-    return walk
-
-
-def _walk(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[tuple[float, float | None]]:
-    """1000 * sigma of each of `num_steps` steps, from a dry run of the pipeline, and what the model is told there if
-    that is another number than FixedSigmaScheduler tells."""
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    unit, acted, walked = 1000 / scheduler.config.num_train_timesteps, set(), []
-
-    def forward(*args, **kwargs):
-        acted.add(len(walked))
-        return _no_prediction(*args, **kwargs)
-
-    def step(model_output, timestep, sample, *args, **kwargs):
-        told, timestep = float(timestep), 1000 * float(scheduler.sigmas[len(walked)])
-        same = abs(unit * told - timestep) < 1  # some round it
-        timestep = unit * told if same else timestep
-        timestep = 1000 - timestep if counts_image(scheduler) else timestep
-        if len(walked) not in acted:
-            name = denoiser_name(pipe.config)
-            raise InputError(f"{type(pipe).__name__}: at timestep {timestep:.0f} another model than its {name} acts")
-        walked.append((timestep, None if same else told))
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample)
-
-    scheduler.step = step
-    try:
-        dry_run(pipe, scheduler, forward, num_inference_steps=num_steps, **kwargs)
-    except InputError as error:
-        if error.__cause__ is None or isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            raise
-        # Any other question is asked with a scheduler of ours, which takes what the pipeline gives it.
-        raise InputError(f"{error}; it has a {type(scheduler).__name__}, so try {PLAIN_BASE}") from error
-    return walked
-
-
-def ask_single_branch(pipe: DiffusionPipeline, **kwargs) -> dict:
-    """Call arguments that switch classifier-free guidance off, {} where the pipeline uses none or an embedded scale.
-
-    The flow loss trains the conditional branch alone. Two model calls in a step, or a doubled batch, are
-    classifier-free guidance, unless the velocity depends on one sample of them: 1 * conditional + 0 * unconditional.
-    """
-    tried, accepted = [], {*accepted_arguments(pipe), "guiders"}  # the last is run_pipeline's own
-    for off in (
-        {},
-        {"guidance_scale": 1.0},
-        {"guidance_scale": 0.0},
-        {"true_cfg_scale": 1.0},
-        {"negative_prompt": None},
-        {"guiders": False},
-    ):
-        if not set(off) <= accepted:
-            continue
-        try:
-            batches, velocity = _made_up_step(pipe, None, **kwargs | off)
-        except InputError:
-            if not off:
-                raise
-            continue  # a value that it does not take
-        samples = sum(batches) if batches != [1] else 0
-        changes = [_made_up_step(pipe, index, **kwargs | off)[1] - velocity for index in range(samples)]
-        if batches == [1] or sum(bool(change.abs().max() > 0.1) for change in changes) == 1:
-            return off
-        tried.append(f"{off or 'as it is'}: {len(batches)} calls of batch {batches}")
-    raise InputError(f"{type(pipe).__name__}: guidance cannot be switched off ({'; '.join(tried)})")
-
-
-def _made_up_step(pipe: DiffusionPipeline, changed: int | None, **kwargs) -> tuple[list[int], torch.Tensor]:
-    """The batches of a dry step's model calls, and its velocity where each sample's prediction is made up, that of
-    the sample `changed` a little otherwise."""
-    batches, velocities = [], []
-
-    def forward(*args, **inputs):
-        output = _no_prediction(*args, **inputs)
-        for index, sample in enumerate(output.sample, sum(batches)):
-            sample.copy_(torch.randn(sample.shape, generator=torch.Generator().manual_seed(index)))
-            sample += index == changed
-        batches.append(len(output.sample))
-        return output
-
-    def on_step(index, model_output, sample):
-        velocities.append(model_output.float())
-        return sample
-
-    dry_run(pipe, Probe([1.0], on_step), forward, forward, **kwargs)
-    if not velocities:
-        raise InputError(f"{type(pipe).__name__}: asked for one step, but it never called scheduler.step")
-    return batches, velocities[0]
-
-
-def ask_velocity_shares(pipe: DiffusionPipeline, timesteps: list[float], told, **kwargs) -> list[float]:
-    """How much of the velocity (noisy - image) / sigma a pipeline takes at each timestep, where its model predicts the
-    image; near 0 some divide by more than sigma. 1 where the model predicts the velocity itself."""
-    shares = []
-    for sigma in timesteps_to_sigmas(timesteps):
-        velocities = []
-
-        def on_step(index, model_output, sample, velocities=velocities):
-            velocities.append(model_output)
-            return torch.ones_like(sample)
-
-        dry_run(pipe, Probe([sigma, sigma], on_step, told([sigma, sigma]), pipe.scheduler), **kwargs)
-        shares.append(sigma * velocities[1].float().mean().item() or 1.0)  # the prediction is all zeros
-    return shares
-
-
-def takes_timesteps(pipe: DiffusionPipeline, **kwargs) -> bool:
-    """Whether one step of this pipeline can have another timestep for each sample of its batch.
-
-    Most hand the timestep on, expanded to the batch; some compute with it as with a number. What the transformer is
-    told in a dry step with two timesteps must be what it is told with each of them.
-    """
-
-    def told(*timesteps) -> list[torch.Tensor]:
-        """Every tensor that the transformer gets in a dry step; the noise is the same each time."""
-        found = []
-
-        def forward(*args, **inputs):
-            found.extend(value for value in tree_leaves((args, inputs)) if isinstance(value, torch.Tensor))
-            return _no_prediction(*args, **inputs)
-
-        probe = Probe([1.0], lambda index, model_output, sample: sample, [list(timesteps)], pipe.scheduler)
-        dry_run(pipe, probe, forward, **kwargs | {batch_argument(pipe): len(timesteps)})
-        return found
-
-    try:
-        both, high, low = told(750.0, 250.0), told(750.0, 750.0), told(250.0, 250.0)
-    except InputError:  # it wanted a number
-        return False
-    changed = [not torch.equal(one, other) for one, other in zip(high, low)]
-    return any(changed) and all(
-        torch.equal(mixed, torch.cat([one[:1], other[1:]]) if differs else one)
-        for mixed, one, other, differs in zip(both, high, low, changed)
-    )
-
-
-class PipelineVelocity(torch.nn.Module):
-    """velocity = model(noisy, sigma): one step of the pipeline's own `__call__`, with gradients to the transformer.
-
-    The schedule has two entries at the same sigma. At the first the transformer is bypassed and `noisy` enters the
-    loop, in the loop's own layout; at the second the pipeline calls the transformer as ever and what it hands to
-    `scheduler.step` is the velocity: unpacked, un-negated, exactly what inference will integrate.
-    """
-
-    def __init__(self, pipe: DiffusionPipeline, told=lambda sigmas: None, takes_timesteps=False, **kwargs):
-        super().__init__()
-        self.pipe = pipe
-        self.told = told
-        self.takes_timesteps = takes_timesteps
-        self.transformer = denoiser(pipe)
-        self.kwargs = kwargs
-
-    def forward(self, noisy: torch.Tensor, sigmas, **kwargs) -> torch.Tensor:
-        """noisy (B, ...) float32, sigmas in (0, 1], one for all or B -> velocity (B, ...) in the pipeline's dtype.
-
-        `sigmas` are any number, or a list, array or tensor of numbers; ValueError where it has another length.
-        `kwargs` are further arguments of the pipeline's call, which win over those given before. Different sigmas are
-        one run where the pipeline takes them so, and one for each where it does not.
-        """
-        sigmas = as_floats(sigmas)
-        sigmas = sigmas * len(noisy) if len(sigmas) == 1 else sigmas
-        if len(sigmas) != len(noisy):
-            raise ValueError(f"{len(sigmas)} sigmas for a batch of {len(noisy)}; give one, or one for each")
-        runs = [sigmas] if self.takes_timesteps else [list(run) for _, run in itertools.groupby(sigmas)]
-        parts = noisy.split([len(run) for run in runs])
-        return torch.cat([self._velocity(part, run, **self.kwargs | kwargs) for part, run in zip(parts, runs)])
-
-    def _timesteps(self, sigmas: list[float]) -> list[float]:
-        """What the model is told at `sigmas`, in the scheduler's own arithmetic."""
-        schedule = FixedSigmaScheduler(sigmas, self.told(sigmas), like=self.pipe.scheduler)
-        schedule.set_timesteps()
-        return schedule.timesteps.tolist()
-
-    def _velocity(self, noisy: torch.Tensor, sigmas: list[float], **kwargs) -> torch.Tensor:
-        velocity, asked = None, False
-        told = self._timesteps(sigmas)
-        told = told[0] if len(set(sigmas)) == 1 else told
-
-        def on_step(index, model_output, sample):
-            if index == 0:
-                return noisy.to(sample)
-            raise Answer(model_output)  # what some pipelines do to the final latents needs the VAE, which was freed
-
-        probe = Probe([sigmas[0]] * 2, on_step, [told, told], self.pipe.scheduler)
-        predict = self.transformer.forward
-
-        def forward(*args, **inputs):
-            nonlocal asked
-            asked = probe.calls > 0
-            return (predict if asked else _no_prediction)(*args, **inputs)
-
-        batch = {batch_argument(self.pipe): len(noisy)}
-        try:
-            with refusals(self.pipe):
-                run_pipeline(self.pipe, probe, forward, **kwargs | batch)
-        except Answer as answer:
-            velocity = answer.args[0]
-        if not asked:
-            raise InputError(
-                f"{type(self.pipe).__name__}: at sigma {sigmas[0]:g} another model than its transformer acts"
-            )
-        if velocity is None or velocity.shape != noisy.shape:
-            found = "nothing" if velocity is None else tuple(velocity.shape)
-            raise InputError(f"{type(self.pipe).__name__}: asked the velocity of {tuple(noisy.shape)}, got {found}")
-        return -velocity if counts_image(self.pipe.scheduler) else velocity

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from accelerate.logging import get_logger
 
-from glance.files.lora import read_recipe, shown
-from glance_utils import PHASES, WEIGHT_NAME, InputError, replace_file
+from glance.files.atomic import replace_file
+from glance.files.recipe import WEIGHT_NAME, read_recipe, shown
+from glance_utils import PHASES, InputError
 
 
 logger = get_logger(__name__)

@@ -10,12 +10,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from glance.files.checkpoints import STATE_NAME, find_checkpoints
+from glance.files.recipe import WEIGHT_NAME
 from glance.start import say_stopped
-from glance_utils import WEIGHT_NAME, InputError
+from glance_utils import InputError
 
 
 TRAJECTORIES = "trajectories.safetensors"  # what the base drew before training
-# As glance_utils.replace_file names what it has not yet renamed.
+# As atomic.replace_file names what it has not yet renamed.
 LEFTOVER = re.compile(
     rf"\.({'|'.join(map(re.escape, (WEIGHT_NAME, STATE_NAME, TRAJECTORIES)))}|README\.md|\w+\.png)\.\d+"
 )

@@ -1,101 +1,101 @@
-"""The recipe in a LoRA file: all that it says is data, checked here before any of it is used."""
+"""LoRA files: diffusers' format, alpha folded in, the recipe in the header."""
 
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+import torch
+from diffusers import DiffusionPipeline
+from diffusers import __version__ as diffusers_version
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save
 
-from glance_utils import MAX_SIDE, PHASES, InputError, check_timesteps, is_number, shown
-
-
-HEADER_LIMIT = 16 * 2**20  # bytes; that of a LoRA on every layer of the largest models has less than one megabyte
-
-
-def count(most: int):
-    return lambda value: type(value) is int and 0 < value <= most
-
-
-def is_text(value) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= 1000 and value.isprintable()
+from glance.adapters import with_adapters
+from glance.files.atomic import replace_file
+from glance.files.lora_forms import read_lora
+from glance.files.recipe import WEIGHT_NAME
+from glance_utils import InputError, adapted_layers, denoiser, replaced, strengths
 
 
-def are_timesteps(value) -> bool:
-    return (
-        isinstance(value, list) and len(value) <= 1000 and all(map(is_number, value)) and bool(check_timesteps(value))
-    )
+def load_lora(pipe: DiffusionPipeline, path: str | Path, adapter: str) -> None:
+    """Load a LoRA file of any form that read_lora reads into the denoiser, under this name, active.
 
-
-def are_coefficients(value) -> bool:
-    """Of a fitted solver, [a, c] for each step; near [1, 0], which is Euler's."""
-    return value is None or (
-        isinstance(value, list)
-        and len(value) <= 1000
-        and all(
-            isinstance(pair, list) and len(pair) == 2 and all(is_number(part, 100) for part in pair) for pair in value
-        )
-    )
-
-
-RECIPE = {
-    "phase": lambda value: value in PHASES,
-    "timesteps": are_timesteps,
-    "base_model": is_text,
-    "pipeline": is_text,
-    "height": count(MAX_SIDE),
-    "width": count(MAX_SIDE),
-    "guidance_scale": lambda value: value is None or is_number(value, 1000),
-    "pipeline_kwargs": lambda value: isinstance(value, dict),
-    "num_base_steps": count(65536),
-    "loss": is_text,
-    "max_train_steps": count(10**6),
-    "rank": count(65536),
-    "version": is_text,
-}
-# What files of earlier versions do not say, and what they mean by it.
-OPTIONAL = {
-    "guidance": (lambda value: value in ("keep", "fold"), "keep"),
-    "coefficients": (are_coefficients, None),
-}
-
-
-def read_header(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file; InputError where it is none."""
-    try:
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-        if size > HEADER_LIMIT:
-            raise ValueError(f"its header would have {size} bytes")
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}); get an intact one") from None
-
-
-def read_recipe(path: str | Path, required: bool = True) -> dict | None:
-    """The recipe stored with a LoRA file, every entry checked; InputError names what is missing or wrong.
-
-    A file that was not written here has none: an InputError too, or None if not `required`.
+    Raises InputError where the file does not fit, or not just its layers hold just its values afterwards.
     """
-    header = read_header(path)
-    if "glance" not in header:
-        if not required:
-            return None
-        raise InputError(f"{path}: carries no Glance recipe; train it with train_glance_lora.py")
+    model = with_adapters(denoiser(pipe))
+    if adapter in getattr(model, "peft_config", {}):
+        raise InputError(f"an adapter {adapter!r} is loaded already; unload it first, or choose another name")
+    lora, own_place = read_lora(pipe, Path(path)), BaseTunerLayer._get_base_layer_device_and_dtype
+
+    def place(layer, base_layer):
+        """peft puts an adapter into its layer's dtype, but 8 bits are for storing the base alone."""
+        device, dtype = own_place(layer, base_layer)
+        return device, model.dtype if dtype == torch.float8_e4m3fn else dtype
+
+    with replaced(BaseTunerLayer, "_get_base_layer_device_and_dtype", place):
+        # peft initialises a DoRA's magnitudes from the weights, which are nowhere yet with low_cpu_mem_usage.
+        on_meta = not any(name.endswith("lora_magnitude_vector") for name in lora)
+        model.load_lora_adapter(
+            dict(lora), prefix=None, adapter_name=adapter, _pipeline=pipe, low_cpu_mem_usage=on_meta
+        )
     try:
-        recipe = json.loads(header["glance"])
-        for key, fits in RECIPE.items():
-            if not fits(recipe[key]):
-                raise ValueError(f"{key} {shown(recipe[key])}")
-        for key, (fits, usual) in OPTIONAL.items():
-            if not fits(recipe.setdefault(key, usual)):
-                raise ValueError(f"{key} {shown(recipe[key])}")
-        if recipe["coefficients"] and len(recipe["coefficients"]) != len(recipe["timesteps"]):
-            raise ValueError(f"coefficients for {len(recipe['coefficients'])} of {len(recipe['timesteps'])} timesteps")
-    except KeyError as error:
-        raise InputError(f"{path}: its recipe has no {error}; train it again or get an intact file") from None
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise InputError(
-            f"{path}: its recipe cannot be read ({error}); train it again or get an intact file"
-        ) from None
-    recipe["timesteps"] = [float(timestep) for timestep in recipe["timesteps"]]
-    return recipe
+        check_loaded(model, adapter, lora)
+        for layer in adapted_layers(model):
+            if (strength := strengths(layer).get(adapter, 1)) != 1:
+                raise InputError(f"{path}: diffusers {diffusers_version} loads it at {strength:g} times its strength")
+    except InputError:
+        model.delete_adapters(adapter)
+        raise
+
+
+def check_loaded(model: torch.nn.Module, adapter: str, lora: dict[str, torch.Tensor]) -> None:
+    """Raise InputError where the model's adapter of this name is not just these tensors: some loaders leave some out.
+
+    `lora` has the names that read_lora and peft.get_peft_model_state_dict give.
+    """
+    found = get_peft_model_state_dict(model, adapter_name=adapter)
+    for name in sorted(found.keys() ^ lora.keys()):
+        what = "was left out" if name in lora else "is not in the file"
+        raise InputError(f"loading the LoRA {adapter!r}: {name} {what}; is this peft's or diffusers' tested version?")
+    for name, value in lora.items():
+        loaded = found[name].detach()
+        if loaded.is_meta:  # offloaded: its values are with the hooks
+            continue
+        if not loaded.isfinite().all():
+            raise InputError(f"loading the LoRA {adapter!r}: {name} holds values too large for {loaded.dtype}")
+        if not torch.equal(loaded.cpu(), value.to("cpu", loaded.dtype)):
+            raise InputError(f"loading the LoRA {adapter!r}: {name} did not become what the file holds")
+
+
+def save_lora(transformer, adapter: str, directory: str | Path, recipe: dict, prefix: str = "transformer") -> Path:
+    """Write one adapter as `directory`/pytorch_lora_weights.safetensors and return the path.
+
+    `prefix` is the transformer's name in its pipeline, with which diffusers' keys begin.
+    alpha / rank is folded into lora_B, so the file has alpha = rank: every loader, whether it reads alpha or not,
+    applies the strength that was trained. The recipe goes into the header under "glance".
+    """
+    config = transformer.peft_config[adapter]
+    state = {}
+    for name, value in get_peft_model_state_dict(transformer, adapter_name=adapter).items():
+        scale = config.lora_alpha / config.r if "lora_B" in name else 1.0
+        state[f"{prefix}.{name}"] = (value.detach().float() * scale).cpu().contiguous()
+    modules = sorted({name.removeprefix(f"{prefix}.").split(".lora_")[0] for name in state})
+    adapter_metadata = {"r": config.r, "lora_alpha": config.r, "target_modules": modules, "bias": "none"}
+    header = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps({f"{prefix}.{key}": value for key, value in adapter_metadata.items()}),
+        "glance": json.dumps(recipe, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value)),
+    }
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    path = Path(directory) / WEIGHT_NAME
+    replace_file(path, lambda temporary: temporary.write_bytes(_ordered(save(state, metadata=header))))
+    return path
+
+
+def _ordered(content: bytes) -> bytes:
+    """A safetensors file with its header's keys in order; safetensors writes metadata in a random one, and the same
+    run should give the same file."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]

@@ -8,7 +8,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from glance import command_line as cli
-from glance_utils import InputError, first_line, replace_file
+from glance.files.atomic import replace_file
+from glance_utils import InputError, first_line
 
 
 GAP, LINE, LEAST_WIDTH = 12, 22, 256  # pixels: around a picture, of a line of text, of a picture in a comparison
@@ -58,7 +59,7 @@ def _can_be_written(kind: str, size: tuple[int, int]) -> bool:
 def _check_name(path: Path) -> None:
     """Raise InputError where there can be no file of this name, such as one that is too long."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    trial = folder / f".{path.name}.{os.getpid()}"  # as glance_utils.replace_file names it
+    trial = folder / f".{path.name}.{os.getpid()}"  # as atomic.replace_file names it
     try:
         trial.touch()
         trial.unlink()

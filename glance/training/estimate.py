@@ -24,17 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from glance.adapters import compute_as_saved, with_adapters
 from glance.ask import pipeline as ask
 from glance.base import QUANTIZATIONS, enable_gradient_checkpointing
-from glance_utils import (
-    InputError,
-    component_class,
-    compute_as_saved,
-    denoiser,
-    denoiser_name,
-    first_line,
-    with_adapters,
-)
+from glance_utils import InputError, component_class, denoiser, denoiser_name, first_line
 
 
 @dataclass

@@ -16,7 +16,10 @@ from PIL import Image
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.files import faults
-from glance_utils import WEIGHT_NAME, InputError, denoiser_name, first_line, glance_inference, load_lora, replace_file
+from glance.files.atomic import replace_file
+from glance.files.lora import load_lora
+from glance.files.recipe import WEIGHT_NAME
+from glance_utils import InputError, denoiser_name, first_line, glance_inference
 
 
 logger = logging.getLogger(__name__)

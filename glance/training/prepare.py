@@ -15,23 +15,18 @@ from diffusers.image_processor import VaeImageProcessor
 
 from glance import base as load_base
 from glance import command_line as cli
+from glance.adapters import lora_layers, with_adapters
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.ask import prompts as ask_prompts
+from glance.ask.guidance import ask_single_branch
 from glance.ask.prompt_lengths import PromptLengths
+from glance.ask.schedule import ask_timesteps, ask_told, has_own_steps
+from glance.ask.velocity import ask_velocity_shares, check_instantaneous, takes_timesteps
 from glance.files.instance_data import SOURCES, chosen_size, load_pair
 from glance.training import distribution, estimate
 from glance.training.trajectories import Teacher, Trajectories, draw_trajectories
-from glance_utils import (
-    InputError,
-    denoiser,
-    denoiser_name,
-    derive_timesteps,
-    grid_positions,
-    lora_layers,
-    most_positions,
-    with_adapters,
-)
+from glance_utils import InputError, denoiser, denoiser_name, derive_timesteps, grid_positions, most_positions
 
 
 logger = get_logger(__name__)
@@ -75,7 +70,7 @@ def warn_of_schedule(pipe, schedule, derived, told, train_call) -> None:
             logger.warning(
                 f"--flow_custom_timesteps: {phase} is up to {far:.0f} timesteps off this model's own: {own}"
             )
-        for timestep, share in zip(timesteps, ask.ask_velocity_shares(pipe, timesteps, told, **train_call)):
+        for timestep, share in zip(timesteps, ask_velocity_shares(pipe, timesteps, told, **train_call)):
             if share < 0.99:
                 logger.warning(
                     f"{phase}: at timestep {timestep:.1f} this pipeline takes only {share:.2f} of the velocity to the "
@@ -93,8 +88,8 @@ def ask_call(args, pipe, caption, size) -> tuple[dict, dict, list[str]]:
     PromptLengths(pipe, logger.warning).watch(pipe)
     ask_prompts.remember_prompts(pipe)
     ask.dry_step(pipe, **call)
-    ask.check_instantaneous(pipe, **call)
-    return call, call | ask.ask_single_branch(pipe, **call), layers
+    check_instantaneous(pipe, **call)
+    return call, call | ask_single_branch(pipe, **call), layers
 
 
 def trained_call(args, call: dict, single_call: dict) -> dict:
@@ -134,12 +129,12 @@ def choose_steps(args, pipe, grid: str, walked: int, own: bool) -> tuple[int, in
 def ask_schedule(args, pipe, call: dict, single_call: dict) -> tuple:
     """All of the model's timesteps, what it is told at sigmas, those of the grid by phase, and those to train."""
     asked = args.num_base_steps or BASE_STEPS
-    base_timesteps, own = ask.ask_timesteps(pipe, asked, **call), ask.has_own_steps(pipe, asked, **call)
+    base_timesteps, own = ask_timesteps(pipe, asked, **call), has_own_steps(pipe, asked, **call)
     grid = "even" if args.grid == "auto" else args.grid  # auto needs the weights
     args.num_base_steps, args.num_inference_steps = choose_steps(args, pipe, grid, len(base_timesteps), own)
     positions = grid_positions(grid, args.num_inference_steps, len(base_timesteps))
     derived = derive_timesteps(base_timesteps, positions)
-    told = ask.ask_told(pipe, args.num_base_steps, **call)
+    told = ask_told(pipe, args.num_base_steps, **call)
     schedule = {phase: custom or derived[phase] for phase, custom in args.custom_timesteps.items()}
     warn_of_schedule(pipe, schedule, derived, told, single_call)
     return base_timesteps, told, derived, schedule
@@ -194,9 +189,9 @@ def ask_everything(args, accelerator, image, captions, size) -> Asked:
         pixels = VaeImageProcessor(do_resize=False).preprocess(image)
         latents = ask_latents.encode_image(pipe, pixels, layout, **call)
     noise_scale = ask_latents.ask_noise_scale(pipe, **call)
-    takes_timesteps = args.timesteps_per_step > 1 and ask.takes_timesteps(pipe, **train_call)
+    several_timesteps = args.timesteps_per_step > 1 and takes_timesteps(pipe, **train_call)
     train_calls = [train_call] + [single_call] * bool(args.flow_weight)
-    remember_captions(args, pipe, captions, call, train_calls, takes_timesteps)
+    remember_captions(args, pipe, captions, call, train_calls, several_timesteps)
     checkpointing = choose_checkpointing(args, accelerator, pipe, layers, train_call)
     vae = getattr(pipe, "vae", None)
     ask_prompts.free_components(pipe, **train_call)
@@ -215,7 +210,7 @@ def ask_everything(args, accelerator, image, captions, size) -> Asked:
         latents=latents,
         noise_scale=noise_scale,
         layers=layers,
-        takes_timesteps=takes_timesteps,
+        takes_timesteps=several_timesteps,
         checkpointing=checkpointing,
         layout=layout,
         vae=vae and vae.cpu(),

@@ -19,19 +19,13 @@ from glance import base as load_base
 from glance import command_line as cli
 from glance.ask import latents as ask_latents
 from glance.ask import sampler as grids
-from glance.ask.pipeline import PipelineVelocity, further_denoisers
+from glance.ask.pipeline import further_denoisers
+from glance.ask.velocity import PipelineVelocity
 from glance.files import faults
+from glance.files.atomic import replace_file
 from glance.files.checkpoints import NOT_COMPARED, NOT_DRAWN
 from glance.training import distribution
-from glance_utils import (
-    InputError,
-    __version__,
-    denoiser,
-    grid_positions,
-    replace_file,
-    segment_slopes,
-    timesteps_to_sigmas,
-)
+from glance_utils import InputError, __version__, denoiser, grid_positions, segment_slopes, timesteps_to_sigmas
 
 
 logger = get_logger(__name__)

@@ -1,0 +1,77 @@
+"""LoRAs inside a denoiser: which of its layers they adapt, and how they compute while they are trained."""
+
+import re
+import types
+
+import torch
+import torch.nn.functional as F
+from diffusers.loaders import PeftAdapterMixin
+from peft.tuners.lora import LoraLayer
+
+from glance_utils import InputError
+
+
+# All of attention, and what the official recipe adds: modulation and the output of MLPs.
+DEFAULT_LAYERS = re.compile(
+    r"\w*att(n|ention)\w*\.(.+\.)?\w+|to_[qkv]|to_out|proj_out|(img|txt)_mod\.1|norm(1|1_context)?\.linear"
+)
+FEED_FORWARD = re.compile(r"(ff\w*|feed_forward\w*|\w*mlp)\..+")
+
+
+def lora_layers(transformer, names: str | None = None) -> list[str]:
+    """Full names of the linear layers in the transformer's blocks to adapt: by default DEFAULT_LAYERS, or those that
+    end in one of the comma-separated `names`. InputError lists candidates where nothing matches."""
+    linear = {
+        name: module
+        for name, module in transformer.named_modules()
+        if isinstance(module, torch.nn.Linear) and re.search(r"\.\d+\.", name)
+    }
+    if names is None:
+        chosen = [name for name, module in linear.items() if _is_default(name, module)]
+        if not chosen:  # it names its layers in its own way: all of its attention
+            kinds = {name: type(module).__name__ for name, module in transformer.named_modules()}
+            chosen = [name for name in linear if "Attention" in kinds[name.rpartition(".")[0]]]
+    else:
+        endings = tuple("." + name.strip() for name in names.split(",") if name.strip())
+        chosen = [name for name in linear if f".{name}".endswith(endings)]
+    if not chosen:
+        kinds = sorted({re.sub(r"^.*\.\d+\.(?=[^\d])", "", name) for name in linear})
+        raise InputError(f"--lora_layers {names or 'by default'}: nothing matches; candidates are {', '.join(kinds)}")
+    return chosen
+
+
+def _is_default(name: str, module: torch.nn.Linear) -> bool:
+    """Whether a LoRA adapts this layer by default; the output of an MLP is the layer that makes it narrow again."""
+    in_block = name.split(".", 1)[1]
+    if re.search(rf"(^|\.){FEED_FORWARD.pattern}$", in_block):
+        return module.in_features > module.out_features
+    return bool(re.search(rf"(^|\.)({DEFAULT_LAYERS.pattern})$", in_block))
+
+
+def with_adapters(transformer):
+    """The transformer itself, with diffusers' LoRA methods mixed in where its class lacks them."""
+    if not isinstance(transformer, PeftAdapterMixin):
+        kind = type(transformer)
+        transformer.__class__ = type(kind.__name__, (kind, PeftAdapterMixin), {"__module__": kind.__module__})
+    return transformer
+
+
+def compute_as_saved(transformer) -> None:
+    """Let the LoRAs compute in their input's dtype and with alpha / rank in lora_B, as the saved file will.
+
+    Training then sees, to the last bit, what inference in that dtype sees. peft computes in the dtype of the LoRA's
+    weights, which are float32 while training: slower, and every input is kept once more in float32 for backward.
+    """
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            layer.forward = types.MethodType(_forward_as_saved, layer)
+
+
+def _forward_as_saved(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
+    result = layer.base_layer(x)
+    for name in [] if layer.disable_adapters else layer.active_adapters:
+        if name in layer.lora_A:
+            lora_B = layer.lora_B[name].weight * layer.scaling[name]
+            low_rank = F.linear(x, layer.lora_A[name].weight.to(x.dtype))
+            result = result + F.linear(low_rank, lora_B.to(x.dtype))
+    return result

@@ -1,0 +1,90 @@
+"""Which timesteps does a pipeline walk, and what is its model told at them? Its own `__call__` says so in dry runs."""
+
+import numpy as np
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+
+from glance.ask.pipeline import PLAIN_BASE, dry_run, no_prediction
+from glance_utils import InputError, counts_image, denoiser_name
+
+
+def ask_timesteps(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[float]:
+    """Return the timesteps (0..1000), 1000 * sigma, that the pipeline walks in `num_steps` steps at this size.
+
+    A pipeline that ships a list of its own steps walks that, whatever is asked: the answer then has its length.
+    InputError where the walk is not one strictly descending point a step.
+    """
+    return [timestep for timestep, _ in _ask_walk(pipe, num_steps, **kwargs)]
+
+
+def has_own_steps(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> bool:
+    """Return whether the pipeline ships a list of its own steps, which are the same for another number of them."""
+    other = 3 if num_steps == 2 else 2  # few: a schedule that drops what it rounds to the same is then whole
+    return _walk(pipe, num_steps, **kwargs) == _walk(pipe, other, **kwargs)
+
+
+def ask_told(pipe: DiffusionPipeline, num_steps: int, **kwargs):
+    """Function of sigmas: the timesteps that the model is told at them, None where they are 1000 * sigma.
+
+    Some pipelines shift the sigmas of their schedule, but not the timesteps that go with them.
+    """
+    walk = _ask_walk(pipe, num_steps, **kwargs)
+    if all(told is None for _, told in walk):
+        return lambda sigmas: None
+    points = {(timestep, timestep if told is None else told) for timestep, told in walk}
+    timesteps, told = zip(*sorted({(0.0, 0.0), (1000.0, 1000.0), *points}))
+    return lambda sigmas: np.interp([1000 * sigma for sigma in sigmas], timesteps, told).tolist()
+
+
+def _ask_walk(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[tuple[float, float | None]]:
+    """What `_walk` says, or InputError where a schedule of one step after another cannot be taken from it."""
+    name, scheduler, walk = type(pipe).__name__, type(pipe.scheduler).__name__, _walk(pipe, num_steps, **kwargs)
+    if not walk:
+        raise InputError(f"{name}: asked for {num_steps} steps, but it never called scheduler.step")
+    if len(walk) != num_steps and not has_own_steps(pipe, num_steps, **kwargs):
+        raise InputError(
+            f"{name}: with its {scheduler} {num_steps} steps are {len(walk)} model calls; Glance needs one for each: "
+            f"use {PLAIN_BASE}"
+        )
+    timesteps = [timestep for timestep, _ in walk]
+    wrong = [timestep for timestep in timesteps if not 0 < timestep <= 1000]  # NaN among them
+    wrong += [low for high, low in zip(timesteps, timesteps[1:]) if not low < high]
+    if wrong:
+        raise InputError(
+            f"{name}: with its {scheduler} {num_steps} steps visit timestep {wrong[0]:g} "
+            f"({', '.join(f'{timestep:.4g}' for timestep in timesteps[:3])}, ...); a rectified flow descends from at "
+            f"most 1000 and stays above 0: give another --num_base_steps, or {PLAIN_BASE}"
+        )
+    return walk
+
+
+def _walk(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[tuple[float, float | None]]:
+    """1000 * sigma of each of `num_steps` steps, from a dry run of the pipeline, and what the model is told there if
+    that is another number than FixedSigmaScheduler tells."""
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    unit, acted, walked = 1000 / scheduler.config.num_train_timesteps, set(), []
+
+    def forward(*args, **kwargs):
+        acted.add(len(walked))
+        return no_prediction(*args, **kwargs)
+
+    def step(model_output, timestep, sample, *args, **kwargs):
+        told, timestep = float(timestep), 1000 * float(scheduler.sigmas[len(walked)])
+        same = abs(unit * told - timestep) < 1  # some round it
+        timestep = unit * told if same else timestep
+        timestep = 1000 - timestep if counts_image(scheduler) else timestep
+        if len(walked) not in acted:
+            name = denoiser_name(pipe.config)
+            raise InputError(f"{type(pipe).__name__}: at timestep {timestep:.0f} another model than its {name} acts")
+        walked.append((timestep, None if same else told))
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample)
+
+    scheduler.step = step
+    try:
+        dry_run(pipe, scheduler, forward, num_inference_steps=num_steps, **kwargs)
+    except InputError as error:
+        if error.__cause__ is None or isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            raise
+        # Any other question is asked with a scheduler of ours, which takes what the pipeline gives it.
+        raise InputError(f"{error}; it has a {type(scheduler).__name__}, so try {PLAIN_BASE}") from error
+    return walked

@@ -1,0 +1,150 @@
+"""What is a pipeline's velocity at (noisy, sigma)? One step of its own `__call__`, with gradients.
+
+Training through the pipeline sees exactly what inference will see.
+"""
+
+import itertools
+
+import torch
+from diffusers import DiffusionPipeline
+from torch.utils._pytree import tree_leaves
+
+from glance.ask.pipeline import Answer, Probe, batch_argument, dry_run, no_prediction, refusals, run_pipeline
+from glance_utils import FixedSigmaScheduler, InputError, as_floats, counts_image, denoiser, timesteps_to_sigmas
+
+
+def ask_velocity_shares(pipe: DiffusionPipeline, timesteps: list[float], told, **kwargs) -> list[float]:
+    """How much of the velocity (noisy - image) / sigma a pipeline takes at each timestep, where its model predicts the
+    image; near 0 some divide by more than sigma. 1 where the model predicts the velocity itself."""
+    shares = []
+    for sigma in timesteps_to_sigmas(timesteps):
+        velocities = []
+
+        def on_step(index, model_output, sample, velocities=velocities):
+            velocities.append(model_output)
+            return torch.ones_like(sample)
+
+        dry_run(pipe, Probe([sigma, sigma], on_step, told([sigma, sigma]), pipe.scheduler), **kwargs)
+        shares.append(sigma * velocities[1].float().mean().item() or 1.0)  # the prediction is all zeros
+    return shares
+
+
+def takes_timesteps(pipe: DiffusionPipeline, **kwargs) -> bool:
+    """Whether one step of this pipeline can have another timestep for each sample of its batch.
+
+    Most hand the timestep on, expanded to the batch; some compute with it as with a number. What the transformer is
+    told in a dry step with two timesteps must be what it is told with each of them.
+    """
+
+    def told(*timesteps) -> list[torch.Tensor]:
+        """Every tensor that the transformer gets in a dry step; the noise is the same each time."""
+        found = []
+
+        def forward(*args, **inputs):
+            found.extend(value for value in tree_leaves((args, inputs)) if isinstance(value, torch.Tensor))
+            return no_prediction(*args, **inputs)
+
+        probe = Probe([1.0], lambda index, model_output, sample: sample, [list(timesteps)], pipe.scheduler)
+        dry_run(pipe, probe, forward, **kwargs | {batch_argument(pipe): len(timesteps)})
+        return found
+
+    try:
+        both, high, low = told(750.0, 250.0), told(750.0, 750.0), told(250.0, 250.0)
+    except InputError:  # it wanted a number
+        return False
+    changed = [not torch.equal(one, other) for one, other in zip(high, low)]
+    return any(changed) and all(
+        torch.equal(mixed, torch.cat([one[:1], other[1:]]) if differs else one)
+        for mixed, one, other, differs in zip(both, high, low, changed)
+    )
+
+
+def check_instantaneous(pipe: DiffusionPipeline, **kwargs) -> None:
+    """InputError where the transformer is told where a step ends: it then predicts an average over the step, as
+    MeanFlow does, and not the velocity at a point that the flow-matching loss trains."""
+    told = []
+
+    def forward(*args, **inputs):
+        told[-1].append({name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+        return no_prediction(*args, **inputs)
+
+    for end in (0.5, 0.25):
+        told.append([])
+        probe = Probe([1.0, end], lambda index, model_output, sample: sample)
+        dry_run(pipe, probe, forward, **kwargs)
+    for name, value in told[0][0].items():
+        if not torch.equal(value, told[1][0][name]):
+            raise InputError(
+                f"{type(pipe).__name__}: its model is told, as {name}, where a step ends; Glance needs a velocity"
+            )
+
+
+class PipelineVelocity(torch.nn.Module):
+    """velocity = model(noisy, sigma): one step of the pipeline's own `__call__`, with gradients to the transformer.
+
+    The schedule has two entries at the same sigma. At the first the transformer is bypassed and `noisy` enters the
+    loop, in the loop's own layout; at the second the pipeline calls the transformer as ever and what it hands to
+    `scheduler.step` is the velocity: unpacked, un-negated, exactly what inference will integrate.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, told=lambda sigmas: None, takes_timesteps=False, **kwargs):
+        super().__init__()
+        self.pipe = pipe
+        self.told = told
+        self.takes_timesteps = takes_timesteps
+        self.transformer = denoiser(pipe)
+        self.kwargs = kwargs
+
+    def forward(self, noisy: torch.Tensor, sigmas, **kwargs) -> torch.Tensor:
+        """noisy (B, ...) float32, sigmas in (0, 1], one for all or B -> velocity (B, ...) in the pipeline's dtype.
+
+        `sigmas` are any number, or a list, array or tensor of numbers; ValueError where it has another length.
+        `kwargs` are further arguments of the pipeline's call, which win over those given before. Different sigmas are
+        one run where the pipeline takes them so, and one for each where it does not.
+        """
+        sigmas = as_floats(sigmas)
+        sigmas = sigmas * len(noisy) if len(sigmas) == 1 else sigmas
+        if len(sigmas) != len(noisy):
+            raise ValueError(f"{len(sigmas)} sigmas for a batch of {len(noisy)}; give one, or one for each")
+        runs = [sigmas] if self.takes_timesteps else [list(run) for _, run in itertools.groupby(sigmas)]
+        parts = noisy.split([len(run) for run in runs])
+        return torch.cat([self._velocity(part, run, **self.kwargs | kwargs) for part, run in zip(parts, runs)])
+
+    def _timesteps(self, sigmas: list[float]) -> list[float]:
+        """What the model is told at `sigmas`, in the scheduler's own arithmetic."""
+        schedule = FixedSigmaScheduler(sigmas, self.told(sigmas), like=self.pipe.scheduler)
+        schedule.set_timesteps()
+        return schedule.timesteps.tolist()
+
+    def _velocity(self, noisy: torch.Tensor, sigmas: list[float], **kwargs) -> torch.Tensor:
+        velocity, asked = None, False
+        told = self._timesteps(sigmas)
+        told = told[0] if len(set(sigmas)) == 1 else told
+
+        def on_step(index, model_output, sample):
+            if index == 0:
+                return noisy.to(sample)
+            raise Answer(model_output)  # what some pipelines do to the final latents needs the VAE, which was freed
+
+        probe = Probe([sigmas[0]] * 2, on_step, [told, told], self.pipe.scheduler)
+        predict = self.transformer.forward
+
+        def forward(*args, **inputs):
+            nonlocal asked
+            asked = probe.calls > 0
+            return (predict if asked else no_prediction)(*args, **inputs)
+
+        batch = {batch_argument(self.pipe): len(noisy)}
+        try:
+            with refusals(self.pipe):
+                run_pipeline(self.pipe, probe, forward, **kwargs | batch)
+        except Answer as answer:
+            velocity = answer.args[0]
+        if not asked:
+            raise InputError(
+                f"{type(self.pipe).__name__}: at sigma {sigmas[0]:g} another model than its transformer acts"
+            )
+        if velocity is None or velocity.shape != noisy.shape:
+            found = "nothing" if velocity is None else tuple(velocity.shape)
+            raise InputError(f"{type(self.pipe).__name__}: asked the velocity of {tuple(noisy.shape)}, got {found}")
+        return -velocity if counts_image(self.pipe.scheduler) else velocity
