@@ -19,7 +19,6 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import hashlib
-import math
 import signal
 from pathlib import Path
 
@@ -32,8 +31,8 @@ from accelerate.utils import (
     LoggerType,
     ProjectConfiguration,
 )
-from diffusers.optimization import SchedulerType, get_scheduler
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from diffusers.optimization import SchedulerType
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from tqdm.auto import tqdm
 
@@ -54,22 +53,22 @@ from glance.files.checkpoints import (
     with_run,
 )
 from glance.files.instance_data import load_pair
-from glance.files.lora import check_loaded, save_lora
-from glance.training import distribution, launcher, trackers, trajectories
+from glance.files.lora import save_lora
+from glance.training import distribution, launcher, losses, trackers, trajectories
+from glance.training.draws import Draws
+from glance.training.log import LossLog, check_finite
 from glance.training.model_card import create_hub_repo, draw_preview, push_to_hub, save_picture, write_model_card
+from glance.training.optimizer import TrainingState, make_optimizer
 from glance.training.prepare import Asked, dry_run, prepare_pipeline
 from glance_utils import (
     MAX_SIDE,
     PHASES,
     InputError,
     __version__,
-    add_noise,
     denoiser,
     denoiser_name,
     parse_timesteps,
-    timestep_order,
     timesteps_to_sigmas,
-    velocity_loss,
 )
 
 
@@ -78,7 +77,6 @@ logger = get_logger(__name__)
 ADAPTER = "glance"
 # The flow loss's are the published method's, the trajectory loss's are what measured best (benchmarks/README.md).
 DEFAULTS = {"flow": {"grid": "glance", "solver": "euler"}, "trajectory": {"grid": "auto", "solver": "fitted"}}
-SEGMENT_POWERS = {"uniform": 0, "length": 1, "length_squared": 2}
 
 
 def make_parser() -> cli.Parser:
@@ -148,7 +146,7 @@ def make_parser() -> cli.Parser:
     add("--num_trajectories", type=cli.positive(int, 10**4), default=4, help="seeds per caption")
     add(
         "--segment_weights",
-        choices=tuple(SEGMENT_POWERS),
+        choices=tuple(losses.SEGMENT_POWERS),
         default="uniform",
         help="of the trajectory loss: alike, or by the length of each step in sigma, or its square",
     )
@@ -329,149 +327,104 @@ def fresh_adapter(args, accelerator, transformer, layers: list[str]) -> list[tor
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
-def make_optimizer(args, parameters):
-    """AdamW, 8-bit if asked for, and its learning rate schedule."""
-    if args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as AdamW
-    else:
-        from torch.optim import AdamW
-    optimizer = AdamW(parameters, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
-    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
-    return optimizer, get_scheduler(args.lr_scheduler, optimizer, **steps)
+def make_objective(args, asked: Asked, phase: str) -> losses.Objective:
+    """Return what the phase learns: of the image, of the base's own trajectories, or of both."""
+    timesteps, first = asked.schedule[phase], asked.first_step[phase]
+    flow = trajectory = weights = None
+    if args.loss == "trajectory":
+        taught, steps = asked.taught, slice(first, first + len(timesteps))
+        points = taught.starts[:, :, steps], taught.targets[:, :, steps]
+        trajectory = losses.Trajectory(*points, asked.captions, asked.train_call)
+        weights = losses.segment_weights(taught.lengths[steps], args.segment_weights)
+    if args.loss == "flow" or args.flow_weight:
+        weight = args.flow_weight if args.loss == "trajectory" else 1.0
+        flow = losses.Flow(asked.latents, asked.noise_scale, asked.single_call, weight)
+    return losses.Objective(timesteps_to_sigmas(timesteps), flow, trajectory, weights)
 
 
-def check_finite(value: float, phase: str, step: int, timestep: float, name: str = "loss") -> None:
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"{phase}: the {name} is {value} at step {step}, timestep {timestep:g}; no {phase} LoRA was written. "
-            "Try a lower --learning_rate, or --mixed_precision bf16 instead of fp16"
-        )
+def make_draws(args, accelerator, asked: Asked, phase: str) -> Draws:
+    """Return the random choices of the phase, other ones than the other phase's."""
+    return Draws(
+        seed=args.seed + PHASES.index(phase),
+        mode=args.flow_timesteps_mode,
+        micro_steps=args.max_train_steps * args.gradient_accumulation_steps,
+        timesteps=len(asked.schedule[phase]),
+        timesteps_per_step=args.timesteps_per_step,
+        batch_size=args.train_batch_size,
+        captions=len(asked.captions),
+        trajectories=args.num_trajectories,
+        sample_shape=asked.latents.shape[1:] if args.loss == "flow" or args.flow_weight else None,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
 
 
-def flow_batch(asked: Asked, sigmas: list[float], noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the flow loss trains on, (noisy, target velocity), both (sigmas * B, ...), for noise of that shape."""
-    parts = noise.to(asked.latents.device).unflatten(0, (len(sigmas), -1))
-    noisy = [add_noise(asked.latents, part, sigma) for part, sigma in zip(parts, sigmas)]
-    return torch.cat(noisy), torch.cat([part - asked.latents for part in parts])
-
-
-def trajectory_batch(asked: Asked, caption: int, seeds: list[int], steps: list[int]) -> tuple[torch.Tensor, ...]:
-    """The same for the trajectory loss: (point, target velocity) at each of the steps, of each of the seeds."""
-    rows = caption, torch.tensor(seeds), torch.tensor(steps)[:, None]
-    parts = (asked.taught.starts[rows], asked.taught.targets[rows])
-    return tuple(part.flatten(0, 1).to(asked.latents.device) for part in parts)
-
-
-def mean_losses(model, batch: tuple[torch.Tensor, torch.Tensor], sigmas: list[float], **call) -> torch.Tensor:
-    """velocity_loss at each of the sigmas, (sigmas,) float32."""
-    noisy, targets = (part.unflatten(0, (len(sigmas), -1)) for part in batch)
-    velocity = model(batch[0], [sigma for sigma in sigmas for _ in noisy[0]], **call).unflatten(0, noisy.shape[:2])
-    return torch.stack([velocity_loss(*pair) for pair in zip(velocity, targets)])
-
-
-def train_phase(args, accelerator, asked: Asked, recipe: dict, settings: dict, done: int, resume: dict | None):
+def train_phase(
+    args, accelerator, asked: Asked, recipe: dict, compared: dict, done: int = 0, checkpoint: dict | None = None
+) -> Path | None:
     """Train one LoRA for --max_train_steps and leave it in the transformer.
 
-    `settings` go into its checkpoints; `done` steps were trained in earlier phases; `resume` is a checkpoint of this
-    phase. Where a signal asked to stop, returns the checkpoint that was written instead of going on.
+    `compared` are the settings that its checkpoints must have in common with a run that goes on from them; `done`
+    steps were trained in earlier phases; `checkpoint` is one of this phase to go on from. Where a signal asked to
+    stop, return the checkpoint that was written instead of going on.
     """
     phase, transformer = recipe["phase"], denoiser(asked.pipe)
     parameters = fresh_adapter(args, accelerator, transformer, asked.layers)
     optimizer, lr_scheduler = make_optimizer(args, parameters)
     model = PipelineVelocity(asked.pipe, asked.told, asked.takes_timesteps)
     model, optimizer = distribution.prepare(args, accelerator, model, parameters, optimizer)
-
-    sigmas, accumulation = timesteps_to_sigmas(recipe["timesteps"]), args.gradient_accumulation_steps
-    seed, first = args.seed + PHASES.index(phase), asked.first_step[phase]
-    generator, chooser = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-    count, start, together = args.max_train_steps * accumulation, 0, args.timesteps_per_step
-    order = timestep_order(len(sigmas), count * together, args.flow_timesteps_mode, generator)
-    order = order.reshape(count, together).tolist()
-    # Every process draws what all of them train on and takes its rows: the run does not depend on how many share it.
-    batch, rank, processes = args.train_batch_size, accelerator.process_index, accelerator.num_processes
-    captions = timestep_order(len(asked.captions), count, "stratified", chooser).tolist()
-    seeds = timestep_order(args.num_trajectories, count * processes * batch, "stratified", chooser)
-    seeds = seeds.reshape(count, processes, batch)[:, rank].tolist()
-    weights = segment_weights(args, asked, first, len(sigmas))
-    stateful = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "scaler": accelerator.scaler}
-    stateful = {name: part for name, part in stateful.items() if part is not None}
-    seen = {timestep: [] for timestep in recipe["timesteps"]}  # losses, comparable within a timestep alone
-    if resume is not None:
-        start = resume["step"]
-        set_peft_model_state_dict(transformer, resume["lora"], adapter_name=ADAPTER)
-        check_loaded(transformer, ADAPTER, resume["lora"])
-        generator.set_state(resume["generator"])
-        for name, part in stateful.items():
-            part.load_state_dict(resume[name])
+    objective, draws = make_objective(args, asked, phase), make_draws(args, accelerator, asked, phase)
+    log = LossLog(phase, recipe["timesteps"])
+    state = TrainingState(transformer, ADAPTER, draws, optimizer, lr_scheduler, accelerator.scaler)
+    step = 0
+    if checkpoint is not None:
+        step = checkpoint["step"]
+        state.restore(checkpoint, step * args.gradient_accumulation_steps)
     distribution.copy_from_first(accelerator, parameters)
 
     hidden = not accelerator.is_local_main_process
-    with tqdm(total=args.max_train_steps, initial=start, desc=phase, disable=hidden) as progress:
-        for index in range(start * accumulation, count):
-            step, chosen = index // accumulation + 1, [sigmas[position] for position in order[index]]
+    with tqdm(total=args.max_train_steps, initial=step, desc=phase, disable=hidden) as progress:
+        for draw in draws:
+            timesteps = [recipe["timesteps"][position] for position in draw.positions]
             with accelerator.accumulate(model):
-                losses = 0.0
-                if args.loss == "trajectory":
-                    steps, call = [first + position for position in order[index]], dict(asked.train_call)
-                    call["prompt"] = asked.captions[captions[index]]
-                    points = trajectory_batch(asked, captions[index], seeds[index], steps)
-                    losses = mean_losses(model, points, chosen, **call)
-                if args.loss == "flow" or args.flow_weight:
-                    shape = (together, processes, batch, *asked.latents.shape[1:])
-                    noise = asked.noise_scale * torch.randn(shape, generator=generator)[:, rank].flatten(0, 1)
-                    points = flow_batch(asked, chosen, noise)
-                    weight = args.flow_weight if args.loss == "trajectory" else 1.0
-                    losses = losses + weight * mean_losses(model, points, chosen, **asked.single_call)
-                loss = (losses * weights[order[index]].to(losses)).mean()
-                by_timestep = accelerator.gather(losses.detach()[None]).mean(0).tolist()
-                mean_loss = sum(by_timestep) / together
-                check_finite(mean_loss, phase, step, 1000 * max(chosen))
-                for position, value in zip(order[index], by_timestep):
-                    seen[recipe["timesteps"][position]].append(value)
+                loss, by_timestep = losses.step_losses(model, objective, draw)
+                by_timestep = accelerator.gather(by_timestep.detach()[None]).mean(0).tolist()
+                mean_loss = log.add(draw.positions, by_timestep)
+                check_finite(mean_loss, "loss", phase, step + 1, max(timesteps))
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     distribution.average_gradients(accelerator, parameters)
                     norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                     if norm is not None and accelerator.scaler is None:  # fp16's scaler leaves such a step out
-                        check_finite(float(norm), phase, step, 1000 * max(chosen), "gradients' norm")
+                        check_finite(float(norm), "gradients' norm", phase, step + 1, max(timesteps))
                 optimizer.step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
+            step += 1
             lr_scheduler.step()
             progress.update()
-            told = ",".join(f"{1000 * sigma:.0f}" for sigma in chosen)
-            progress.set_postfix(loss=f"{mean_loss:.4f}", timestep=told, refresh=False)
-            logs = {f"{phase}/loss": mean_loss}
-            logs |= {f"{phase}/loss_at_{1000 * sigma:.0f}": value for sigma, value in zip(chosen, by_timestep)}
-            trackers.log(accelerator, logs | {"lr": lr_scheduler.get_last_lr()[0]}, done + step)
+            shown = ",".join(f"{timestep:.0f}" for timestep in timesteps)
+            progress.set_postfix(loss=f"{mean_loss:.4f}", timestep=shown, refresh=False)
+            trackers.log(accelerator, log.newest | {"lr": lr_scheduler.get_last_lr()[0]}, done + step)
             stop = accelerator.check_trigger()  # on every process, where a signal reached any
-            due = stop or (args.checkpointing_steps and step % args.checkpointing_steps == 0)
-            if due and accelerator.is_main_process:
-                state = {name: part.state_dict() for name, part in stateful.items()}
-                state |= {"settings": settings, "step": step, "generator": generator.get_state()}
-                state |= {"lora": get_peft_model_state_dict(transformer, adapter_name=ADAPTER)}
+            due = args.checkpointing_steps and step % args.checkpointing_steps == 0
+            if (stop or due) and accelerator.is_main_process:
+                content = state.content() | {"settings": compared, "step": step}
                 with faults.one_line_errors(args.output_dir):
-                    folder = save_checkpoint(args.output_dir, state, done + step, args.checkpoints_total_limit)
+                    folder = save_checkpoint(args.output_dir, content, done + step, args.checkpoints_total_limit)
                 logger.info(f"Saved {folder}")
             if stop:
                 return Path(args.output_dir) / f"checkpoint-{done + step}"
-    means = [f"{sum(values) / len(values):.4f} at {timestep:.0f}" for timestep, values in seen.items() if values]
-    logger.info(f"  {phase}: mean loss {', '.join(means)}")
+    logger.info(f"  {phase}: mean loss {log.means()}")
     accelerator.free_memory()
+    return None
 
 
 def save_phase(asked: Asked, folder: Path, recipe: dict) -> Path:
     """Write the LoRA that was just trained, with its recipe; return the file's path."""
     name, transformer = denoiser_name(asked.pipe.config), denoiser(asked.pipe)
     return save_lora(transformer, ADAPTER, folder, recipe, name)
-
-
-def segment_weights(args, asked: Asked, first: int, count: int) -> torch.Tensor:
-    """How much each of a phase's steps counts, 1 in the mean."""
-    lengths = asked.taught.lengths[first : first + count] if args.loss == "trajectory" else [1.0] * count
-    weights = torch.tensor(lengths) ** SEGMENT_POWERS[args.segment_weights]
-    return weights / weights.mean()
 
 
 def main(argv: list[str] | None = None):

@@ -45,6 +45,8 @@ from train_step import glance_step
 
 from glance import command_line as cli
 from glance.ask import pipeline as ask
+from glance.training.draws import Draw
+from glance.training.losses import Flow, Objective, step_losses
 from glance_utils import InputError, add_noise, flow_matching_loss
 
 
@@ -109,12 +111,11 @@ def bare_step(args, pipe, call, latents):
 
 
 def pipeline_step(model, latents):
-    """The same through the pipeline."""
+    """Return a function that does the same through the pipeline, as training does."""
 
     def step(noise, sigma):
         model.zero_grad()
-        velocity = model(add_noise(latents, noise, sigma), sigma)
-        loss = flow_matching_loss(velocity, latents, noise)
+        loss, _ = step_losses(model, Objective([sigma], Flow(latents)), Draw([0], noise))
         loss.backward()
         return loss.detach()
 

@@ -31,14 +31,17 @@ from glance import command_line as cli
 from glance.adapters import lora_layers
 from glance.ask import pipeline as ask
 from glance.ask.velocity import PipelineVelocity
-from glance_utils import add_noise, flow_matching_loss
+from glance.training.draws import Draw
+from glance.training.log import check_finite
+from glance.training.losses import Flow, Objective, step_losses
 
 
 SIGMAS = (1.0, 0.97, 0.94, 0.91, 0.88)
 
 
 def glance_step(args, pipe, call, latents, layers: str | None = None):
-    """A function that trains one step, as the loop of train_glance_lora.py does, and returns the loss."""
+    """Return (a function that trains one step, as the loop of train_glance_lora.py does, and returns the loss; the
+    model whose velocity it trains)."""
     settings = ["--pretrained_model_name_or_path", "-", "--rank", str(args.rank)]
     settings = train.parse_args(settings + (["--compile"] if args.compile else []))
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=shapes.MIXED_PRECISION[args.dtype])
@@ -48,16 +51,16 @@ def glance_step(args, pipe, call, latents, layers: str | None = None):
     call = {name: value for name, value in call.items() if name != ask.batch_argument(pipe)}  # the model's own to set
     model = PipelineVelocity(pipe, **call)
     optimizer = accelerator.prepare_optimizer(optimizer)
+    objective = Objective(list(SIGMAS), Flow(latents))
     generator, done = torch.Generator().manual_seed(0), 0
 
     def step():
         nonlocal done
-        sigma, done = SIGMAS[done % len(SIGMAS)], done + 1
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        velocity = model(add_noise(latents, noise, sigma), sigma)
-        loss = flow_matching_loss(velocity, latents, noise)
-        mean_loss = accelerator.gather(loss.detach()).mean().item()
-        train.check_finite(mean_loss, "slow", done, 1000 * sigma)
+        draw = Draw([done % len(SIGMAS)], torch.randn(latents.shape, generator=generator))
+        done += 1
+        loss, losses = step_losses(model, objective, draw)
+        mean_loss = accelerator.gather(losses.detach()).mean().item()
+        check_finite(mean_loss, "loss", "slow", done, 1000 * SIGMAS[draw.positions[0]])
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()

@@ -20,7 +20,7 @@ from glance.ask.velocity import PipelineVelocity
 from glance.files.faults import TRAJECTORIES
 from glance.files.lora import load_lora
 from glance.files.recipe import WEIGHT_NAME
-from glance.training import trajectories
+from glance.training import losses, trajectories
 from glance_utils import FixedSigmaScheduler, InputError, glance_inference, segment_slopes, timesteps_to_sigmas
 
 
@@ -198,14 +198,14 @@ def test_the_trajectory_loss_does_not_look_at_the_image_unless_the_flow_loss_is_
 
 
 def test_segment_weights_are_the_steps_lengths_one_in_the_mean(train, monkeypatch, tmp_path):
-    seen, segment_weights = {}, train_glance_lora.segment_weights
+    seen, segment_weights = {}, losses.segment_weights
 
-    def watched(args, *rest):
-        weights = segment_weights(args, *rest)
-        seen.setdefault(args.segment_weights, []).extend(weights.tolist())
+    def watched(lengths, kind):
+        weights = segment_weights(lengths, kind)
+        seen.setdefault(kind, []).extend(weights.tolist())
         return weights
 
-    monkeypatch.setattr(train_glance_lora, "segment_weights", watched)
+    monkeypatch.setattr(losses, "segment_weights", watched)
     for name in ("uniform", "length", "length_squared"):
         output = train(**SHORT, segment_weights=name, max_train_steps=1, output_dir=tmp_path / name)
     sigmas = [timestep / 1000 for phase in PHASES for timestep in recipe_of(output / phase)["timesteps"]] + [0.0]
@@ -249,14 +249,14 @@ def test_the_flow_loss_learns_the_drawn_picture_as_it_would_the_same_image(train
         "num_inference_steps": 4,
     }
     seen = []
-    flow_batch = train_glance_lora.flow_batch
+    flow_batch = losses.flow_batch
 
-    def watched(asked, sigmas, noise):
-        noisy, target = flow_batch(asked, sigmas, noise)
+    def watched(flow, sigmas, noise):
+        noisy, target = flow_batch(flow, sigmas, noise)
         seen.append(noise - target)
         return noisy, target
 
-    monkeypatch.setattr(train_glance_lora, "flow_batch", watched)
+    monkeypatch.setattr(losses, "flow_batch", watched)
     picture = drawn(train(**settings, max_train_steps=2))["picture"]
     assert len(seen) == 4 and all((latents - picture).abs().max() < 1e-5 for latents in seen)
 
