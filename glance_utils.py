@@ -12,7 +12,7 @@ What only the pipeline knows (its schedule, its latents' layout, its velocity) i
 """
 
 import contextlib
-import functools
+import dataclasses
 import importlib
 import inspect
 import math
@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 
@@ -240,25 +239,25 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
     def __init__(
         self,
         sigmas: list[float],
-        told: list[float] | None = None,
+        model_timesteps: list[float] | None = None,
         before_step=None,
         like=None,
         coefficients: list[list[float]] | None = None,
         invert_sigmas: bool = False,
         num_train_timesteps: int = 1000,
     ):
-        """`told` are the timesteps told to the model where they are not 1000 * sigma; `before_step(index)` is called
+        """`model_timesteps` are what the model is told where that is not 1000 * sigma; `before_step(index)` is called
         before each step's model calls; `like` is a scheduler that may count the image's share instead of the noise's,
         or timesteps to another number than 1000, which the last two arguments say as well; with `coefficients` [a, c]
         for each step, it goes along a * velocity + c * the previous step's velocity.
 
-        Raises InputError where `told` or `coefficients` are not one for each sigma.
+        Raises InputError where `model_timesteps` or `coefficients` are not one for each sigma.
         """
         if like is not None:
             invert_sigmas = counts_image(like)
             num_train_timesteps = like.config.get("num_train_timesteps", num_train_timesteps)
         super().__init__(num_train_timesteps=num_train_timesteps, invert_sigmas=invert_sigmas)
-        lists = {"sigmas": as_floats(sigmas), "told": told, "coefficients": coefficients}
+        lists = {"sigmas": as_floats(sigmas), "model_timesteps": model_timesteps, "coefficients": coefficients}
         lists = {name: value if value is None else np.asarray(value, float).tolist() for name, value in lists.items()}
         for name, value in lists.items():
             if value is not None and len(value) != (count := len(lists["sigmas"])):
@@ -276,8 +275,8 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
 
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
         super().set_timesteps(sigmas=self.config.sigmas, device=device)
-        if self.config.told is not None:
-            self.timesteps = torch.tensor(self.config.told, dtype=torch.float32, device=device)
+        if self.config.model_timesteps is not None:
+            self.timesteps = torch.tensor(self.config.model_timesteps, dtype=torch.float32, device=device)
         self.velocities = {}  # by step, the newest two
         self._begin_at(0)
 
@@ -322,17 +321,63 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
         return sample
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How a few steps are walked, as plain data, which dataclasses.asdict makes JSON of and Schedule(**...) reads.
+
+    `phases` has the timesteps (0..1000, descending over all phases) under the name of the adapter that acts in them.
+    `timestep_table` is what ask_timestep_table of glance/ask/schedule.py says of the pipeline: [timestep, what the
+    model is told there] by ascending timestep, None where the two are the same. `coefficients` are a fitted solver's
+    (FixedSigmaScheduler), one pair a step. `guidance` are arguments of the call that switch classifier-free guidance
+    off where the LoRAs hold it.
+    """
+
+    phases: dict[str, list[float]]
+    timestep_table: list[list[float]] | None = None
+    coefficients: list[list[float]] | None = None
+    guidance: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def timesteps(self) -> list[float]:
+        """All of them; InputError where they do not descend from at most 1000 to above 0."""
+        return check_timesteps([timestep for part in self.phases.values() for timestep in as_floats(part)])
+
+    @property
+    def phase_of_steps(self) -> list[str]:
+        return [phase for phase, part in self.phases.items() for _ in as_floats(part)]
+
+    def scheduler(self, like=None, before_step=None) -> FixedSigmaScheduler:
+        """Return the scheduler that walks it; `like` is the pipeline's own, before_step(index) is called before each
+        step's model calls. InputError where there are not as many coefficients as steps."""
+        sigmas = timesteps_to_sigmas(self.timesteps)
+        told = model_timesteps(self.timestep_table, sigmas)
+        return FixedSigmaScheduler(sigmas, told, before_step, like, self.coefficients)
+
+
+def model_timesteps(timestep_table: list[list[float]] | None, sigmas: list[float]) -> list[float] | None:
+    """Return what the model is told at `sigmas`, read off a Schedule's table; None where that is 1000 * sigma."""
+    if timestep_table is None:
+        return None
+    timesteps, told = zip(*timestep_table)
+    return np.interp(sigmas_to_timesteps(sigmas), timesteps, told).tolist()
+
+
 def adapted_layers(model: torch.nn.Module) -> list[BaseTunerLayer]:
     return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
 
 
-def activate_adapter(transformer, name: str | None, scale: float = 1.0, beside: dict | None = None) -> None:
+def strengths(layer: BaseTunerLayer) -> dict[str, float]:
+    """Return, by adapter, what it adds to this layer is multiplied with: alpha / rank times the user's scale."""
+    return getattr(layer, "scaling", {})
+
+
+def activate_adapter(transformer, name: str | None, scale: float = 1.0, others: dict | None = None) -> None:
     """Make this LoRA the only active one, at `scale` times its strength, or none where the name is None.
 
-    `beside` says, by layer, which others stay active as they are.
+    `others` says, by layer, which further ones are active beside it.
     """
     for layer in adapted_layers(transformer):
-        names = [*(beside or {}).get(layer, ()), *([] if name is None else [name])]
+        names = [*(others or {}).get(layer, ()), *([] if name is None else [name])]
         layer.enable_adapters(bool(names))
         if names:
             layer.set_adapter(names)
@@ -340,31 +385,8 @@ def activate_adapter(transformer, name: str | None, scale: float = 1.0, beside: 
             layer.set_scale(name, scale)
 
 
-@contextlib.contextmanager
-def adapters_kept(transformer):
-    """Put every layer's adapters back as they were: which are active, how strong, whether disabled, which train."""
-    found = []
-    for layer in adapted_layers(transformer):
-        trains = {name: parameter.requires_grad for name, parameter in layer.named_parameters()}
-        found.append((layer, list(layer.active_adapters), layer.disable_adapters, dict(strengths(layer)), trains))
-    try:
-        yield
-    finally:
-        for layer, active, disabled, scaling, trains in found:
-            layer.set_adapter(active)
-            layer.enable_adapters(not disabled)
-            strengths(layer).update({name: value for name, value in scaling.items() if name in strengths(layer)})
-            for name, parameter in layer.named_parameters():
-                parameter.requires_grad_(trains.get(name, parameter.requires_grad))
-
-
-def strengths(layer: BaseTunerLayer) -> dict[str, float]:
-    """By adapter, what its contribution to this layer is multiplied with: alpha / rank times the user's scale."""
-    return getattr(layer, "scaling", {})
-
-
 def check_adapters(transformer, names: list[str]) -> None:
-    """InputError where the model lacks one of these adapters, or an adapter is fused, so that others cannot act."""
+    """Raise InputError where the model lacks one of these adapters, or one is fused, so that no other can act."""
     layers = adapted_layers(transformer)
     loaded = sorted({name for layer in layers for name in strengths(layer)})
     for name in names:
@@ -378,84 +400,65 @@ def check_adapters(transformer, names: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def fused_adapters(transformer):
-    """A function like `activate_adapter` that adds the LoRA to the base's own weights: it costs nothing a step then.
+def switchable_adapters(transformer, names: list[str], activate=activate_adapter):
+    """Yield switch(name, scale), which lets one of the adapters `names` act; afterwards all are as they were found.
 
-    Each is added to a copy of the base's weights, never to what another left: afterwards the base is as it was, to
-    the bit. It takes the memory of the adapted layers once more. Adapters that are active act beside it.
+    Put back, layer by layer, is which adapters are active, how strong, whether they are disabled and which train.
+    Further adapters that are active stay so all along. InputError where one of the names is not loaded, or one is
+    fused. `activate(transformer, name, scale, others)` does the switching.
     """
-    layers = adapted_layers(transformer)
-    for layer in layers:
-        if not isinstance(layer, LoraLayer) or layer.lora_magnitude_vector or any(layer.lora_bias.values()):
-            raise InputError(
-                "these adapters have magnitudes (DoRA), biases or another form than LoRA's, which cannot be added to "
-                "the weights; leave --fuse_lora and --compile out"
-            )
-    weights = [layer.get_base_layer().weight for layer in layers]
-    copies = [weight.detach().clone() for weight in weights]
-
-    @torch.no_grad()
-    def activate(transformer, name: str | None, scale: float = 1.0) -> None:
-        for layer, weight, copy in zip(layers, weights, copies):
-            if name in layer.lora_A:
-                layer.set_scale(name, scale)
-                down, up = (part[name].weight.to(weight) for part in (layer.lora_A, layer.lora_B))
-                torch.addmm(copy.to(weight), up, down, alpha=layer.scaling[name], out=weight)
-            else:
-                weight.copy_(copy)
-
+    check_adapters(transformer, names)
+    found, others = [], {}
+    for layer in adapted_layers(transformer):
+        active, disabled = list(layer.active_adapters), layer.disable_adapters
+        trains = {name: parameter.requires_grad for name, parameter in layer.named_parameters()}
+        found.append((layer, active, disabled, dict(strengths(layer)), trains))
+        others[layer] = [] if disabled else [name for name in active if name not in names]
     try:
-        yield activate
+        activate_adapter(transformer, None, others=others)
+        yield lambda name, scale: activate(transformer, name, scale, others)
     finally:
-        activate(transformer, None)
+        for layer, active, disabled, scaling, trains in found:
+            layer.set_adapter(active)
+            layer.enable_adapters(not disabled)
+            strengths(layer).update({name: value for name, value in scaling.items() if name in strengths(layer)})
+            for name, parameter in layer.named_parameters():
+                parameter.requires_grad_(trains.get(name, parameter.requires_grad))
 
 
 @contextlib.contextmanager
 def glance_inference(
     pipe: DiffusionPipeline,
-    phases: dict[str, list[float]],
+    schedule: Schedule | dict[str, list[float]],
     scales: dict[str, float] | None = None,
-    told=lambda sigmas: None,
-    fuse: bool = False,
-    coefficients: list[list[float]] | None = None,
+    activate=activate_adapter,
 ):
     """Run `pipe(...)` inside: one loop over all timesteps, one adapter a phase, exact hand-off between them.
 
-        with glance_inference(pipe, {"slow": [...], "fast": [...]}) as kwargs:
+        with glance_inference(pipe, Schedule({"slow": [...], "fast": [...]})) as kwargs:
             image = pipe(prompt, **kwargs).images[0]
 
-    The adapters are already loaded under the names of `phases`; `scales` are their strengths, 1 by default;
-    `told(sigmas)` are the timesteps told to the model, 1000 * sigma by default; `fuse` adds
-    each LoRA to the base's weights; `coefficients` are a fitted solver's (FixedSigmaScheduler). A pipeline that leaves
-    steps out, as those that begin with a picture do, begins in the phase of its first step. Other adapters that are
-    active stay so. Afterwards the scheduler and all adapters are as they were found.
+    The adapters are already loaded under the names of the schedule's phases; a dict of timesteps by phase is a
+    Schedule of nothing else. `scales` are their strengths by phase, 1 by default. A pipeline that leaves steps out, as
+    those that begin with a picture do, begins in the phase of its first step. Other adapters that are active stay so.
+    Afterwards the scheduler and all adapters are as they were found. `activate` is what switches to an adapter:
+    another one than activate_adapter is fused_adapters' of glance/adapters.py.
 
-    Raises InputError for names that are not loaded, and for timesteps that check_timesteps refuses.
+    Raises InputError for names that are not loaded, and for a schedule that cannot be walked.
     """
-    model, scheduler, scales = denoiser(pipe), pipe.scheduler, scales or {}
-    if unknown := set(scales) - set(phases):
-        raise InputError(f"scales: {', '.join(sorted(unknown))} is no phase; the phases are {', '.join(phases)}")
-    check_adapters(model, list(phases))
-    timesteps = check_timesteps([timestep for part in phases.values() for timestep in as_floats(part)])
-    names = [name for name, part in phases.items() for _ in as_floats(part)]
-    beside = {
-        layer: [] if layer.disable_adapters else [name for name in layer.active_adapters if name not in phases]
-        for layer in adapted_layers(model)
-    }
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(adapters_kept(model))
-        activate_adapter(model, None, beside=beside)
-        activate = functools.partial(activate_adapter, beside=beside)
-        activate, active = stack.enter_context(fused_adapters(model)) if fuse else activate, None
+    schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)
+    names, active, scales = schedule.phase_of_steps, None, scales or {}
+    if unknown := set(scales) - set(schedule.phases):
+        phases = ", ".join(schedule.phases)
+        raise InputError(f"scales: {', '.join(sorted(unknown))} is no phase; the phases are {phases}")
+    with switchable_adapters(denoiser(pipe), list(schedule.phases), activate) as switch:
 
-        def switch(index: int) -> None:
+        def before_step(index: int) -> None:
             nonlocal active
             name = names[index] if index < len(names) else active
             if name != active or index == 0:
-                activate(model, name, scales.get(name, 1.0))
+                switch(name, scales.get(name, 1.0))
             active = name
 
-        sigmas = timesteps_to_sigmas(timesteps)
-        fixed = FixedSigmaScheduler(sigmas, told(sigmas), switch, scheduler, coefficients)
-        stack.enter_context(replaced(pipe, "scheduler", fixed))
-        yield {"num_inference_steps": len(timesteps)}
+        with replaced(pipe, "scheduler", schedule.scheduler(pipe.scheduler, before_step)):
+            yield {"num_inference_steps": len(names)} | schedule.guidance

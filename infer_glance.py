@@ -24,8 +24,6 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,14 +33,14 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
-import glance_utils
 from glance import base as load_base
 from glance import command_line as cli
+from glance.adapters import fused_adapters
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.ask.guidance import ask_single_branch
 from glance.ask.prompt_lengths import PromptLengths
-from glance.ask.schedule import ask_timesteps, ask_told, has_own_steps
+from glance.ask.schedule import ask_timestep_table, ask_timesteps, has_own_steps
 from glance.files import faults, pictures
 from glance.files.lora import load_lora
 from glance.files.lora_forms import read_lora
@@ -52,7 +50,9 @@ from glance_utils import (
     MAX_SIDE,
     PHASES,
     InputError,
+    Schedule,
     activate_adapter,
+    denoiser,
     derive_timesteps,
     first_line,
     glance_inference,
@@ -292,7 +292,7 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> Diffusi
         setattr(pipe, part, load_base.load_transformer(base, dtype, place, part=part, **where))
     for phase, path in paths.items():
         load_lora(pipe, path, phase)
-    activate_adapter(glance_utils.denoiser(pipe), None)
+    activate_adapter(denoiser(pipe), None)
     if args.enable_vae_tiling:
         pipe.vae.enable_tiling()
     if args.enable_sequential_cpu_offload:
@@ -304,7 +304,7 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> Diffusi
     else:
         pipe.to(device)
     if args.compile:
-        load_base.compile_blocks(glance_utils.denoiser(pipe))
+        load_base.compile_blocks(denoiser(pipe))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -314,8 +314,8 @@ class Counter:
 
     def __init__(self, pipe):
         self.calls = 0
-        for denoiser in (glance_utils.denoiser(pipe), *ask.further_denoisers(pipe).values()):
-            denoiser.register_forward_pre_hook(self.count, with_kwargs=True)
+        for model in (denoiser(pipe), *ask.further_denoisers(pipe).values()):
+            model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, module, args, kwargs):
         self.calls += len(ask.model_input(args, kwargs))
@@ -331,48 +331,39 @@ def timed(pipe, counter, call: dict, seed: int, **kwargs):
     return image, time.perf_counter() - start, counter.calls
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How Glance samples here, and the base beside it."""
-
-    schedule: dict[str, list[float]]  # timesteps by phase
-    told: Callable  # the timesteps that the model is told at sigmas
-    coefficients: list[list[float]] | None  # of the fitted solver
-    single: dict  # call arguments that switch guidance off, where it is folded in
-    base_counts: list[int]  # of the base's steps in --compare's columns before Glance's
-
-    @property
-    def steps(self) -> int:
-        return sum(map(len, self.schedule.values()))
-
-
-def make_plan(args, pipe, recipe: dict, schedule: dict[str, list[float]] | None, call: dict) -> Plan:
-    """What the files say, and what the pipeline says where they are silent."""
+def make_schedule(args, pipe, recipe: dict, phases: dict[str, list[float]] | None, call: dict) -> Schedule:
+    """Return the steps that the files say, and what the pipeline says where they are silent."""
     base_steps, folded = recipe["num_base_steps"], (args.guidance or recipe["guidance"]) == "fold"
-    base_timesteps = ask_timesteps(pipe, base_steps, **call)
-    schedule = schedule or published_timesteps(pipe, base_timesteps)
-    steps = sum(map(len, schedule.values()))
-    # A base that ships its own steps cannot be asked for fewer of them.
-    own_steps = args.compare and has_own_steps(pipe, steps, **call)
-    return Plan(
-        schedule=schedule,
-        told=ask_told(pipe, base_steps, **call),
+    return Schedule(
+        phases=phases or published_timesteps(pipe, ask_timesteps(pipe, base_steps, **call)),
+        timestep_table=ask_timestep_table(pipe, base_steps, **call),
         coefficients=recipe["coefficients"],
-        single=ask_single_branch(pipe, **call) if folded else {},
-        base_counts=[len(base_timesteps)] if own_steps else [len(base_timesteps), steps],
+        guidance=ask_single_branch(pipe, **call) if folded else {},
     )
 
 
-def draw_job(args, pipe, counter, plan: Plan, call: dict, seed: int) -> list[tuple]:
-    """[(label, picture, seconds, model calls)]: Glance's, and with --compare the base's before it."""
+def compared_steps(args, pipe, schedule: Schedule, base_steps: int, call: dict) -> list[int]:
+    """Return how many steps the base draws in, in each of --compare's columns before Glance's; [] without it."""
+    if not args.compare:
+        return []
+    walked, steps = len(ask_timesteps(pipe, base_steps, **call)), len(schedule.timesteps)
+    # A base that ships its own steps cannot be asked for fewer of them.
+    return [walked] if has_own_steps(pipe, steps, **call) else [walked, steps]
+
+
+def draw_job(args, pipe, counter, schedule: Schedule, base_steps: list[int], call: dict, seed: int) -> list[tuple]:
+    """[(label, picture, seconds, model calls)]: Glance's, after the base's in each of `base_steps`."""
     row = []
-    for count in plan.base_counts if args.compare else ():
+    for count in base_steps:
         with faults.explained(f"base, {count} steps", what_to_try(args)) as label:
             row.append((label, *timed(pipe, counter, call, seed, num_inference_steps=count)))
-    inference = glance_inference(pipe, plan.schedule, args.lora_scale, plan.told, args.fuse_lora, plan.coefficients)
-    with faults.explained(f"Glance, {plan.steps} steps", f"{what_to_try(args)}, or a lower --lora_scale") as label:
-        with inference as kwargs, ask.plain_call(pipe, call | plan.single) as call:
-            row.append((label, *timed(pipe, counter, call, seed, **kwargs)))
+    label, hint = f"Glance, {len(schedule.timesteps)} steps", f"{what_to_try(args)}, or a lower --lora_scale"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(faults.explained(label, hint))
+        activate = stack.enter_context(fused_adapters(denoiser(pipe))) if args.fuse_lora else activate_adapter
+        kwargs = stack.enter_context(glance_inference(pipe, schedule, args.lora_scale, activate))
+        glance_call = stack.enter_context(ask.plain_call(pipe, call | kwargs))
+        row.append((label, *timed(pipe, counter, glance_call, seed)))
     return row
 
 
@@ -384,7 +375,9 @@ def what_to_try(args) -> str:
     return f"it was drawn in --dtype {args.dtype}{quantized}; try {other}"
 
 
-def draw_all(args, state, pipe, plan: Plan, calls: list[dict], jobs: list, files: list[Path]) -> tuple[list, list]:
+def draw_all(
+    args, state, pipe, schedule: Schedule, base_steps: list[int], calls: list[dict], jobs: list, files: list[Path]
+) -> tuple[list, list]:
     """This process's share of the jobs, each written as soon as it is drawn.
 
     Returns [(number, strip of the comparison or None, seconds, model calls)] and what was not finite, in words.
@@ -393,7 +386,7 @@ def draw_all(args, state, pipe, plan: Plan, calls: list[dict], jobs: list, files
     with state.split_between_processes(list(range(len(jobs)))) as mine:
         for number in tqdm(mine, desc="images", disable=not state.is_local_main_process):
             try:
-                row = draw_job(args, pipe, counter, plan, calls[number], jobs[number][1])
+                row = draw_job(args, pipe, counter, schedule, base_steps, calls[number], jobs[number][1])
             except FloatingPointError as error:
                 failed.append(f"{files[number].name} was not written: {error}")
                 logger.warning(failed[-1])
@@ -412,7 +405,7 @@ def main(argv: list[str] | None = None):
     args = parse_args(argv)
     cli.set_up_logging()
     paths = find_loras(args)
-    recipe, schedule = read_recipes(args, paths)
+    recipe, phases = read_recipes(args, paths)
     height, width = args.height or recipe["height"], args.width or recipe["width"]
     if recipe["height"] and (height, width) != (recipe["height"], recipe["width"]):
         trained = f"{recipe['width']}x{recipe['height']}"
@@ -438,9 +431,10 @@ def main(argv: list[str] | None = None):
     PromptLengths(pipe, logger.warning).watch(pipe)
     calls = [call_of(pipe, prompt) for prompt, _ in jobs]
     ask.dry_step(pipe, **calls[0])
-    plan = make_plan(args, pipe, recipe, schedule, calls[0])
+    schedule = make_schedule(args, pipe, recipe, phases, calls[0])
+    base_steps = compared_steps(args, pipe, schedule, recipe["num_base_steps"], calls[0])
     with faults.signals_handled(functools.partial(faults.leave, hint="what was drawn before is written")):
-        drawn, failed = draw_all(args, state, pipe, plan, calls, jobs, files)
+        drawn, failed = draw_all(args, state, pipe, schedule, base_steps, calls, jobs, files)
         drawn, failed = (sum(distribution.gather_on_host(part), []) for part in (drawn, failed))
         drawn.sort(key=lambda picture: picture[0])  # by number
         if state.is_main_process and args.compare and drawn:
@@ -452,7 +446,8 @@ def main(argv: list[str] | None = None):
     if state.is_main_process:
         written = output.with_stem(f"{output.stem}-*") if len(jobs) > 1 and not args.compare else output
         _, _, seconds, count = drawn[0]
-        print(f"{written}: {len(jobs)} x {plan.steps} steps, {seconds:.2f} s and {count} model calls each")
+        steps = len(schedule.timesteps)
+        print(f"{written}: {len(jobs)} x {steps} steps, {seconds:.2f} s and {count} model calls each")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from glance import start
 if __name__ == "__main__":
     start.as_script("what was not written yet is lost")
 
+import contextlib
 import statistics
 
 import shapes
@@ -29,7 +30,7 @@ from train_step import velocity_once
 
 from glance import base as load_base
 from glance import command_line as cli
-from glance.adapters import lora_layers
+from glance.adapters import fused_adapters, lora_layers
 from glance.ask.schedule import ask_timesteps
 from glance_utils import PHASES, activate_adapter, derive_timesteps, glance_inference
 
@@ -60,7 +61,8 @@ def main(argv: list[str] | None = None):
         return pipe(**call, **kwargs, output_type="latent", generator=torch.Generator().manual_seed(0))
 
     def draw_glance(fuse: bool):
-        with glance_inference(pipe, schedule, fuse=fuse) as kwargs:
+        fused = fused_adapters(pipe.transformer) if fuse else contextlib.nullcontext(activate_adapter)
+        with fused as activate, glance_inference(pipe, schedule, activate=activate) as kwargs:
             draw(**kwargs)
 
     ways = {"base": lambda: draw(num_inference_steps=count), "glance": lambda: draw_glance(False)}

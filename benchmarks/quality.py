@@ -63,7 +63,7 @@ from glance.ask import latents as ask_latents  # noqa: E402
 from glance.ask import pipeline as ask  # noqa: E402
 from glance.ask.guidance import ask_single_branch  # noqa: E402
 from glance.ask.sampler import relative_error  # noqa: E402
-from glance.ask.schedule import ask_timesteps, ask_told  # noqa: E402
+from glance.ask.schedule import ask_timestep_table, ask_timesteps  # noqa: E402
 from glance.files import faults  # noqa: E402
 from glance.files.atomic import replace_file  # noqa: E402
 from glance.files.instance_data import load_pair  # noqa: E402
@@ -333,7 +333,7 @@ def make_bench(args, sets: dict[str, list[str]]) -> Bench:
         call=call,
         single=ask_single_branch(pipe, **call),
         timesteps=timesteps,
-        told=ask_told(pipe, BASE_STEPS, **call),
+        timestep_table=ask_timestep_table(pipe, BASE_STEPS, **call),
         layout=ask_latents.ask_layout(pipe, **call),
         counter=Counter(pipe),
         sets=sets,

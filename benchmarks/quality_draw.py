@@ -12,6 +12,7 @@ from quality_rows import BASE_STEPS
 from tqdm.auto import tqdm
 
 import infer_glance
+from glance.adapters import fused_adapters
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.ask import sampler as grids
@@ -20,7 +21,7 @@ from glance.files.lora import load_lora
 from glance.files.recipe import WEIGHT_NAME, read_recipe
 from glance_utils import (
     PHASES,
-    FixedSigmaScheduler,
+    Schedule,
     denoiser,
     derive_timesteps,
     glance_inference,
@@ -56,7 +57,7 @@ class Bench:
     call: dict  # its arguments, as in inference
     single: dict  # those that switch classifier-free guidance off
     timesteps: list[float]  # of its own 50 steps
-    told: object
+    timestep_table: list[list[float]] | None
     layout: ask_latents.LatentLayout
     counter: Counter
     sets: dict[str, list[str]]  # captions, one a picture
@@ -67,7 +68,7 @@ class Bench:
     def trajectory(self) -> tuple[list[torch.Tensor], int]:
         """The walk of the training caption, with one noise, on which grid and solver are found; its model calls."""
         calls, call = self.counter.calls, self.call | {"prompt": self.sets["training"][0]}
-        points = grids.walk(self.pipe, self.timesteps, self.told, 0, **call)
+        points = grids.walk(self.pipe, self.timesteps, self.timestep_table, 0, **call)
         return points, self.counter.calls - calls
 
     @functools.cached_property
@@ -120,14 +121,14 @@ def prepared(bench: Bench, settings: dict):
         elif "lora" in settings:
             call, phases, coefficients = recipe_of(bench, settings["lora"])
             scales = settings.get("scales")
-            inference = glance_inference(pipe, phases, scales, bench.told, True, coefficients)
-            kwargs = stack.enter_context(inference)
+            activate = stack.enter_context(fused_adapters(denoiser(pipe)))
+            schedule = Schedule(phases, bench.timestep_table, coefficients)
+            kwargs = stack.enter_context(glance_inference(pipe, schedule, scales, activate))
         else:
             timesteps, fitted = sampler(bench, settings["grid"], settings["steps"], settings.get("solver", "euler"))
-            sigmas = timesteps_to_sigmas(timesteps)
-            scheduler = FixedSigmaScheduler(sigmas, bench.told(sigmas), like=pipe.scheduler, coefficients=fitted)
-            stack.enter_context(replaced(pipe, "scheduler", scheduler))
-            kwargs = {"num_inference_steps": len(sigmas)}
+            schedule = Schedule({"base": timesteps}, bench.timestep_table, fitted)
+            stack.enter_context(replaced(pipe, "scheduler", schedule.scheduler(pipe.scheduler)))
+            kwargs = {"num_inference_steps": len(timesteps)}
         call = call | kwargs | ({} if settings.get("guided", True) else bench.single)
         yield stack.enter_context(ask.plain_call(pipe, call))
 

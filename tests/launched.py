@@ -41,9 +41,9 @@ def train_and_keep(args, accelerator, asked, recipe, *rest):
     return stopped
 
 
-def watched_walk(pipe, timesteps, told, seed, coefficients=None, **call):
+def watched_walk(pipe, timesteps, timestep_table, seed, coefficients=None, **call):
     walks.append((call["prompt"], seed, len(timesteps)))
-    return walk(pipe, timesteps, told, seed, coefficients, **call)
+    return walk(pipe, timesteps, timestep_table, seed, coefficients, **call)
 
 
 def run(arguments: list[str], number: int) -> None:

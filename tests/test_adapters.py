@@ -1,5 +1,7 @@
 """Adapters and steps while glance_inference draws: whose turn it is in any pipeline, and that all is put back."""
 
+import contextlib
+import dataclasses
 import json
 
 import numpy as np
@@ -16,8 +18,16 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 
+from glance.adapters import fused_adapters
 from glance.ask.pipeline import Probe
-from glance_utils import FixedSigmaScheduler, InputError, glance_inference
+from glance_utils import (
+    FixedSigmaScheduler,
+    InputError,
+    Schedule,
+    activate_adapter,
+    glance_inference,
+    sigmas_to_timesteps,
+)
 
 
 PHASES = {"slow": [1000.0, 950.0, 900.0, 850.0, 800.0], "fast": [750.0, 600.0, 450.0, 300.0, 100.0]}
@@ -117,7 +127,7 @@ def test_a_fitted_solver_begins_with_the_steps_own_numbers(begin, pipelines):
     """The first executed step has no velocity before it: it is Euler's, unless it is the fitted schedule's first."""
     pipe, arguments = with_picture(FluxImg2ImgPipeline, load(pipelines["flux"]))
     calls = watched(pipe)
-    with glance_inference(pipe, PHASES, coefficients=FITTED) as kwargs:
+    with glance_inference(pipe, Schedule(PHASES, coefficients=FITTED)) as kwargs:
         last = draw(pipe, **arguments, **kwargs, strength=1 - begin / 10)
     points = [call["latents"] for call in calls] + [last]
     assert len(calls) == 10 - begin
@@ -133,7 +143,8 @@ def test_a_pipeline_that_only_cuts_its_timesteps_begins_in_the_right_phase(pipel
     """As those that have no set_begin_index: the picture's noise tells, and without it there is an error."""
     pipe, seen = load(pipelines["flux"]), []
     layer = next(iter(tuner_layers(pipe.transformer).values()))
-    with glance_inference(pipe, PHASES, told=lambda sigmas: [1000.0, 1000.0, *range(8, 0, -1)]):
+    told = zip(sigmas_to_timesteps(SIGMAS[:-1]), [1000.0, 1000.0, *range(8, 0, -1)])
+    with glance_inference(pipe, Schedule(PHASES, sorted(map(list, told)))):
         scheduler, x = pipe.scheduler, torch.ones(1, 2)
         for begin in (6, 0):
             scheduler.set_timesteps()
@@ -162,7 +173,7 @@ def test_a_probe_counts_its_steps_from_where_it_begins():
 @pytest.mark.parametrize("told", [None, [990.0, 990.0, 300.0]])
 def test_the_scheduler_is_saved_and_loaded_with_all_of_its_numbers(told, tmp_path, caplog):
     like = FlowMatchEulerDiscreteScheduler(shift=3.0, num_train_timesteps=1 if told is None else 1000)
-    numbers = {"told": told, "like": like, "coefficients": [[1.1, 0.0], [1.2, -0.2], [1.3, -0.3]]}
+    numbers = {"model_timesteps": told, "like": like, "coefficients": [[1.1, 0.0], [1.2, -0.2], [1.3, -0.3]]}
     own = FixedSigmaScheduler([1, np.float64(0.9), 0.5], **numbers)
     own.save_pretrained(tmp_path)
     kind = FixedSigmaScheduler
@@ -215,6 +226,13 @@ def enter_disabled(pipe):
     pipe.disable_lora()
 
 
+@contextlib.contextmanager
+def drawing(pipe, fuse: bool, scales=None):
+    fused = fused_adapters(pipe.transformer) if fuse else contextlib.nullcontext(activate_adapter)
+    with fused as activate, glance_inference(pipe, PHASES, scales, activate) as kwargs:
+        yield kwargs
+
+
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("enter, beside", [(enter_style, "style"), (enter_slow, "style"), (enter_disabled, "")])
 def test_other_adapters_stay_and_everything_is_put_back(enter, beside, fuse, pipelines):
@@ -224,7 +242,7 @@ def test_other_adapters_stay_and_everything_is_put_back(enter, beside, fuse, pip
     enter(pipe)
     before, scheduler, calls = state(pipe), pipe.scheduler, watched(pipe)
     scale = next(iter(tuner_layers(pipe.transformer).values())).scaling["style"]
-    with glance_inference(pipe, PHASES, {"slow": 0.5}, fuse=fuse) as kwargs:
+    with drawing(pipe, fuse, {"slow": 0.5}) as kwargs:
         found = draw(pipe, **kwargs)
         assert next(iter(tuner_layers(pipe.transformer).values())).scaling["style"] == scale
     assert state(pipe) == before and pipe.scheduler is scheduler
@@ -234,7 +252,7 @@ def test_other_adapters_stay_and_everything_is_put_back(enter, beside, fuse, pip
             mine = [] if fuse else [STEPS[number]]
             assert active == [part for part in [beside, *mine] if part in here], name
 
-    with pytest.raises(KeyError), glance_inference(pipe, PHASES, fuse=fuse) as kwargs:
+    with pytest.raises(KeyError), drawing(pipe, fuse) as kwargs:
         draw(pipe, **kwargs, callback_on_step_end=lambda *rest: {}["nothing"])
     assert state(pipe) == before and pipe.scheduler is scheduler
 
@@ -256,10 +274,10 @@ def test_names_that_are_not_loaded_are_an_error(pipelines):
     pipe = load(pipelines["flux"], early=["to_q"], fast=["to_k"])
     scheduler, before = pipe.scheduler, state(pipe)
     for settings, message in [
-        ({"phases": PHASES}, "'slow'.*early, fast"),
-        ({"phases": {"early": [1000.0], "fast": [500.0]}, "scales": {"slow": 2.0}}, "slow is no phase"),
-        ({"phases": {"early": [500.0], "fast": [1000.0]}}, "descending"),
-        ({"phases": {"early": [1000.0], "fast": [500.0]}, "coefficients": [[1.0, 0.0]]}, "1 of them for 2"),
+        ({"schedule": PHASES}, "'slow'.*early, fast"),
+        ({"schedule": {"early": [1000.0], "fast": [500.0]}, "scales": {"slow": 2.0}}, "slow is no phase"),
+        ({"schedule": {"early": [500.0], "fast": [1000.0]}}, "descending"),
+        ({"schedule": Schedule({"early": [1000.0], "fast": [500.0]}, None, [[1.0, 0.0]])}, "1 of them for 2"),
     ]:
         with pytest.raises(InputError, match=message), glance_inference(pipe, **settings):
             pass
@@ -272,3 +290,28 @@ def test_names_that_are_not_loaded_are_an_error(pipelines):
     pipe.unload_lora_weights()
     with pytest.raises(InputError, match="it has none"), glance_inference(pipe, PHASES):
         pass
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The schedule as data
+
+
+def test_a_schedule_is_json_and_walks_what_it_says():
+    """What the model is told is read off the table between its points; a plain dict says the phases alone."""
+    table = [[0.0, 0.0], [500.0, 800.0], [1000.0, 1000.0]]
+    own = Schedule({"slow": [1000, 750], "fast": [250]}, table, [[1.1, 0.0], [1.2, -0.2], [1.3, -0.3]], {"scale": 1.0})
+    read = Schedule(**json.loads(json.dumps(dataclasses.asdict(own))))
+    assert read == own and read.timesteps == [1000, 750, 250] and read.phase_of_steps == ["slow", "slow", "fast"]
+    scheduler = read.scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    scheduler.set_timesteps()
+    assert scheduler.sigmas.tolist() == [1.0, 0.75, 0.25, 0.0] and scheduler.timesteps.tolist() == [1000, 900, 400]
+    assert scheduler.config.coefficients == own.coefficients
+    plain = Schedule({"slow": [1000.0], "fast": [500.0]}).scheduler()
+    plain.set_timesteps()
+    assert plain.timesteps.tolist() == [1000.0, 500.0]
+
+
+def test_guidance_that_is_folded_in_is_switched_off_by_the_schedule(pipelines):
+    pipe = load(pipelines["flux"], slow=["to_q"], fast=["to_k"])
+    with glance_inference(pipe, Schedule(PHASES, guidance={"guidance_scale": 1.0})) as kwargs:
+        assert kwargs == {"num_inference_steps": 10, "guidance_scale": 1.0}

@@ -10,10 +10,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_chat_families import make_qwen21
 
-import infer_glance
 from glance.ask import pipeline as ask
 from glance.ask import prompts as ask_prompts
-from glance.ask.schedule import ask_timesteps, ask_told, has_own_steps
+from glance.ask.schedule import ask_timestep_table, ask_timesteps, has_own_steps
+from glance.files import pictures
 from glance.files.recipe import WEIGHT_NAME, read_recipe
 from glance_utils import PHASES, InputError
 
@@ -96,7 +96,7 @@ def test_a_walk_that_does_not_descend_point_by_point_is_refused(name, pipelines)
     change, message = WALKS[name]
     pipe = DiffusionPipeline.from_pretrained(pipelines["sd3"])
     pipe.scheduler = with_points(change)
-    for question in (ask_timesteps, ask_told):
+    for question in (ask_timesteps, ask_timestep_table):
         with pytest.raises(InputError, match=f"^StableDiffusion3Pipeline: with its Changed {message}") as error:
             question(pipe, 50, prompt="a red ring", height=32, width=32)
         assert "\n" not in str(error.value) and "FlowMatchEulerDiscreteScheduler" in str(error.value)
@@ -185,8 +185,8 @@ def test_more_than_its_own_is_refused(settings, message, turbo, train):
 def test_its_comparison_is_with_all_of_its_own(turbo, own_timesteps, train, infer, tmp_path, monkeypatch):
     """And without a column that would say four steps and draw eight."""
     output, rows = train(turbo, max_train_steps=1, **CALL), []
-    draw = infer_glance.draw_comparison
-    monkeypatch.setattr(infer_glance, "draw_comparison", lambda found, *more: rows.extend(found) or draw(found, *more))
+    draw = pictures.draw_row
+    monkeypatch.setattr(pictures, "draw_row", lambda found, *more: rows.append(found) or draw(found, *more))
     path = infer(turbo, lora=output, compare=True)
     assert [(label, calls) for label, _, _, calls in rows[0]] == [("base, 8 steps", 8), ("Glance, 4 steps", 4)]
     assert Image.open(path).size[0] > 0

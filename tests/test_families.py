@@ -31,10 +31,18 @@ from glance import command_line as cli
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.ask.guidance import _made_up_step, ask_single_branch
-from glance.ask.schedule import ask_timesteps, ask_told
+from glance.ask.schedule import ask_timestep_table, ask_timesteps
 from glance.ask.velocity import PipelineVelocity
 from glance.files.recipe import WEIGHT_NAME
-from glance_utils import PHASES, FixedSigmaScheduler, InputError, denoiser, denoiser_name, timesteps_to_sigmas
+from glance_utils import (
+    PHASES,
+    FixedSigmaScheduler,
+    InputError,
+    denoiser,
+    denoiser_name,
+    model_timesteps,
+    timesteps_to_sigmas,
+)
 
 
 pytestmark = pytest.mark.families
@@ -209,12 +217,12 @@ def test_family(name, pair, infer, tmp_path, monkeypatch):
     pipe = load(base)
     call = ask.call_arguments(pipe, "a red ring", size, size, None, extra)
     off = ask_single_branch(pipe, **call)
-    told = ask_told(pipe, 50, **call)
+    table = ask_timestep_table(pipe, 50, **call)
     walked = ask_timesteps(pipe, 50, **call)
     stock = stock_walk(pipe, 50, call, {})
     np.testing.assert_allclose(walked, [sigma for _, sigma, _, _ in stock], atol=1)  # some round what they tell
     sigmas = timesteps_to_sigmas(walked)
-    fixed = FixedSigmaScheduler(sigmas, told(sigmas), like=pipe.scheduler)
+    fixed = FixedSigmaScheduler(sigmas, model_timesteps(table, sigmas), like=pipe.scheduler)
     fixed.set_timesteps()
     np.testing.assert_allclose(fixed.timesteps, [timestep for _, _, timestep, _ in stock], atol=1e-3)
 
@@ -225,7 +233,7 @@ def test_family(name, pair, infer, tmp_path, monkeypatch):
     round_trip = (ask_latents._decode_input(pipe, lambda sample: latents, **call) - encoded).abs().max().item()
     assert round_trip <= 1e-5
 
-    model, error = PipelineVelocity(pipe, told, **call | off), 0.0
+    model, error = PipelineVelocity(pipe, table, **call | off), 0.0
     for velocity, sigma, timestep, sample in stock_walk(pipe, 50, call, off)[3::23]:
         timestep = timestep if abs(timestep - sigma) < 1 else sigma  # some round what they tell
         found = model(sample, timestep / 1000)

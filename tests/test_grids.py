@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 
 from glance.ask import pipeline as ask
 from glance.ask import sampler as grids
-from glance.ask.schedule import ask_timesteps, ask_told
+from glance.ask.schedule import ask_timestep_table, ask_timesteps
 from glance.files.recipe import WEIGHT_NAME, read_recipe
 from glance_utils import PHASES, InputError, derive_timesteps, grid_positions
 
@@ -60,8 +60,8 @@ def test_a_walk_is_the_stock_pipelines(base, pipelines):
     """All of the model's own steps with its own noise end where the pipeline ends."""
     pipe = DiffusionPipeline.from_pretrained(pipelines[base])
     call = ask.call_arguments(pipe, "a red ring", 32, 32, None, {})
-    timesteps, told = ask_timesteps(pipe, 8, **call), ask_told(pipe, 8, **call)
-    points = grids.walk(pipe, timesteps, told, 3, **call)
+    timesteps, table = ask_timesteps(pipe, 8, **call), ask_timestep_table(pipe, 8, **call)
+    points = grids.walk(pipe, timesteps, table, 3, **call)
     stock = pipe(**call, num_inference_steps=8, generator=torch.Generator().manual_seed(3), output_type="latent")[0]
     assert len(points) == 9 and (points[-1] - stock).abs().max() < 1e-5
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import infer_glance
 import train_glance_lora
+from glance.adapters import fused_adapters
 from glance.ask import pipeline as ask
 from glance.files.recipe import WEIGHT_NAME, read_recipe
-from glance_utils import InputError, fused_adapters, glance_inference
+from glance_utils import InputError, glance_inference
 
 
 PHASES = ("slow", "fast")

@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_families import FAMILIES
 
-import glance_utils
+import infer_glance
 import train_glance_lora
 from glance import base as load_base
-from glance.adapters import lora_layers
+from glance.adapters import fused_adapters, lora_layers
 from glance.ask import pipeline as ask
 from glance.ask import velocity as ask_velocity
 from glance.ask.guidance import ask_single_branch
@@ -283,13 +283,13 @@ def test_compiled_training_is_the_same_and_compiles_once_for_both_phases(train, 
 
 def test_the_hand_off_compiles_nothing(trained, infer, tmp_path, monkeypatch):
     """The second picture, with its two hand-offs, finds everything compiled; and so does the first one's own."""
-    counted, activate = [], glance_utils.fused_adapters
+    counted, activate = [], infer_glance.fused_adapters
 
     def watched(transformer):
         counted.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         return activate(transformer)
 
-    monkeypatch.setattr(glance_utils, "fused_adapters", watched)
+    monkeypatch.setattr(infer_glance, "fused_adapters", watched)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     wanted = picture(infer(lora=trained()))
@@ -313,9 +313,9 @@ def test_fused_loras_draw_the_same_and_leave_the_base_as_it_was(base, trained, p
         load_lora(pipe, path, phase)
     before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
 
-    def draw(**settings):
+    def draw(activate=activate_adapter):
         pictures = []
-        with glance_inference(pipe, schedule, {"fast": 0.5}, **settings) as kwargs:
+        with glance_inference(pipe, schedule, {"fast": 0.5}, activate) as kwargs:
             for _ in range(2):
                 generator = torch.Generator().manual_seed(0)
                 pictures.append(
@@ -323,7 +323,9 @@ def test_fused_loras_draw_the_same_and_leave_the_base_as_it_was(base, trained, p
                 )
         return pictures
 
-    one, other = draw(), draw(fuse=True)
+    one = draw()
+    with fused_adapters(pipe.transformer) as activate:
+        other = draw(activate)
     activate_adapter(pipe.transformer, None)
     generator = torch.Generator().manual_seed(0)
     plain = pipe("a ring", height=32, width=32, generator=generator, output_type="pt", num_inference_steps=10)[0]

@@ -15,13 +15,20 @@ from tiny_image_families import make_lumina2
 import train_glance_lora
 from glance.ask import pipeline as ask
 from glance.ask import sampler as grids
-from glance.ask.schedule import ask_timesteps, ask_told
+from glance.ask.schedule import ask_timestep_table, ask_timesteps
 from glance.ask.velocity import PipelineVelocity
 from glance.files.faults import TRAJECTORIES
 from glance.files.lora import load_lora
 from glance.files.recipe import WEIGHT_NAME
 from glance.training import losses, trajectories
-from glance_utils import FixedSigmaScheduler, InputError, glance_inference, segment_slopes, timesteps_to_sigmas
+from glance_utils import (
+    FixedSigmaScheduler,
+    InputError,
+    Schedule,
+    glance_inference,
+    segment_slopes,
+    timesteps_to_sigmas,
+)
 
 
 PHASES = ("slow", "fast")
@@ -40,8 +47,9 @@ def teacher(pipelines):
     def call(base="flux", steps=12, dtype=torch.float32, **extra) -> trajectories.Teacher:
         pipe = DiffusionPipeline.from_pretrained(pipelines[base], dtype=dtype)
         arguments = ask.call_arguments(pipe, "a red ring", 32, 32, None, extra)
-        timesteps, told = ask_timesteps(pipe, steps, **arguments), ask_told(pipe, steps, **arguments)
-        return trajectories.Teacher(pipe, timesteps, told, arguments)
+        timesteps = ask_timesteps(pipe, steps, **arguments)
+        table = ask_timestep_table(pipe, steps, **arguments)
+        return trajectories.Teacher(pipe, timesteps, table, arguments)
 
     return call
 
@@ -51,9 +59,9 @@ def walks(monkeypatch):
     """The (caption, seed, number of steps) of every picture that the base draws for training."""
     seen, walk = [], grids.walk
 
-    def watched(pipe, timesteps, told, seed, coefficients=None, **call):
+    def watched(pipe, timesteps, timestep_table, seed, coefficients=None, **call):
         seen.append((call["prompt"], seed, len(timesteps)))
-        return walk(pipe, timesteps, told, seed, coefficients, **call)
+        return walk(pipe, timesteps, timestep_table, seed, coefficients, **call)
 
     monkeypatch.setattr(grids, "walk", watched)
     return seen
@@ -128,7 +136,8 @@ def end_error(teacher, output: Path, seed: int) -> tuple[float, float]:
     errors = []
     for scale in (0.0, 1.0):
         arguments = teacher.call | {"output_type": "latent", "generator": torch.Generator().manual_seed(seed)}
-        with glance_inference(teacher.pipe, phases, dict.fromkeys(PHASES, scale), teacher.told) as kwargs:
+        schedule = Schedule(phases, teacher.timestep_table)
+        with glance_inference(teacher.pipe, schedule, dict.fromkeys(PHASES, scale)) as kwargs:
             errors.append(grids.relative_error(teacher.pipe(**arguments, **kwargs)[0], exact))
     return tuple(errors)
 
@@ -371,7 +380,7 @@ def test_inference_goes_along_both_velocities(train, infer, teacher, tmp_path):
     arguments = asked.call | {"output_type": "latent"}
     for phase in PHASES:
         load_lora(asked.pipe, output / phase / WEIGHT_NAME, phase)
-    with glance_inference(asked.pipe, phases, coefficients=found) as kwargs:
+    with glance_inference(asked.pipe, Schedule(phases, coefficients=found)) as kwargs:
         for _ in range(2):  # the second picture begins anew, with no previous velocity
             latents = asked.pipe(**arguments, **kwargs, generator=torch.Generator().manual_seed(0))[0]
             assert (latents - exact).abs().max() < 1e-4

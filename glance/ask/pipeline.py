@@ -36,8 +36,8 @@ PLAIN_BASE = "a copy of the base whose model_index.json and scheduler_config.jso
 class Probe(FixedSigmaScheduler):
     """A schedule whose step is a function (index, model_output, sample) -> next sample."""
 
-    def __init__(self, sigmas: list[float], on_step, told: list[float] | None = None, like=None):
-        super().__init__(sigmas, told, like=like)
+    def __init__(self, sigmas: list[float], on_step, model_timesteps: list[float] | None = None, like=None):
+        super().__init__(sigmas, model_timesteps, like=like)
         self.on_step = on_step
         self.calls = 0
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from glance.ask.pipeline import Answer, Probe
-from glance_utils import as_floats, counts_image, replaced, segment_slopes, timesteps_to_sigmas
+from glance_utils import as_floats, counts_image, model_timesteps, replaced, segment_slopes, timesteps_to_sigmas
 
 
 def best_positions(points: list[torch.Tensor], sigmas: list[float], count: int) -> list[int]:
@@ -80,7 +80,7 @@ def segment_targets(points, sigmas, positions, coefficients=None) -> tuple[list[
 
 
 def walk(
-    pipe: DiffusionPipeline, timesteps: list[float], told, seed: int, coefficients=None, **call
+    pipe: DiffusionPipeline, timesteps: list[float], timestep_table, seed: int, coefficients=None, **call
 ) -> list[torch.Tensor]:
     """The latents before each of these steps of the pipeline and after the last, on the CPU, summed up in float32
     whatever the pipeline computes in."""
@@ -99,7 +99,7 @@ def walk(
         previous = velocity
         return points[-1].to(sample)
 
-    probe = Probe(sigmas[:-1], on_step, told(sigmas[:-1]), pipe.scheduler)
+    probe = Probe(sigmas[:-1], on_step, model_timesteps(timestep_table, sigmas[:-1]), pipe.scheduler)
     with replaced(pipe, "scheduler", probe):
         try:
             pipe(

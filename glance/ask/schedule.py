@@ -1,6 +1,5 @@
 """Which timesteps does a pipeline walk, and what is its model told at them? Its own `__call__` says so in dry runs."""
 
-import numpy as np
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 
@@ -23,17 +22,17 @@ def has_own_steps(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> bool:
     return _walk(pipe, num_steps, **kwargs) == _walk(pipe, other, **kwargs)
 
 
-def ask_told(pipe: DiffusionPipeline, num_steps: int, **kwargs):
-    """Function of sigmas: the timesteps that the model is told at them, None where they are 1000 * sigma.
+def ask_timestep_table(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[list[float]] | None:
+    """Return a Schedule's timestep_table: [timestep, what the model is told there], ascending, from 0 to 1000; None
+    where it is told just the timestep, 1000 * sigma.
 
     Some pipelines shift the sigmas of their schedule, but not the timesteps that go with them.
     """
     walk = _ask_walk(pipe, num_steps, **kwargs)
-    if all(told is None for _, told in walk):
-        return lambda sigmas: None
-    points = {(timestep, timestep if told is None else told) for timestep, told in walk}
-    timesteps, told = zip(*sorted({(0.0, 0.0), (1000.0, 1000.0), *points}))
-    return lambda sigmas: np.interp([1000 * sigma for sigma in sigmas], timesteps, told).tolist()
+    if all(model_timestep is None for _, model_timestep in walk):
+        return None
+    points = {(timestep, timestep if other is None else other) for timestep, other in walk}
+    return [list(point) for point in sorted({(0.0, 0.0), (1000.0, 1000.0), *points})]
 
 
 def _ask_walk(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[tuple[float, float | None]]:
@@ -69,14 +68,14 @@ def _walk(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[tuple[float
         return no_prediction(*args, **kwargs)
 
     def step(model_output, timestep, sample, *args, **kwargs):
-        told, timestep = float(timestep), 1000 * float(scheduler.sigmas[len(walked)])
-        same = abs(unit * told - timestep) < 1  # some round it
-        timestep = unit * told if same else timestep
+        model_timestep, timestep = float(timestep), 1000 * float(scheduler.sigmas[len(walked)])
+        same = abs(unit * model_timestep - timestep) < 1  # some round it
+        timestep = unit * model_timestep if same else timestep
         timestep = 1000 - timestep if counts_image(scheduler) else timestep
         if len(walked) not in acted:
             name = denoiser_name(pipe.config)
             raise InputError(f"{type(pipe).__name__}: at timestep {timestep:.0f} another model than its {name} acts")
-        walked.append((timestep, None if same else told))
+        walked.append((timestep, None if same else model_timestep))
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample)
 
     scheduler.step = step

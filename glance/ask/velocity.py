@@ -10,10 +10,18 @@ from diffusers import DiffusionPipeline
 from torch.utils._pytree import tree_leaves
 
 from glance.ask.pipeline import Answer, Probe, batch_argument, dry_run, no_prediction, refusals, run_pipeline
-from glance_utils import FixedSigmaScheduler, InputError, as_floats, counts_image, denoiser, timesteps_to_sigmas
+from glance_utils import (
+    FixedSigmaScheduler,
+    InputError,
+    as_floats,
+    counts_image,
+    denoiser,
+    model_timesteps,
+    timesteps_to_sigmas,
+)
 
 
-def ask_velocity_shares(pipe: DiffusionPipeline, timesteps: list[float], told, **kwargs) -> list[float]:
+def ask_velocity_shares(pipe: DiffusionPipeline, timesteps: list[float], timestep_table, **kwargs) -> list[float]:
     """How much of the velocity (noisy - image) / sigma a pipeline takes at each timestep, where its model predicts the
     image; near 0 some divide by more than sigma. 1 where the model predicts the velocity itself."""
     shares = []
@@ -24,7 +32,8 @@ def ask_velocity_shares(pipe: DiffusionPipeline, timesteps: list[float], told, *
             velocities.append(model_output)
             return torch.ones_like(sample)
 
-        dry_run(pipe, Probe([sigma, sigma], on_step, told([sigma, sigma]), pipe.scheduler), **kwargs)
+        probe = Probe([sigma, sigma], on_step, model_timesteps(timestep_table, [sigma, sigma]), pipe.scheduler)
+        dry_run(pipe, probe, **kwargs)
         shares.append(sigma * velocities[1].float().mean().item() or 1.0)  # the prediction is all zeros
     return shares
 
@@ -36,7 +45,7 @@ def takes_timesteps(pipe: DiffusionPipeline, **kwargs) -> bool:
     told in a dry step with two timesteps must be what it is told with each of them.
     """
 
-    def told(*timesteps) -> list[torch.Tensor]:
+    def inputs_at(*timesteps) -> list[torch.Tensor]:
         """Every tensor that the transformer gets in a dry step; the noise is the same each time."""
         found = []
 
@@ -49,7 +58,7 @@ def takes_timesteps(pipe: DiffusionPipeline, **kwargs) -> bool:
         return found
 
     try:
-        both, high, low = told(750.0, 250.0), told(750.0, 750.0), told(250.0, 250.0)
+        both, high, low = inputs_at(750.0, 250.0), inputs_at(750.0, 750.0), inputs_at(250.0, 250.0)
     except InputError:  # it wanted a number
         return False
     changed = [not torch.equal(one, other) for one, other in zip(high, low)]
@@ -62,18 +71,18 @@ def takes_timesteps(pipe: DiffusionPipeline, **kwargs) -> bool:
 def check_instantaneous(pipe: DiffusionPipeline, **kwargs) -> None:
     """InputError where the transformer is told where a step ends: it then predicts an average over the step, as
     MeanFlow does, and not the velocity at a point that the flow-matching loss trains."""
-    told = []
+    inputs_by_end = []
 
     def forward(*args, **inputs):
-        told[-1].append({name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+        inputs_by_end[-1].append({name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)})
         return no_prediction(*args, **inputs)
 
     for end in (0.5, 0.25):
-        told.append([])
+        inputs_by_end.append([])
         probe = Probe([1.0, end], lambda index, model_output, sample: sample)
         dry_run(pipe, probe, forward, **kwargs)
-    for name, value in told[0][0].items():
-        if not torch.equal(value, told[1][0][name]):
+    for name, value in inputs_by_end[0][0].items():
+        if not torch.equal(value, inputs_by_end[1][0][name]):
             raise InputError(
                 f"{type(pipe).__name__}: its model is told, as {name}, where a step ends; Glance needs a velocity"
             )
@@ -82,15 +91,27 @@ def check_instantaneous(pipe: DiffusionPipeline, **kwargs) -> None:
 class PipelineVelocity(torch.nn.Module):
     """velocity = model(noisy, sigma): one step of the pipeline's own `__call__`, with gradients to the transformer.
 
-    The schedule has two entries at the same sigma. At the first the transformer is bypassed and `noisy` enters the
-    loop, in the loop's own layout; at the second the pipeline calls the transformer as ever and what it hands to
-    `scheduler.step` is the velocity: unpacked, un-negated, exactly what inference will integrate.
+    A pipeline takes no (noisy, sigma): its loop begins with noise of its own, in a layout that only the loop knows,
+    and `latents=` may have another. So it runs with a Probe for a scheduler that has two steps, both at `sigma`:
+
+    1. The pipeline prepares its call as ever and enters its loop with latents that nobody needs.
+    2. First step: the transformer is bypassed, no_prediction answers zeros. `scheduler.step` ignores them and returns
+       `noisy`, which has so entered the loop in the loop's own layout.
+    3. Second step: the pipeline calls the transformer with `noisy` at `sigma`, with gradients, and makes of its output
+       what inference makes of it: unpacked, un-negated, guided. What it hands to `scheduler.step` is the velocity.
+    4. That `scheduler.step` raises Answer, which carries the velocity out of the call.
+
+    An exception, as nothing else ends a pipeline's call in its loop: after it come steps that would cost time and
+    memory or need the VAE, which was freed. A BaseException, as pipelines may catch Exception. The graph to the LoRAs
+    is intact, since it hangs on the tensor alone.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, told=lambda sigmas: None, takes_timesteps=False, **kwargs):
+    def __init__(self, pipe: DiffusionPipeline, timestep_table=None, takes_timesteps=False, **kwargs):
+        """`timestep_table` is ask_timestep_table's answer, `takes_timesteps` that of the function of that name;
+        `kwargs` are arguments of the pipeline's call."""
         super().__init__()
         self.pipe = pipe
-        self.told = told
+        self.timestep_table = timestep_table
         self.takes_timesteps = takes_timesteps
         self.transformer = denoiser(pipe)
         self.kwargs = kwargs
@@ -112,21 +133,21 @@ class PipelineVelocity(torch.nn.Module):
 
     def _timesteps(self, sigmas: list[float]) -> list[float]:
         """What the model is told at `sigmas`, in the scheduler's own arithmetic."""
-        schedule = FixedSigmaScheduler(sigmas, self.told(sigmas), like=self.pipe.scheduler)
+        schedule = FixedSigmaScheduler(sigmas, model_timesteps(self.timestep_table, sigmas), like=self.pipe.scheduler)
         schedule.set_timesteps()
         return schedule.timesteps.tolist()
 
     def _velocity(self, noisy: torch.Tensor, sigmas: list[float], **kwargs) -> torch.Tensor:
         velocity, asked = None, False
-        told = self._timesteps(sigmas)
-        told = told[0] if len(set(sigmas)) == 1 else told
+        timesteps = self._timesteps(sigmas)
+        timestep = timesteps[0] if len(set(sigmas)) == 1 else timesteps
 
         def on_step(index, model_output, sample):
             if index == 0:
                 return noisy.to(sample)
             raise Answer(model_output)  # what some pipelines do to the final latents needs the VAE, which was freed
 
-        probe = Probe([sigmas[0]] * 2, on_step, [told, told], self.pipe.scheduler)
+        probe = Probe([sigmas[0]] * 2, on_step, [timestep, timestep], self.pipe.scheduler)
         predict = self.transformer.forward
 
         def forward(*args, **inputs):

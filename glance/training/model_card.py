@@ -19,7 +19,7 @@ from glance.files import faults
 from glance.files.atomic import replace_file
 from glance.files.lora import load_lora
 from glance.files.recipe import WEIGHT_NAME
-from glance_utils import InputError, denoiser_name, first_line, glance_inference
+from glance_utils import InputError, Schedule, denoiser_name, first_line, glance_inference
 
 
 logger = logging.getLogger(__name__)
@@ -39,11 +39,11 @@ def draw_preview(asked, recipes: dict[str, dict], output_dir: Path, seed: int) -
     parts = [denoiser_name(pipe.config), *ask.further_denoisers(pipe)]
     for part in parts[1:]:
         setattr(pipe, part, asked.load_transformer(part=part))
-    schedule = {phase: recipe["timesteps"] for phase, recipe in recipes.items()}
-    for phase in schedule:
+    phases = {phase: recipe["timesteps"] for phase, recipe in recipes.items()}
+    for phase in phases:
         load_lora(pipe, output_dir / phase / WEIGHT_NAME, phase)
     fitted = asked.taught and asked.taught.coefficients
-    inference = glance_inference(pipe, schedule, told=asked.told, coefficients=fitted)
+    inference = glance_inference(pipe, Schedule(phases, asked.timestep_table, fitted))
     with inference as kwargs, ask.plain_call(pipe, asked.call) as call:
         generator = torch.Generator().manual_seed(seed)
         with torch.compiler.set_stance("force_eager"):  # one picture is not worth compiling for

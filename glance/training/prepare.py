@@ -21,7 +21,7 @@ from glance.ask import pipeline as ask
 from glance.ask import prompts as ask_prompts
 from glance.ask.guidance import ask_single_branch
 from glance.ask.prompt_lengths import PromptLengths
-from glance.ask.schedule import ask_timesteps, ask_told, has_own_steps
+from glance.ask.schedule import ask_timestep_table, ask_timesteps, has_own_steps
 from glance.ask.velocity import ask_velocity_shares, check_instantaneous, takes_timesteps
 from glance.files.instance_data import SOURCES, chosen_size, load_pair
 from glance.training import distribution, estimate
@@ -50,7 +50,7 @@ class Asked:
     schedule: dict[str, list[float]]  # timesteps by phase
     first_step: dict[str, int]  # of each phase among those of both
     grid: str | None  # which of the model's own steps those are; None where they were given
-    told: Callable  # the timesteps that the model is told at sigmas
+    timestep_table: list[list[float]] | None  # ask_timestep_table's
     latents: torch.Tensor | None  # (1, ...) float32, of the image or of what the base drew for one
     noise_scale: float
     layers: list[str]  # names of those that the LoRAs adapt
@@ -61,7 +61,7 @@ class Asked:
     taught: Trajectories | None = None  # what the base drew
 
 
-def warn_of_schedule(pipe, schedule, derived, told, train_call) -> None:
+def warn_of_schedule(pipe, schedule, derived, timestep_table, train_call) -> None:
     """Warn of timesteps that are far from the model's own, and of those at which it gives less than the velocity."""
     for phase, timesteps in schedule.items():
         far = max(abs(a - b) for a, b in zip(timesteps, derived[phase]))
@@ -70,7 +70,7 @@ def warn_of_schedule(pipe, schedule, derived, told, train_call) -> None:
             logger.warning(
                 f"--flow_custom_timesteps: {phase} is up to {far:.0f} timesteps off this model's own: {own}"
             )
-        for timestep, share in zip(timesteps, ask_velocity_shares(pipe, timesteps, told, **train_call)):
+        for timestep, share in zip(timesteps, ask_velocity_shares(pipe, timesteps, timestep_table, **train_call)):
             if share < 0.99:
                 logger.warning(
                     f"{phase}: at timestep {timestep:.1f} this pipeline takes only {share:.2f} of the velocity to the "
@@ -134,10 +134,10 @@ def ask_schedule(args, pipe, call: dict, single_call: dict) -> tuple:
     args.num_base_steps, args.num_inference_steps = choose_steps(args, pipe, grid, len(base_timesteps), own)
     positions = grid_positions(grid, args.num_inference_steps, len(base_timesteps))
     derived = derive_timesteps(base_timesteps, positions)
-    told = ask_told(pipe, args.num_base_steps, **call)
+    timestep_table = ask_timestep_table(pipe, args.num_base_steps, **call)
     schedule = {phase: custom or derived[phase] for phase, custom in args.custom_timesteps.items()}
-    warn_of_schedule(pipe, schedule, derived, told, single_call)
-    return base_timesteps, told, derived, schedule
+    warn_of_schedule(pipe, schedule, derived, timestep_table, single_call)
+    return base_timesteps, timestep_table, derived, schedule
 
 
 def needs_teacher(args, image) -> bool:
@@ -181,8 +181,8 @@ def ask_everything(args, accelerator, image, captions, size) -> Asked:
         component.to(accelerator.device)
     call, single_call, layers = ask_call(args, pipe, captions[0], size)
     train_call = trained_call(args, call, single_call)
-    base_timesteps, told, derived, schedule = ask_schedule(args, pipe, call, single_call)
-    teacher = Teacher(pipe, base_timesteps, told, call) if needs_teacher(args, image) else None
+    base_timesteps, timestep_table, derived, schedule = ask_schedule(args, pipe, call, single_call)
+    teacher = Teacher(pipe, base_timesteps, timestep_table, call) if needs_teacher(args, image) else None
     layout = ask_latents.ask_layout(pipe, **call)
     latents = None
     if image is not None:
@@ -206,7 +206,7 @@ def ask_everything(args, accelerator, image, captions, size) -> Asked:
         schedule=schedule,
         first_step={"slow": 0, "fast": len(derived["slow"])},
         grid=None if args.flow_custom_timesteps else args.grid,
-        told=told,
+        timestep_table=timestep_table,
         latents=latents,
         noise_scale=noise_scale,
         layers=layers,

@@ -50,19 +50,22 @@ class Trajectories:
 class Teacher:
     """The base, asked to draw: `draw(caption, seed)` are all points of a trajectory, (1, ...) float32 each."""
 
-    def __init__(self, pipe, base_timesteps: list[float], told, call: dict):
+    def __init__(self, pipe, base_timesteps: list[float], timestep_table, call: dict):
         if further_denoisers(pipe):
             raise InputError(
                 f"{type(pipe).__name__} guides with a second model, which training does not load, so it cannot draw; "
                 "give an image, --loss flow, --grid glance or even, --solver euler"
             )
-        self.pipe, self.timesteps, self.told, self.call = pipe, base_timesteps, told, call
+        self.pipe, self.timesteps, self.call = pipe, base_timesteps, call
+        self.timestep_table = timestep_table
         self.sigmas = [*timesteps_to_sigmas(base_timesteps), 0.0]
 
     def draw(self, caption: str, seed: int, positions=None, coefficients=None) -> list[torch.Tensor]:
         """FloatingPointError where the base ends at NaN, on which everything learned from it would."""
         kept = self.timesteps if positions is None else [self.timesteps[position] for position in positions]
-        points = grids.walk(self.pipe, kept, self.told, seed, coefficients, **self.call | {"prompt": caption})
+        points = grids.walk(
+            self.pipe, kept, self.timestep_table, seed, coefficients, **self.call | {"prompt": caption}
+        )
         with faults.explained(f"what the base draws to be trained on, in {denoiser(self.pipe).dtype}"):
             ask_latents.check_finite(points[-1], "its final latents")
         return points
@@ -70,7 +73,8 @@ class Teacher:
     @torch.no_grad()
     def check(self, points: list[torch.Tensor], positions: list[int]) -> None:
         """InputError where a single step, as training sees it, has not the velocity of the trajectory's first step."""
-        model, slopes = PipelineVelocity(self.pipe, self.told, **self.call), segment_slopes(points, self.sigmas)
+        model = PipelineVelocity(self.pipe, self.timestep_table, **self.call)
+        slopes = segment_slopes(points, self.sigmas)
         for position in positions:
             velocity = model(points[position], self.sigmas[position]).float().cpu()
             if (error := grids.relative_error(velocity, slopes[position])) > 0.02:
