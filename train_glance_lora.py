@@ -371,7 +371,7 @@ def train_phase(
     phase, transformer = recipe["phase"], denoiser(asked.pipe)
     parameters = fresh_adapter(args, accelerator, transformer, asked.layers)
     optimizer, lr_scheduler = make_optimizer(args, parameters)
-    model = PipelineVelocity(asked.pipe, asked.timestep_table, asked.takes_timesteps)
+    model = PipelineVelocity(asked.pipe, asked.timestep_table, asked.takes_timesteps, asked.takes_batches)
     model, optimizer = distribution.prepare(args, accelerator, model, parameters, optimizer)
     objective, draws = make_objective(args, asked, phase), make_draws(args, accelerator, asked, phase)
     log = LossLog(phase, recipe["timesteps"])

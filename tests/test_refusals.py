@@ -8,11 +8,13 @@ import torch
 from conftest import flags, run_train
 from diffusers import FluxPipeline
 from test_errors import assert_one_line, assert_refused, snapshot
+from test_families import FAMILIES
 from tiny_pipelines import make_flux
 
 import infer_glance
 from glance.ask import pipeline as ask
 from glance.ask import prompts as ask_prompts
+from glance.ask.velocity import takes_batches
 from glance.training import estimate
 from glance_utils import InputError
 
@@ -193,3 +195,34 @@ def test_training_smaller_than_a_patch_is_one_line(pipelines, pair, tmp_path, ca
     base = {"pretrained_model_name_or_path": pipelines["flux"], "instance_image": pair, "output_dir": tmp_path / "o"}
     assert_refused(capsys, "2x2 is less than a patch", lambda: run_train(base, {"resolution": 2}))
     assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pipelines whose steps or samples depend on each other
+
+
+def test_a_pipeline_that_fills_a_cache_in_its_first_step_is_told_how_not_to(pair, tmp_path, capsys):
+    """Qwen-Image 2.1 keeps the prompt's keys and values of its first step."""
+    make, size, extra = FAMILIES["qwen21"]
+    base, output = make(tmp_path / "base"), tmp_path / "output"
+    settings = {"pretrained_model_name_or_path": base, "instance_image": pair, "output_dir": output}
+    word = "kv_cache_mode is 'extract' in the first step and 'cached' after it, and training asks each step by itself"
+    word += f"; give --pipeline_kwargs '{json.dumps(extra)}'"
+    assert_refused(capsys, word, lambda: run_train(settings, {"resolution": size}))
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("name", ["prx", "dreamlite"])
+def test_a_pipeline_that_guides_one_picture_alone_trains_sample_by_sample(name, pair, tmp_path):
+    """Their models get two timesteps or sizes, one for each branch, for any number of pictures."""
+    make, size, extra = FAMILIES[name]
+    base, output = make(tmp_path / "base"), tmp_path / "output"
+    pipe = ask.load_pipeline(base)
+    call = ask.call_arguments(pipe, "a red ring", size, size, None, extra)
+    assert not takes_batches(pipe, **call)
+    settings = {"pretrained_model_name_or_path": base, "instance_image": pair, "output_dir": output}
+    settings |= {"resolution": size, "num_base_steps": 12, "num_inference_steps": 4, "grid": "even", "solver": "euler"}
+    settings |= {"loss": "trajectory", "flow_weight": 0.5, "num_trajectories": 2, "max_train_steps": 2}
+    settings |= {"timesteps_per_step": 2, "train_batch_size": 2, "no-gradient_checkpointing": None}
+    run_train(settings, {"pipeline_kwargs": json.dumps(extra)})
+    assert (output / "glance.png").exists()

@@ -3,13 +3,25 @@
 Training through the pipeline sees exactly what inference will see.
 """
 
+import contextlib
 import itertools
+import json
 
 import torch
 from diffusers import DiffusionPipeline
 from torch.utils._pytree import tree_leaves
 
-from glance.ask.pipeline import Answer, Probe, batch_argument, dry_run, no_prediction, refusals, run_pipeline
+from glance.ask.pipeline import (
+    Answer,
+    Probe,
+    accepted_arguments,
+    batch_argument,
+    dry_run,
+    model_input,
+    no_prediction,
+    refusals,
+    run_pipeline,
+)
 from glance_utils import (
     FixedSigmaScheduler,
     InputError,
@@ -68,6 +80,75 @@ def takes_timesteps(pipe: DiffusionPipeline, **kwargs) -> bool:
     )
 
 
+def takes_batches(pipe: DiffusionPipeline, **kwargs) -> bool:
+    """Return whether one step of this pipeline can denoise several pictures of a prompt.
+
+    With guidance the model's batch is, for one picture, two samples, and some pipelines then hand it two timesteps or
+    sizes for any number of pictures. What has a row for each sample of one picture must have twice as many for two.
+    """
+
+    def called_with(count: int) -> tuple[int, list[torch.Size]]:
+        """The model's batch, and the shapes of all tensors that it gets."""
+        calls = []
+
+        def forward(*args, **inputs):
+            leaves = tree_leaves((args, inputs))
+            shapes = [value.shape for value in leaves if isinstance(value, torch.Tensor) and value.ndim]
+            calls.append((len(model_input(args, inputs)), shapes))
+            return no_prediction(*args, **inputs)
+
+        probe = Probe([1.0], lambda index, model_output, sample: sample, None, pipe.scheduler)
+        dry_run(pipe, probe, forward, **kwargs | {batch_argument(pipe): count})
+        return calls[0]
+
+    (one, shapes), (two, doubled) = called_with(1), called_with(2)
+    if one == 1 or len(shapes) != len(doubled):  # a single row serves any batch; lists have a part for each sample
+        return True
+    return all(twice[0] == two for shape, twice in zip(shapes, doubled) if shape[0] == one)
+
+
+def check_memoryless(pipe: DiffusionPipeline, **kwargs) -> None:
+    """Raise InputError where a step leaves something to the next, as keys and values that the first step computes for
+    all: training asks every step by itself.
+
+    Of two steps at the same sigma, with the same sample, the second must call its model in the same mode. Where it
+    does not, the error names the pipeline's own switch with which it would, if there is one.
+    """
+    if (mode := _changing_mode(pipe, **kwargs)) is None:
+        return
+    parameters = accepted_arguments(pipe).items()
+    switches = [{name: not parameter.default} for name, parameter in parameters if type(parameter.default) is bool]
+    hint = "none of its arguments changes that, so use another pipeline class for this base"
+    for switch in switches:
+        with contextlib.suppress(InputError):  # a value that it does not take
+            if _changing_mode(pipe, **kwargs | switch) is None:
+                hint = f"give --pipeline_kwargs '{json.dumps(switch)}'"
+                break
+    name, first, then = mode
+    raise InputError(
+        f"{type(pipe).__name__}: its model's {name} is {first!r} in the first step and {then!r} after it, and "
+        f"training asks each step by itself; {hint}"
+    )
+
+
+def _changing_mode(pipe: DiffusionPipeline, **kwargs) -> tuple[str, object, object] | None:
+    """(name, value, next value) of a word or a switch that the model is called with, where the next step at the same
+    sigma has another, or None."""
+    steps = [{}, {}]
+
+    def forward(*args, **inputs):
+        steps[min(probe.calls, 1)].update(
+            {name: value for name, value in inputs.items() if value is None or isinstance(value, str | bool)}
+        )
+        return no_prediction(*args, **inputs)
+
+    probe = Probe([1.0, 1.0], lambda index, model_output, sample: sample, None, pipe.scheduler)
+    dry_run(pipe, probe, forward, **kwargs)
+    first, second = steps
+    changed = [(name, first[name], second[name]) for name in first if name in second and first[name] != second[name]]
+    return changed[0] if changed else None
+
+
 def check_instantaneous(pipe: DiffusionPipeline, **kwargs) -> None:
     """InputError where the transformer is told where a step ends: it then predicts an average over the step, as
     MeanFlow does, and not the velocity at a point that the flow-matching loss trains."""
@@ -106,13 +187,21 @@ class PipelineVelocity(torch.nn.Module):
     is intact, since it hangs on the tensor alone.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, timestep_table=None, takes_timesteps=False, **kwargs):
-        """`timestep_table` is ask_timestep_table's answer, `takes_timesteps` that of the function of that name;
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        timestep_table=None,
+        takes_timesteps: bool = False,
+        takes_batches: bool = True,
+        **kwargs,
+    ):
+        """`timestep_table` is ask_timestep_table's answer, the next two those of the functions of their names;
         `kwargs` are arguments of the pipeline's call."""
         super().__init__()
         self.pipe = pipe
         self.timestep_table = timestep_table
         self.takes_timesteps = takes_timesteps
+        self.takes_batches = takes_batches
         self.transformer = denoiser(pipe)
         self.kwargs = kwargs
 
@@ -121,13 +210,14 @@ class PipelineVelocity(torch.nn.Module):
 
         `sigmas` are any number, or a list, array or tensor of numbers; ValueError where it has another length.
         `kwargs` are further arguments of the pipeline's call, which win over those given before. Different sigmas are
-        one run where the pipeline takes them so, and one for each where it does not.
+        one run where the pipeline takes them so, and one for each where it does not; so are samples of one sigma.
         """
         sigmas = as_floats(sigmas)
         sigmas = sigmas * len(noisy) if len(sigmas) == 1 else sigmas
         if len(sigmas) != len(noisy):
             raise ValueError(f"{len(sigmas)} sigmas for a batch of {len(noisy)}; give one, or one for each")
         runs = [sigmas] if self.takes_timesteps else [list(run) for _, run in itertools.groupby(sigmas)]
+        runs = runs if self.takes_batches else [[sigma] for sigma in sigmas]
         parts = noisy.split([len(run) for run in runs])
         return torch.cat([self._velocity(part, run, **self.kwargs | kwargs) for part, run in zip(parts, runs)])
 

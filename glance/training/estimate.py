@@ -184,14 +184,14 @@ def run_step(pipe, mode: FakeTensorMode, counter, call: dict) -> None:
     raise InputError(f"{type(pipe).__name__}: asked for a step's memory, but it never called its transformer")
 
 
-def measure_step(pipe, mode: FakeTensorMode, gradient_checkpointing: bool, call: dict) -> Step:
+def measure_step(pipe, mode: FakeTensorMode, gradient_checkpointing: bool, call: dict, repeats: int) -> Step:
     if gradient_checkpointing:
         enable_gradient_checkpointing(denoiser(pipe))
     memory = PeakMemory(denoiser(pipe))
     run_step(pipe, mode, memory, call)
     operations = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)  # not both: it keeps tensors alive
     run_step(pipe, mode, operations, call)
-    return Step(memory.peak, operations.get_total_flops())
+    return Step(repeats * memory.peak, repeats * operations.get_total_flops())
 
 
 def base_bytes(transformer: torch.nn.Module, quantization: str) -> int:
@@ -210,10 +210,13 @@ def base_bytes(transformer: torch.nn.Module, quantization: str) -> int:
     return total
 
 
-def estimate(pipe, layers: list[str], rank: int, call: dict, checkpointing=(False, True)) -> Estimate:
-    """Ask the pipeline, whose transformer is on the meta device, for one training step with `call`.
+def estimate(
+    pipe, layers: list[str], rank: int, call: dict, checkpointing=(False, True), repeats: int = 1
+) -> Estimate:
+    """Return what a training step needs that is the pipeline's step with `call`, so many times, and then backward.
 
-    The transformer is of no other use afterwards. InputError where it decides by numbers that are not there.
+    The transformer is on the meta device, and of no other use afterwards. InputError where it decides by numbers that
+    are not there.
     """
     transformer, mode = denoiser(pipe), FakeTensorMode(allow_non_fake_inputs=True)
     with_adapters(transformer).requires_grad_(False)
@@ -229,7 +232,7 @@ def estimate(pipe, layers: list[str], rank: int, call: dict, checkpointing=(Fals
     if not transformer._supports_gradient_checkpointing:
         checkpointing = [choice for choice in checkpointing if not choice]
     try:
-        steps = {choice: measure_step(pipe, mode, choice, call) for choice in checkpointing}
+        steps = {choice: measure_step(pipe, mode, choice, call, repeats) for choice in checkpointing}
     except InputError as error:
         if isinstance(error.__cause__, UNKNOWN):
             raise InputError(

@@ -22,7 +22,13 @@ from glance.ask import prompts as ask_prompts
 from glance.ask.guidance import ask_single_branch
 from glance.ask.prompt_lengths import PromptLengths
 from glance.ask.schedule import ask_timestep_table, ask_timesteps, has_own_steps
-from glance.ask.velocity import ask_velocity_shares, check_instantaneous, takes_timesteps
+from glance.ask.velocity import (
+    ask_velocity_shares,
+    check_instantaneous,
+    check_memoryless,
+    takes_batches,
+    takes_timesteps,
+)
 from glance.files.instance_data import SOURCES, chosen_size, load_pair
 from glance.training import distribution, estimate
 from glance.training.trajectories import Teacher, Trajectories, draw_trajectories
@@ -55,6 +61,7 @@ class Asked:
     noise_scale: float
     layers: list[str]  # names of those that the LoRAs adapt
     takes_timesteps: bool  # whether a batch may hold several
+    takes_batches: bool  # whether a step may have several samples
     checkpointing: bool  # of gradients
     layout: ask_latents.LatentLayout
     vae: torch.nn.Module | None  # on the CPU, for the preview
@@ -89,6 +96,7 @@ def ask_call(args, pipe, caption, size) -> tuple[dict, dict, list[str]]:
     ask_prompts.remember_prompts(pipe)
     ask.dry_step(pipe, **call)
     check_instantaneous(pipe, **call)
+    check_memoryless(pipe, **call)
     return call, call | ask_single_branch(pipe, **call), layers
 
 
@@ -97,9 +105,12 @@ def trained_call(args, call: dict, single_call: dict) -> dict:
     return call if args.loss == "trajectory" and args.guidance == "keep" else single_call
 
 
-def batch_call(args, pipe, train_call: dict) -> dict:
-    """The arguments of one training step, all of its samples together."""
-    return train_call | {ask.batch_argument(pipe): args.train_batch_size * args.timesteps_per_step}
+def estimate_step(args, pipe, layers: list[str], train_call: dict, checkpointing=(False, True)) -> estimate.Estimate:
+    """Return what a micro-step needs, all of its samples together or, where the pipeline takes them so, one by one."""
+    samples = args.train_batch_size * args.timesteps_per_step
+    together = samples if samples == 1 or takes_batches(pipe, **train_call) else 1
+    call = train_call | {ask.batch_argument(pipe): together}
+    return estimate.estimate(pipe, layers, args.rank, call, checkpointing, samples // together)
 
 
 def choose_steps(args, pipe, grid: str, walked: int, own: bool) -> tuple[int, int]:
@@ -145,15 +156,20 @@ def needs_teacher(args, image) -> bool:
     return args.loss == "trajectory" or args.grid == "auto" or args.solver == "fitted" or image is None
 
 
-def remember_captions(args, pipe, captions: list[str], call: dict, train_calls: list[dict], together: bool) -> None:
+def batch_sizes(samples: int, timesteps: int, takes_timesteps: bool, takes_batches: bool) -> list[int]:
+    """Return how many pictures the pipeline will be asked for at once in training: `samples` of each of the step's
+    timesteps. Equal ones that lie side by side are one run, where a run takes but one."""
+    if not takes_batches:
+        return [1]
+    return [timesteps * samples] if takes_timesteps else [count * samples for count in range(1, timesteps + 1)]
+
+
+def remember_captions(pipe, captions: list[str], call: dict, train_calls: list[dict], sizes: list[int]) -> None:
     """Let the pipeline encode every caption as it will be asked for: alone to draw it, in batches to train on it."""
-    # Equal timesteps side by side are one run, where a run takes but one.
-    counts = [args.timesteps_per_step] if together else range(1, args.timesteps_per_step + 1)
     for caption in captions:
         ask.dry_step(pipe, **call | {"prompt": caption})
-        for train_call, count in itertools.product(train_calls, counts):
-            batch = {ask.batch_argument(pipe): count * args.train_batch_size}
-            ask.dry_step(pipe, **train_call | batch | {"prompt": caption})
+        for train_call, size in itertools.product(train_calls, sizes):
+            ask.dry_step(pipe, **train_call | {ask.batch_argument(pipe): size, "prompt": caption})
 
 
 def prepare_pipeline(args, accelerator, image, captions, size) -> Asked:
@@ -190,8 +206,11 @@ def ask_everything(args, accelerator, image, captions, size) -> Asked:
         latents = ask_latents.encode_image(pipe, pixels, layout, **call)
     noise_scale = ask_latents.ask_noise_scale(pipe, **call)
     several_timesteps = args.timesteps_per_step > 1 and takes_timesteps(pipe, **train_call)
-    train_calls = [train_call] + [single_call] * bool(args.flow_weight)
-    remember_captions(args, pipe, captions, call, train_calls, several_timesteps)
+    samples, timesteps = args.train_batch_size, args.timesteps_per_step
+    several_samples = samples * timesteps == 1 or takes_batches(pipe, **train_call)
+    train_calls = [train_call, single_call] if args.flow_weight else [train_call]
+    sizes = batch_sizes(samples, timesteps, several_timesteps, several_samples)
+    remember_captions(pipe, captions, call, train_calls, sizes)
     checkpointing = choose_checkpointing(args, accelerator, pipe, layers, train_call)
     vae = getattr(pipe, "vae", None)
     ask_prompts.free_components(pipe, **train_call)
@@ -211,6 +230,7 @@ def ask_everything(args, accelerator, image, captions, size) -> Asked:
         noise_scale=noise_scale,
         layers=layers,
         takes_timesteps=several_timesteps,
+        takes_batches=several_samples,
         checkpointing=checkpointing,
         layout=layout,
         vae=vae and vae.cpu(),
@@ -247,7 +267,7 @@ def choose_checkpointing(args, accelerator, pipe, layers, train_call) -> bool:
     if args.enable_group_offload or args.quantization == "fp8":
         return True
     try:
-        needed = estimate.estimate(pipe, layers, args.rank, batch_call(args, pipe, train_call), [False])
+        needed = estimate_step(args, pipe, layers, train_call, [False])
     except InputError as error:
         logger.info(f"Gradient checkpointing is on, to be safe: {error}")
         return True
@@ -274,5 +294,5 @@ def dry_run(args) -> str:
     call, single_call, layers = ask_call(args, pipe, caption, size)
     ask_schedule(args, pipe, call, single_call)
     train_call = trained_call(args, call, single_call)
-    found = estimate.estimate(pipe, layers, args.rank, batch_call(args, pipe, train_call))
+    found = estimate_step(args, pipe, layers, train_call)
     return estimate.report(found, device, dtype)
