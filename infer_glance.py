@@ -12,11 +12,11 @@ the picture is whole its rows are out-row-000.png, ... A picture that is not fin
 are, and the exit code is 1.
 """
 
-from glance import start
+from glance import inference_flags, start
 
 
 if __name__ == "__main__":
-    start.as_script("what was not saved yet is lost")
+    settings = start.as_script("what was not saved yet is lost", inference_flags.parse)
 
 import contextlib
 import functools
@@ -47,7 +47,6 @@ from glance.files.lora_forms import read_lora
 from glance.files.recipe import WEIGHT_NAME, read_recipe
 from glance.training import distribution, estimate, launcher
 from glance_utils import (
-    MAX_SIDE,
     PHASES,
     InputError,
     Schedule,
@@ -63,84 +62,25 @@ from glance_utils import (
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {name: getattr(torch, name) for name in inference_flags.DTYPES}
 
 
-def parse_args(argv: list[str] | None = None):
-    parser = cli.Parser(description="Ten-step inference with a Slow- and a Fast-LoRA.")
-    add = parser.add_argument
-    add("--pretrained_model_name_or_path", help="the base: a diffusers pipeline, folder or hub id")
-    add("--revision", help="git revision of the base on the hub")
-    add("--variant", help="variant of the weight files, for example fp16")
-    add("--lora", help="what train_glance_lora.py wrote, with slow/ and fast/ in it: folder or hub id")
-    add("--slow_lora", help="or: the Slow-LoRA's file, folder or hub id")
-    add("--fast_lora", help="and the Fast-LoRA's")
-    add("--slow_weight_name", help="the Slow-LoRA's file there, if it has another name")
-    add("--fast_weight_name", help="the Fast-LoRA's")
-    add("--lora_scale", type=cli.one_or_two, default="1", help="strength of both, or SLOW,FAST")
-    add(
-        "--flow_custom_timesteps",
-        help="'SLOW LIST;FAST LIST'; as trained by default, derived for files without recipe",
-    )
-    add("--allow_base_mismatch", action="store_true", help="use LoRAs on a base of another name, such as a fine-tune")
-    add("--prompt", action="append", help="may be given several times")
-    add("--prompts_file", help="one prompt a line")
-    add("--output", default="out.png")
-    add("--num_images", type=cli.positive(int), default=1, help="images per prompt")
-    add("--seed", type=cli.seed, default=0)
-    add("--height", type=cli.positive(int, MAX_SIDE), help="as trained by default")
-    add("--width", type=cli.positive(int, MAX_SIDE), help="as trained by default")
-    add("--guidance_scale", type=cli.finite, help="as trained by default")
-    add("--guidance", choices=("keep", "fold"), help="as trained by default; fold: none, it is in the LoRAs")
-    add("--pipeline_kwargs", type=cli.json_object, default={}, help="JSON: further arguments of the pipeline's call")
-    add("--compare", action="store_true", help="one labelled picture: base at full steps, base at ten, Glance")
-    add("--dtype", "--torch_dtype", choices=tuple(DTYPES), help="accelerate launch's by default, or float32")
-    add("--quantization", choices=load_base.QUANTIZATIONS, default="none", help="of the transformer, while it loads")
-    add("--fuse_lora", action="store_true", help="add each LoRA to the weights: no cost a step, more memory")
-    add("--compile", action="store_true", help="torch.compile the repeated blocks; fuses the LoRAs where it can")
-    add("--enable_model_cpu_offload", action="store_true", help="keep only the component at work on the accelerator")
-    add("--enable_group_offload", action="store_true", help="keep weights in host memory, the next layer on its way")
-    add("--enable_sequential_cpu_offload", action="store_true", help="slowest, least memory")
-    add("--enable_vae_tiling", action="store_true", help="decode large pictures in tiles")
-    args = parser.parse(argv)
-    args.dtype = launcher.agreed_dtype(args.dtype)
-    if not args.pretrained_model_name_or_path:
-        raise InputError("--pretrained_model_name_or_path is missing; give a diffusers pipeline, folder or hub id")
-    check_combination(args)
-    args.prompts = read_prompts(args)
-    args.custom_timesteps = None
+def parse_args(argv: list[str] | None = None) -> cli.Settings:
+    """Return what the command line asks for; ArgumentError or InputError where it has mistakes."""
+    return complete(inference_flags.parse(argv))
+
+
+def complete(args: cli.Settings) -> cli.Settings:
+    """Return inference_flags.parse's settings with what takes a library to know: the launcher's dtype and, by phase,
+    --flow_custom_timesteps; raise InputError where they cannot be followed."""
+    load_base.check_combination(args.quantization, args.enable_group_offload)
+    custom = None
     if args.flow_custom_timesteps is not None:
         lists = parse_timesteps(args.flow_custom_timesteps)
         if len(lists) != 2:
             raise InputError("--flow_custom_timesteps holds one list; inference takes two: 'SLOW LIST;FAST LIST'")
-        args.custom_timesteps = dict(zip(PHASES, lists))
-    return args
-
-
-def check_combination(args) -> None:
-    """InputError where ways to save memory or time exclude each other; --compile fuses where it can."""
-    load_base.check_combination(args.quantization, args.enable_group_offload)
-    offloads = ("enable_model_cpu_offload", "enable_group_offload", "enable_sequential_cpu_offload")
-    offload = [f"--{name}" for name in offloads if getattr(args, name)]
-    if len(offload) > 1:
-        raise InputError(f"{' and '.join(offload)} exclude each other; give one")
-    fixed = f"--quantization {args.quantization}" if args.quantization != "none" else " ".join(offload)
-    if args.fuse_lora and fixed:
-        raise InputError(
-            f"--fuse_lora changes weights in place, which {fixed} does not allow; leave one of the two out"
-        )
-    if args.quantization == "nf4" and args.enable_sequential_cpu_offload:
-        raise InputError(
-            "--enable_sequential_cpu_offload does not take --quantization nf4; use --enable_model_cpu_offload"
-        )
-    args.fuse_lora = args.fuse_lora or (args.compile and not fixed)
-
-
-def read_prompts(args) -> list[str]:
-    prompts = [prompt.strip() for prompt in args.prompt or [] if prompt.strip()] + cli.read_prompts(args.prompts_file)
-    if not prompts:
-        raise InputError("no prompt; give --prompt TEXT or --prompts_file FILE")
-    return prompts
+        custom = dict(zip(PHASES, lists))
+    return args.replace(dtype=launcher.agreed_dtype(args.dtype), custom_timesteps=custom)
 
 
 def find_loras(args) -> dict[str, Path]:
@@ -401,8 +341,9 @@ def draw_all(
     return drawn, failed
 
 
-def main(argv: list[str] | None = None):
-    args = parse_args(argv)
+def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
+    """Draw as the command line says; `settings` are what inference_flags.parse made of it, if it was asked before."""
+    args = complete(settings or inference_flags.parse(argv))
     cli.set_up_logging()
     paths = find_loras(args)
     recipe, phases = read_recipes(args, paths)
@@ -451,4 +392,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(functools.partial(main, settings=settings))

@@ -11,13 +11,14 @@ will do: the schedule, the latents and the velocity are asked of the pipeline it
 """
 
 from glance import start
+from glance.training import flags
 
 
 if __name__ == "__main__":
-    start.as_script("not while training, so no checkpoint was written")
+    settings = start.as_script("not while training, so no checkpoint was written", flags.parse)
 
-import argparse
 import contextlib
+import functools
 import hashlib
 import signal
 from pathlib import Path
@@ -25,13 +26,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    LoggerType,
-    ProjectConfiguration,
-)
-from diffusers.optimization import SchedulerType
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from tqdm.auto import tqdm
@@ -54,20 +49,18 @@ from glance.files.checkpoints import (
 )
 from glance.files.instance_data import load_pair
 from glance.files.lora import save_lora
-from glance.training import distribution, launcher, losses, trackers, trajectories
+from glance.training import distribution, losses, trackers, trajectories
 from glance.training.draws import Draws
 from glance.training.log import LossLog, check_finite
 from glance.training.model_card import create_hub_repo, draw_preview, push_to_hub, save_picture, write_model_card
 from glance.training.optimizer import TrainingState, make_optimizer
 from glance.training.prepare import Asked, dry_run, prepare_pipeline
+from glance.training.settings import complete
 from glance_utils import (
-    MAX_SIDE,
     PHASES,
-    InputError,
     __version__,
     denoiser,
     denoiser_name,
-    parse_timesteps,
     timesteps_to_sigmas,
 )
 
@@ -75,209 +68,11 @@ from glance_utils import (
 logger = get_logger(__name__)
 
 ADAPTER = "glance"
-# The flow loss's are the published method's, the trajectory loss's are what measured best (benchmarks/README.md).
-DEFAULTS = {"flow": {"grid": "glance", "solver": "euler"}, "trajectory": {"grid": "auto", "solver": "fitted"}}
 
 
-def make_parser() -> cli.Parser:
-    """Return the parser of all flags; those that the launcher has too are None until launcher.set_defaults."""
-    parser = cli.Parser(description="Train Glance's Slow-LoRA and Fast-LoRA on one image and its caption.")
-    add = parser.add_argument
-    # model
-    add("--pretrained_model_name_or_path", help="a diffusers pipeline: folder or hub id")
-    add("--revision", help="git revision of the model on the hub")
-    add("--variant", help="variant of the weight files, for example fp16")
-    add("--pipeline_kwargs", type=cli.json_object, default={}, help="JSON: further arguments of the pipeline's call")
-    add("--guidance_scale", type=cli.finite, help="the pipeline's own by default")
-    # data: one image and its caption
-    add("--instance_image", help="the image file")
-    add("--instance_prompt", help="its caption; by default the .txt beside the image")
-    add("--instance_data_dir", help="or: a folder that holds one image and its .txt")
-    add("--data_backend_config", help="or: a SimpleTuner dataloader JSON with one image")
-    add("--prompts_file", help="further captions for the trajectory loss, one a line")
-    add("--dataset_name", help="or: one row of a data set, hub name or folder")
-    add("--dataset_index", type=int, default=0)
-    add("--image_column", default="image")
-    add("--caption_column", default="text")
-    add(
-        "--resolution",
-        type=cli.positive(int, MAX_SIDE),
-        help="height and width in pixels; 1024 if nothing else is said",
-    )
-    add("--height", type=cli.positive(int, MAX_SIDE))
-    add("--width", type=cli.positive(int, MAX_SIDE))
-    # schedule
-    add(
-        "--phase",
-        choices=("slow", "fast", "both"),
-        help="both by default, or the one that a single list of timesteps is",
-    )
-    add("--parallel_phases", action="store_true", help="slow on one half of the processes, fast on the other")
-    add(
-        "--flow_custom_timesteps",
-        type=cli.comma_separated,
-        help="'LIST' for one phase, 'SLOW LIST;FAST LIST' for both; derived by default",
-    )
-    add("--flow_timesteps_mode", choices=("stratified", "random"), default="stratified")
-    add(
-        "--num_base_steps",
-        type=cli.positive(int, 65536),
-        help="steps of the schedule that Glance's are picked from; 50, or as many as a base of few steps has",
-    )
-    add(
-        "--num_inference_steps",
-        type=cli.positive(int),
-        help="the first half slow, the rest fast; 10, or half of a base's own few steps",
-    )
-    add(
-        "--grid",
-        choices=("glance", "even", "auto"),
-        help="which of the model's own steps: the published ones, every n-th, or whichever measure best of these and "
-        "of those that follow its trajectory best; glance for the flow loss, auto for the trajectory loss",
-    )
-    # what is learned
-    add(
-        "--loss",
-        choices=("flow", "trajectory"),
-        default="flow",
-        help="towards the image, as published, or along the base's own trajectory, which needs no image",
-    )
-    add("--guidance", choices=("keep", "fold"), default="keep", help="fold: infer without, in half the model calls")
-    add("--num_trajectories", type=cli.positive(int, 10**4), default=4, help="seeds per caption")
-    add(
-        "--segment_weights",
-        choices=tuple(losses.SEGMENT_POWERS),
-        default="uniform",
-        help="of the trajectory loss: alike, or by the length of each step in sigma, or its square",
-    )
-    add(
-        "--flow_weight",
-        type=cli.positive(float),
-        default=0.0,
-        help="so much of the flow loss beside the trajectory loss",
-    )
-    add(
-        "--solver",
-        choices=("euler", "fitted"),
-        help="fitted: each step also looks at the one before it, as much as the base's own trajectory says, where "
-        "that measures better; euler for the flow loss, fitted for the trajectory loss",
-    )
-    # LoRA
-    add("--rank", "--lora_rank", type=cli.positive(int, 4096), default=32)
-    add("--lora_alpha", type=cli.positive(float), help="the rank by default")
-    add(
-        "--lora_layers",
-        type=cli.comma_separated,
-        help="comma-separated names of linear layers; attention, MLP output and modulation by default",
-    )
-    # training
-    add("--output_dir", default="output/glance")
-    add("--seed", type=cli.seed, default=0)
-    add("--max_train_steps", type=cli.positive(int), default=60, help="per phase")
-    add("--train_batch_size", type=cli.positive(int), default=1)
-    add("--timesteps_per_step", type=cli.positive(int), default=1, help="5 trains all of a phase's in every step")
-    add("--gradient_accumulation_steps", type=cli.positive(int), help="accelerate launch's by default, or 1")
-    add(
-        "--learning_rate", type=cli.positive(float), help="1e-5 for the trajectory loss that keeps guidance, else 3e-4"
-    )
-    add(
-        "--lr_scheduler",
-        choices=[kind.value for kind in SchedulerType if kind.value != "piecewise_constant"],
-        default="constant",
-    )
-    add("--lr_warmup_steps", type=cli.count, default=0)
-    add("--adam_weight_decay", type=cli.finite, default=1e-2)
-    add("--max_grad_norm", type=cli.positive(float), help="accelerate launch's by default, or 1")
-    add("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW8bit")
-    add(
-        "--mixed_precision",
-        choices=("no", "fp16", "bf16"),
-        help="dtype of the frozen base; accelerate launch's by default, or no",
-    )
-    # memory and speed
-    add("--quantization", choices=load_base.QUANTIZATIONS, default="none", help="of the frozen base, while it loads")
-    add(
-        "--gradient_checkpointing",
-        action=argparse.BooleanOptionalAction,
-        help="less memory, about a third slower; by default where the step would not fit without",
-    )
-    add("--enable_group_offload", action="store_true", help="keep the base in host memory, a layer on the accelerator")
-    add("--compile", action="store_true", help="torch.compile the repeated blocks: a minute before the first step")
-    add("--dry_run", action="store_true", help="say what the run will need, from the configs alone, and stop")
-    # checkpoints, logs, hub
-    add("--checkpointing_steps", type=cli.positive(int), help="write a checkpoint every so many steps")
-    add("--checkpoints_total_limit", type=cli.positive(int), help="keep this many")
-    add("--resume_from_checkpoint", help="'latest', which starts anew where there is none, or a checkpoint folder")
-    add("--report_to", choices=("none", *(kind.value for kind in LoggerType)), default="none")
-    add("--logging_dir", default="logs", help="inside output_dir")
-    add("--push_to_hub", action="store_true")
-    add("--hub_model_id")
-    # understood for SimpleTuner's recipe
-    add("--model_type", choices=("lora",), default="lora", help="SimpleTuner's; only lora")
-    add("--model_family", help="SimpleTuner's; not needed, the pipeline knows")
-    return parser
-
-
-def parse_args(argv: list[str] | None = None):
-    """Return the flags' values, those that depend on others filled in; InputError where they do not go together."""
-    parser = make_parser()
-    args = parser.parse(argv)
-    launcher.set_defaults(args)
-    if not args.pretrained_model_name_or_path:
-        raise InputError("--pretrained_model_name_or_path is missing; give a diffusers pipeline, folder or hub id")
-    if args.report_to not in ("none", "all", *(kind.value for kind in get_available_trackers())):
-        raise InputError(f"--report_to {args.report_to}: it is not installed; pip install {args.report_to}")
-    load_base.check_combination(args.quantization, args.enable_group_offload)
-    if args.gradient_checkpointing is False and (args.enable_group_offload or args.quantization == "fp8"):
-        raise InputError(
-            "--no-gradient_checkpointing: with --enable_group_offload or --quantization fp8 every layer's full weight "
-            "would stay until the backward pass; leave it out"
-        )
-    if args.flow_custom_timesteps is not None and args.grid is not None:
-        raise InputError("--flow_custom_timesteps gives the timesteps; leave --grid out")
-    if args.loss == "flow":
-        for name in ("prompts_file", "flow_weight", "segment_weights", "num_trajectories"):
-            if getattr(args, name) != parser.get_default(name):
-                raise InputError(f"--{name} belongs to the trajectory loss; give --loss trajectory or leave it out")
-    elif args.flow_custom_timesteps is not None:
-        raise InputError(
-            "--flow_custom_timesteps: the trajectory loss learns steps of the model's own schedule; give --grid "
-            "instead, or --loss flow"
-        )
-    if args.flow_custom_timesteps is not None and args.solver == "fitted":
-        raise InputError("--solver fitted is fitted to steps of the model's own; leave --flow_custom_timesteps out")
-    for name, value in DEFAULTS[args.loss].items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    kept = args.loss == "trajectory" and args.guidance == "keep"  # then the base is nearly there
-    args.learning_rate = args.learning_rate or (1e-5 if kept else 3e-4)
-    args.custom_timesteps = choose_phases(args)
-    if args.num_inference_steps == 1 and "fast" in args.custom_timesteps:
-        raise InputError("--num_inference_steps 1 leaves the fast phase no step; give 2 or more, or --phase slow")
-    if args.parallel_phases and len(args.custom_timesteps) == 1:
-        raise InputError(
-            "--parallel_phases trains both phases; leave it out, or --phase and a single list of timesteps"
-        )
-    if args.parallel_phases and args.resume_from_checkpoint not in (None, "latest"):
-        raise InputError("--parallel_phases resumes each phase from its own checkpoint; give latest")
-    args.lora_alpha = args.lora_alpha or args.rank
-    return args
-
-
-def choose_phases(args) -> dict[str, list[float] | None]:
-    """The phases to train, each with its custom timesteps or None where they are derived from the pipeline."""
-    if args.flow_custom_timesteps is None:
-        return dict.fromkeys(PHASES if args.phase in (None, "both") else (args.phase,))
-    lists = parse_timesteps(args.flow_custom_timesteps)
-    if len(lists) == 2:
-        if args.phase in PHASES:
-            raise InputError(
-                f"--flow_custom_timesteps holds two lists, but --phase {args.phase} trains one; give its list"
-            )
-        return dict(zip(PHASES, lists))
-    if args.phase == "both":
-        raise InputError("--flow_custom_timesteps holds one list, but --phase both trains two: 'SLOW LIST;FAST LIST'")
-    # Only the slow phase begins at pure noise.
-    return {args.phase or ("slow" if lists[0][0] >= 990 else "fast"): lists[0]}
+def parse_args(argv: list[str] | None = None) -> cli.Settings:
+    """Return the run's settings; ArgumentError or InputError where the command line has mistakes."""
+    return complete(flags.parse(argv))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -427,14 +222,15 @@ def save_phase(asked: Asked, folder: Path, recipe: dict) -> Path:
     return save_lora(transformer, ADAPTER, folder, recipe, name)
 
 
-def main(argv: list[str] | None = None):
-    args = parse_args(argv)
+def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
+    """Train as the command line says; `settings` are what flags.parse made of it, if it was asked before."""
+    args = complete(settings or flags.parse(argv))
     if args.dry_run:
         cli.set_up_logging()
         print(dry_run(args))
         return
-    cli.check_writable(args.output_dir, "--output_dir")
-    halves = distribution.split(args) if args.parallel_phases else None
+    faults.check_writable(args.output_dir, "--output_dir")
+    halves, args = distribution.split(args) if args.parallel_phases else (None, args)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -467,11 +263,12 @@ def train(args, accelerator, halves=None):
     phases = args.custom_timesteps
     folders = {phase: output_dir / phase if len(phases) == 2 else output_dir for phase in phases}
     for folder in folders.values():
-        cli.check_writable(folder, "--output_dir")
+        faults.check_writable(folder, "--output_dir")
 
     repo_id = create_hub_repo(args) if args.push_to_hub and accelerator.is_main_process else None
     with trackers.begun(args, accelerator):
         asked = prepare_pipeline(args, accelerator, image, captions, size)
+        args = asked.settings
         recipes = {phase: make_recipe(args, asked, phase, size) for phase in asked.schedule}
         settings = {
             phase: run_settings(args, recipe, base, learned, accelerator.num_processes)
@@ -546,4 +343,4 @@ def train(args, accelerator, halves=None):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(functools.partial(main, settings=settings))

@@ -30,6 +30,7 @@ from glance import start
 if __name__ == "__main__":
     start.as_script("what was not written yet is lost")
 
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -189,7 +190,7 @@ def measure_row(bench: Bench, results: dict, row: Row) -> str | None:
     if "train" in row.settings:
         try:
             train_glance_lora.parse_args(["--config", bench.args.train_config, *row.settings["train"]])
-        except InputError as error:
+        except (InputError, argparse.ArgumentError) as error:
             return str(error)
         return measure_trained(bench, results, row)
     try:
@@ -270,8 +271,7 @@ def parse_args(argv: list[str] | None = None):
 def captions_of(args) -> dict[str, list[str]]:
     """The captions of each set, one a picture: reported ones, others to choose rates on, the training caption."""
     if args.prompts_file:
-        args.prompt = None
-        reported, further = infer_glance.read_prompts(args), []
+        reported, further = cli.read_prompts(args.prompts_file), []
         half = len(reported) // 2 if args.train_config else len(reported)
         reported, validation = reported[:half], reported[half:]
     else:
@@ -348,7 +348,7 @@ def make_bench(args, sets: dict[str, list[str]]) -> Bench:
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     cli.set_up_logging()
-    cli.check_writable(args.output_dir, "--output_dir")
+    faults.check_writable(args.output_dir, "--output_dir")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     same = ("pretrained_model_name_or_path", "height", "width", "guidance_scale", "pipeline_kwargs", "dtype", "scorer")

@@ -39,6 +39,7 @@ from glance.adapters import with_adapters  # noqa: E402
 from glance.ask import pipeline as ask  # noqa: E402
 from glance.ask import prompts as ask_prompts  # noqa: E402
 from glance.ask.guidance import ask_single_branch  # noqa: E402
+from glance.shared_flags import QUANTIZATIONS  # noqa: E402
 from glance_utils import InputError  # noqa: E402
 
 
@@ -83,7 +84,7 @@ def parser(description: str) -> cli.Parser:
     add("--rank", type=cli.positive(int), default=32)
     add("--steps", type=cli.positive(int), default=7, help="timed steps; the median is reported")
     add("--warmup", type=int, default=2, help="steps before them")
-    add("--quantization", choices=load_base.QUANTIZATIONS, default="none")
+    add("--quantization", choices=QUANTIZATIONS, default="none")
     add("--gradient_checkpointing", action="store_true")
     add("--compile", action="store_true", help="regional compilation of the transformer's repeated blocks")
     add("--process_time", action="store_true", help="count the processor's seconds: for a CPU shared with other work")

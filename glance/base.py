@@ -16,9 +16,6 @@ from glance.ask.pipeline import find_denoiser, loading, read_model_index
 from glance_utils import InputError, replaced
 
 
-QUANTIZATIONS = ("none", "nf4", "int8", "fp8")
-
-
 def identify(path: str, revision: str | None = None, **where) -> str:
     """Return what tells the base at `path` from every other one: "NAME at COMMIT" of a hub id, "files DIGEST" of a
     folder.

@@ -1,4 +1,9 @@
-"""The command line of both scripts: one-line errors, and a --config file whose keys are the flags."""
+"""The command line of the scripts: one-line errors, and a --config file whose keys are the flags.
+
+What is wrong with what the user wrote is an argparse.ArgumentError here: glance_utils' InputError would import torch,
+and a mistyped flag is answered before. `run` ends both in the same line. Only the standard library and yaml are
+imported while this module is.
+"""
 
 import argparse
 import difflib
@@ -8,19 +13,42 @@ import math
 import os
 import re
 import sys
-import tempfile
 import unicodedata
 import warnings
 from pathlib import Path
 
-import diffusers
-import transformers
 import yaml
 
-from glance_utils import InputError
 
-
+USAGE = "%(prog)s [--config FILE] [--flag VALUE ...]"  # the groups below it tell more than sixty flags in a row
 SWITCH_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def mistake(message: str) -> argparse.ArgumentError:
+    """Return what is raised where something that the user wrote cannot be used: one line that says how to mend it."""
+    return argparse.ArgumentError(None, message)
+
+
+class Settings:
+    """The flags' values as attributes, and what is made of them; `vars` gives all of them.
+
+    Frozen: what knows better returns others, by `replace`.
+    """
+
+    def __init__(self, values: dict):
+        vars(self).update(values)
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"settings are not written to ({name}); `replace` returns others")
+
+    def __delattr__(self, name):
+        setattr(self, name, None)
+
+    def replace(self, **changes) -> "Settings":
+        """Return the same settings but for these; TypeError where there are none of such a name."""
+        if unknown := changes.keys() - vars(self).keys():
+            raise TypeError(f"there is no setting {', '.join(sorted(unknown))}")
+        return Settings(vars(self) | changes)
 
 
 def check_unique(keys: list) -> None:
@@ -87,7 +115,8 @@ for kind in ("int", "float", "bool"):
 
 def read_settings(path: str) -> dict:
     """A --config file's settings by key: text as written (JSON's true and false are bool), None, lists of these, and
-    mappings, whose values have the types that YAML 1.2 or JSON gives them. InputError where it holds anything else."""
+    mappings, whose values have the types that YAML 1.2 or JSON gives them. ArgumentError
+    where it holds anything else."""
     text = read_text(path, "--config ")
     try:
         if path.lower().endswith(".json"):
@@ -98,41 +127,41 @@ def read_settings(path: str) -> dict:
             typed, written = yaml.load(text, PlainLoader), yaml.load(text, TextLoader)
     except (ValueError, LookupError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:500]
-        raise InputError(f"--config {path}: not valid YAML or JSON ({reason})") from None
+        raise mistake(f"--config {path}: not valid YAML or JSON ({reason})") from None
     if not isinstance(typed, dict):
-        raise InputError(f"--config {path}: found {type(typed).__name__}; write one 'flag: value' a line")
+        raise mistake(f"--config {path}: found {type(typed).__name__}; write one 'flag: value' a line")
     return {key: typed.get(key, text) if isinstance(text, dict) else text for key, text in written.items()}
 
 
 def check_text(text: str, name: str, most: int = 10_000) -> str:
-    """The text itself, or InputError where it is longer than people write or holds what they do not."""
+    """The text itself, or ArgumentError where it is longer than people write or holds what they do not."""
     if len(text) > most:
-        raise InputError(f"{name}: {len(text)} characters; at most {most} are read, so shorten it")
+        raise mistake(f"{name}: {len(text)} characters; at most {most} are read, so shorten it")
     for position, letter in enumerate(text):
         if unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\t\n\r":
-            raise InputError(f"{name}: {letter!r} at character {position} is no text; save it as UTF-8 text")
+            raise mistake(f"{name}: {letter!r} at character {position} is no text; save it as UTF-8 text")
     return text
 
 
 def read_text(path: str | Path, name: str = "", most: int = 10_000) -> str:
-    """A file's text, its byte-order mark left out; InputError where it is not UTF-8 text of at most `most` letters."""
+    """Return a file's text without its BOM; ArgumentError where it is not UTF-8 of at most `most` letters."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read(most + 1)
     except UnicodeDecodeError as error:
-        raise InputError(f"{name}{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
+        raise mistake(f"{name}{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{name}{path}: cannot be read ({reason}); name a text file") from None
+        raise mistake(f"{name}{path}: cannot be read ({reason}); name a text file") from None
     if len(text) > most:
-        raise InputError(f"{name}{path}: more than {most} characters are no such text; name another file")
+        raise mistake(f"{name}{path}: more than {most} characters are no such text; name another file")
     return check_text(text, f"{name}{path}", most)
 
 
 def read_caption(path: Path) -> str:
-    """The caption in an image's text file; InputError where there is none."""
+    """The caption in an image's text file; ArgumentError where there is none."""
     if not os.path.exists(path):
-        raise InputError(f"{path}: no caption there; write one, or give --instance_prompt")
+        raise mistake(f"{path}: no caption there; write one, or give --instance_prompt")
     return read_text(path, "caption ")
 
 
@@ -145,24 +174,32 @@ def as_text(value) -> str:
     return value
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Say the default of flags that take a value and have one."""
+
+    def _get_help_string(self, action):
+        silent = action.nargs == 0 or action.default in (None, argparse.SUPPRESS, {})
+        return action.help if silent else f"{action.help} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with `--config FILE`; the command line wins, a wrong argument is an InputError."""
+    """An ArgumentParser with `--config FILE`; the command line wins, a wrong argument is an ArgumentError."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, usage=USAGE, **kwargs)
         self.add_argument("--config", help="YAML or JSON file with these settings, leading dashes or not")
 
     def error(self, message):
-        raise InputError(f"{' '.join(message.split())[:500]}; see --help")
+        raise mistake(f"{' '.join(message.split())[:500]}; see --help")
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         argv = sys.argv[1:] if argv is None else argv
         config = super().parse_known_args(argv)[0].config
         args, unknown = super().parse_known_args((self._arguments_in(config) if config else []) + argv)
         for flag in (word.partition("=")[0] for word in unknown if word.startswith("-")):  # never its value
-            raise InputError(f"unknown flag {flag}{self._hint(flag)}")
+            raise mistake(f"unknown flag {flag}{self._hint(flag)}")
         if unknown:
-            raise InputError(f"{len(unknown)} words belong to no flag; quote values that have spaces")
+            raise mistake(f"{len(unknown)} words belong to no flag; quote values that have spaces")
         for name, value in vars(args).items():
             for text in value if isinstance(value, list) else [value]:
                 if isinstance(text, str):
@@ -181,14 +218,14 @@ class Parser(argparse.ArgumentParser):
             flag = "--" + str(key).lstrip("-")
             action = self._option_string_actions.get(flag)
             if action is None or flag == "--config":
-                raise InputError(f"--config {path}: unknown key {str(key)[:100]!r}{self._hint(flag)}")
+                raise mistake(f"--config {path}: unknown key {str(key)[:100]!r}{self._hint(flag)}")
             if action.dest in given:
-                raise InputError(f"--config {path}: {key} is there twice, once by another name; keep one")
+                raise mistake(f"--config {path}: {key} is there twice, once by another name; keep one")
             given.add(action.dest)
             try:
                 arguments += self._arguments_of(flag, action, value)
             except ValueError as error:
-                raise InputError(f"--config {path}: {key} {error}") from None
+                raise mistake(f"--config {path}: {key} {error}") from None
         return arguments
 
     def _arguments_of(self, flag: str, action: argparse.Action, value) -> list[str]:
@@ -280,7 +317,7 @@ def read_prompts(path: str | None) -> list[str]:
     ]
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise InputError(f"--prompts_file {path}: it holds no prompt; write one a line")
+        raise mistake(f"--prompts_file {path}: it holds no prompt; write one a line")
     return prompts
 
 
@@ -289,18 +326,11 @@ def load_arguments(args: argparse.Namespace) -> dict:
     return {key: value for key in ("revision", "variant") if (value := getattr(args, key))}
 
 
-def check_writable(directory: str | Path, name: str) -> None:
-    """Raise InputError where the folder cannot be created or written to; nothing is left behind."""
-    path = Path(directory).absolute()
-    try:
-        with tempfile.TemporaryFile(dir=next(parent for parent in (path, *path.parents) if parent.exists())):
-            pass
-    except OSError as error:
-        raise InputError(f"{name} {directory}: cannot be written ({error.strerror})") from None
-
-
 def set_up_logging() -> None:
     """Our own messages, and only the errors of the libraries: a pipeline repeats its advice at every step."""
+    import diffusers
+    import transformers
+
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     for library in (diffusers, transformers):
@@ -309,10 +339,16 @@ def set_up_logging() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
 
 
+def say_error(error: Exception) -> None:
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+
+
 def run(main) -> None:
     """Call main(); what the user can mend ends in one line and exit code 2, a run that diverged in one line and 1."""
+    from glance_utils import InputError
+
     try:
         main()
-    except (InputError, FloatingPointError) as error:
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
-        sys.exit(2 if isinstance(error, InputError) else 1)
+    except (InputError, argparse.ArgumentError, FloatingPointError) as error:
+        say_error(error)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)

@@ -1,20 +1,27 @@
 """What every script does before it imports the libraries, which takes seconds and is not silent."""
 
+import argparse
 import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from glance.command_line import Settings, say_error
 
 
 def say_stopped(number: int, hint: str) -> None:
     sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped by {signal.Signals(number).name}; {hint}\n")
 
 
-def as_script(hint: str) -> None:
-    """From here on Ctrl-C ends the process in one line, and the libraries speak of errors alone: bitsandbytes, which
-    peft imports, asks for a package that is not needed, and says at every layer that it casts; transformers asks for
-    torchvision while it is imported."""
+def as_script(hint: str, parse: Callable[[], Settings] | None = None) -> Settings | None:
+    """Return what `parse` makes of the command line; --help or a mistake there ends the process at once.
+
+    From here on Ctrl-C ends it in one line, with this hint, and the libraries speak of errors alone: bitsandbytes,
+    which peft imports, asks for a package that is not needed, and says at every layer that it casts; transformers asks
+    for torchvision while it is imported.
+    """
 
     def leave(number, frame):
         say_stopped(number, hint)
@@ -24,3 +31,9 @@ def as_script(hint: str) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a caption that the terminal cannot show ends no run
+    try:
+        return parse and parse()
+    except argparse.ArgumentError as error:
+        say_error(error)
+        sys.exit(2)

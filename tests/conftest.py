@@ -1,5 +1,6 @@
 """Shared by all tests: offline, tiny real pipelines on disk, both scripts called in this process."""
 
+import argparse
 import gc
 import os
 import sys
@@ -20,9 +21,11 @@ from tiny_pipelines import PIPELINES  # noqa: E402
 
 import infer_glance  # noqa: E402
 import train_glance_lora  # noqa: E402
+from glance_utils import InputError  # noqa: E402
 
 
 torch.set_num_threads(1)
+REFUSED = (InputError, argparse.ArgumentError)  # what the user can mend, found late or on the command line
 # Flags of run_train that decide themselves about gradient checkpointing.
 DECIDED = {"gradient_checkpointing", "no-gradient_checkpointing", "enable_group_offload", "quantization", "config"}
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from conftest import REFUSED
 from diffusers import DiffusionPipeline
 
 from glance.ask import pipeline as ask
@@ -79,5 +80,5 @@ def test_auto_trains_and_draws_on_the_grid_that_measures_best(train, infer, capl
 
 
 def test_a_given_list_is_no_grid(train):
-    with pytest.raises(InputError, match="--flow_custom_timesteps gives the timesteps; leave --grid out"):
+    with pytest.raises(REFUSED, match="--flow_custom_timesteps gives the timesteps; leave --grid out"):
         train(flow_custom_timesteps="1000,900;500,100", grid="even")

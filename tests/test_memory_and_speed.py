@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
-from conftest import ROOT, flags
+from conftest import REFUSED, ROOT, flags
 from diffusers import DiffusionPipeline
 from peak_memory import small_flux
 from PIL import Image
@@ -27,6 +27,7 @@ from glance.ask.guidance import ask_single_branch
 from glance.ask.velocity import PipelineVelocity, takes_timesteps
 from glance.files.lora import load_lora
 from glance.files.recipe import WEIGHT_NAME, read_recipe
+from glance.shared_flags import QUANTIZATIONS
 from glance.training import estimate, prepare
 from glance_utils import PHASES, InputError, activate_adapter, glance_inference
 
@@ -178,13 +179,13 @@ def test_false_in_a_config_is_no(tmp_path):
 def test_what_does_not_go_together_is_said(train, infer, trained):
     with pytest.raises(InputError, match="--enable_group_offload moves full weights.*nf4"):
         train(enable_group_offload=True, quantization="nf4")
-    with pytest.raises(InputError, match="--no-gradient_checkpointing: with --enable_group_offload or"):
+    with pytest.raises(REFUSED, match="--no-gradient_checkpointing: with --enable_group_offload or"):
         train(quantization="fp8", **{"no-gradient_checkpointing": True})
-    with pytest.raises(InputError, match="--fuse_lora changes weights in place, which --quantization int8 does not"):
+    with pytest.raises(REFUSED, match="--fuse_lora changes weights in place, which --quantization int8 does not"):
         infer(lora=trained(), fuse_lora=True, quantization="int8")
-    with pytest.raises(InputError, match="--enable_sequential_cpu_offload does not take --quantization nf4"):
+    with pytest.raises(REFUSED, match="--enable_sequential_cpu_offload does not take --quantization nf4"):
         infer(lora=trained(), enable_sequential_cpu_offload=True, quantization="nf4")
-    with pytest.raises(InputError, match="--enable_model_cpu_offload and --enable_group_offload exclude each other"):
+    with pytest.raises(REFUSED, match="--enable_model_cpu_offload and --enable_group_offload exclude each other"):
         infer(lora=trained(), enable_model_cpu_offload=True, enable_group_offload=True)
 
 
@@ -342,7 +343,7 @@ def test_fused_loras_draw_the_same_and_leave_the_base_as_it_was(base, trained, p
 def test_estimated_sizes_are_the_loaded_ones(pipelines):
     for base, path in pipelines.items():
         pipe = ask.load_pipeline(str(path), torch.bfloat16)
-        for quantization in load_base.QUANTIZATIONS:
+        for quantization in QUANTIZATIONS:
             loaded = load_base.load_transformer(str(path), torch.bfloat16, CPU, quantization)
             size = sum(value.numel() * value.element_size() for value in loaded.state_dict().values())
             found = estimate.base_bytes(pipe.transformer, quantization)

@@ -16,6 +16,7 @@ import train_glance_lora
 from glance import base as load_base
 from glance.files import checkpoints
 from glance.files.recipe import WEIGHT_NAME
+from glance.training import flags as training_flags
 from glance.training import trajectories
 from glance_utils import InputError
 
@@ -39,7 +40,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 def test_every_flag_is_compared_or_known_not_to_matter(pipelines):
     """Also one that is added later: it is compared until somebody says that it cannot change a LoRA."""
-    known = {action.dest for action in train_glance_lora.make_parser()._actions} - {"help"}
+    known = {action.dest for action in training_flags.make_parser()._actions} - {"help"}
     assert checkpoints.NOT_COMPARED - known == {"custom_timesteps"}  # made of two flags
     assert known - checkpoints.NOT_COMPARED >= {"seed", "variant", "mixed_precision", "quantization", "lr_scheduler"}
     assert checkpoints.NOT_DRAWN <= known and not checkpoints.NOT_DRAWN & checkpoints.NOT_COMPARED
@@ -47,8 +48,7 @@ def test_every_flag_is_compared_or_known_not_to_matter(pipelines):
     settings = checkpoints.run_settings(parse(**base), {}, "base", "pair", 1)
     digest = trajectories.settings_digest(parse(**base), teacher, ["a"])
     for name in known - {"pretrained_model_name_or_path", "revision", "variant", "train_batch_size"}:
-        other = parse(**base)
-        setattr(other, name, "of another run")
+        other = parse(**base).replace(**{name: "of another run"})
         compared = name not in checkpoints.NOT_COMPARED
         assert (checkpoints.run_settings(other, {}, "base", "pair", 1) != settings) == compared, name
         drawn = compared and name not in checkpoints.NOT_DRAWN

@@ -5,7 +5,7 @@ import json
 
 import datasets
 import pytest
-from conftest import ROOT, flags
+from conftest import REFUSED, ROOT, flags
 
 import infer_glance
 import train_glance_lora
@@ -104,7 +104,7 @@ def test_a_switch_takes_the_words_for_true_and_false(word, tmp_path):
     ],
 )
 def test_what_is_no_setting_is_refused_in_one_line(text, word, tmp_path):
-    with pytest.raises(InputError, match=word) as error:
+    with pytest.raises(REFUSED, match=word) as error:
         trained_with(tmp_path / "a.yaml", text)
     assert "\n" not in str(error.value)
 
@@ -115,7 +115,7 @@ def test_only_newlines_end_a_prompt_of_a_file(tmp_path):
     assert cli.read_prompts(tmp_path / "a.txt") == prompts
     for end in "\x0b\x0c\x1c\x1d\x1e\x85":
         (tmp_path / "a.txt").write_bytes(f"a red{end}ring".encode())
-        with pytest.raises(InputError, match="is no text"):
+        with pytest.raises(REFUSED, match="is no text"):
             cli.read_prompts(tmp_path / "a.txt")
 
 

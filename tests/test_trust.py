@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from conftest import ROOT, flags
+from conftest import REFUSED, ROOT, flags
 
 import infer_glance
 import train_glance_lora
@@ -52,13 +52,13 @@ def test_a_config_names_no_module_to_import(tmp_path, monkeypatch):
 def test_no_flag_takes_a_token(capsys):
     for module in (train_glance_lora, infer_glance):
         for flag in (["--hub_token=hf_secret"], ["--token", "hf_secret"], ["--use_auth_token=hf_secret"]):
-            with pytest.raises(InputError, match="HF_TOKEN") as error:
+            with pytest.raises(REFUSED, match="HF_TOKEN") as error:
                 module.parse_args(flag)
             assert "hf_secret" not in str(error.value)
 
 
 def test_words_behind_no_flag_are_counted_not_repeated():
-    with pytest.raises(InputError, match="2 words") as error:
+    with pytest.raises(REFUSED, match="2 words") as error:
         infer_glance.parse_args(["--prompt", "a", *SECRET.split()])
     assert "zebra" not in str(error.value)
 
@@ -105,6 +105,6 @@ def test_a_lora_is_read_as_safetensors_alone(pipelines, tmp_path):
 
 def test_yaml_builds_no_objects(tmp_path):
     (tmp_path / "a.yaml").write_text(f"rank: !!python/object/apply:os.mkdir ['{tmp_path}/ran']")
-    with pytest.raises(InputError, match="constructor"):
+    with pytest.raises(REFUSED, match="constructor"):
         cli.Parser().parse([f"--config={tmp_path}/a.yaml"])
     assert not (tmp_path / "ran").exists()

@@ -4,6 +4,7 @@ import contextlib
 import re
 import signal
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -56,6 +57,16 @@ def signals_noted(note):
 
     with signals_handled(handler):
         yield noted
+
+
+def check_writable(directory: str | Path, name: str) -> None:
+    """Raise InputError where the folder cannot be created or written to; nothing is left behind."""
+    path = Path(directory).absolute()
+    try:
+        with tempfile.TemporaryFile(dir=next(parent for parent in (path, *path.parents) if parent.exists())):
+            pass
+    except OSError as error:
+        raise InputError(f"{name} {directory}: cannot be written ({error.strerror})") from None
 
 
 @contextlib.contextmanager

@@ -6,9 +6,6 @@ import logging
 import os
 from pathlib import Path
 
-import datasets
-import fsspec
-from datasets import load_dataset, load_from_disk
 from PIL import Image, ImageOps
 
 from glance.command_line import check_text, read_caption
@@ -54,9 +51,12 @@ def find_backend(args: argparse.Namespace) -> dict:
 
 def read_dataset_row(args: argparse.Namespace) -> tuple[io.BytesIO, str]:
     """The image file of a data set's row, and its caption or --instance_prompt."""
+    import datasets  # a second of imports
+    import fsspec
+
     saved = any(os.path.exists(Path(args.dataset_name) / name) for name in ("state.json", "dataset_dict.json"))
     try:
-        rows = load_from_disk(args.dataset_name) if saved else load_dataset(args.dataset_name)
+        rows = datasets.load_from_disk(args.dataset_name) if saved else datasets.load_dataset(args.dataset_name)
         rows = (rows[next(iter(rows))] if isinstance(rows, dict) else rows).with_format(None)
     except Exception as error:  # datasets raises a dozen kinds of its own
         raise InputError(f"--dataset_name {args.dataset_name}: {first_line(error)}") from None

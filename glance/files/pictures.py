@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from glance import command_line as cli
+from glance.files import faults
 from glance.files.atomic import replace_file
 from glance_utils import InputError, first_line
 
@@ -34,7 +34,7 @@ def check_output(output: Path, names: list[Path], size: tuple[int, int] | None) 
     for path in names:
         if path.is_dir():
             raise InputError(f"--output {path}: a folder; name a file in it")
-    cli.check_writable(output.parent, "--output")
+    faults.check_writable(output.parent, "--output")
     _check_name(max(names, key=lambda path: len(path.name)))
 
 

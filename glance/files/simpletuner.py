@@ -53,8 +53,6 @@ def read_backend(path: str | Path) -> dict:
     asks for what Glance does not do."""
     try:
         entries = json.loads(read_text(path, "--data_backend_config "), object_pairs_hook=unique_pairs)
-    except InputError:
-        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"--data_backend_config {path}: not valid JSON ({error})") from None
     entries = entries if isinstance(entries, list) else [entries]

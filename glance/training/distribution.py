@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from glance import base as load_base
 from glance.ask.pipeline import find_denoiser
+from glance.command_line import Settings
 from glance_utils import PHASES, InputError
 
 
@@ -258,8 +259,9 @@ class Halves:
         return recipes | {"fast": json.loads(self.store.get("fast"))}
 
 
-def split(args) -> Halves:
+def split(args: Settings) -> tuple[Halves, Settings]:
     """Begin --parallel_phases: from here on this process goes through a run of one phase, among half the processes.
+    Return its half, and the settings of that run.
 
     To be called before anything asks torch or accelerate about processes.
     """
@@ -272,7 +274,9 @@ def split(args) -> Halves:
     torch.distributed.init_process_group(
         store=own_store, rank=rank % (count // 2), world_size=count // 2, timeout=PATIENCE
     )
-    args.custom_timesteps = {phase: args.custom_timesteps[phase]}
-    args.output_dir = str(output_dir / phase)
-    args.hub_model_id = args.hub_model_id or output_dir.resolve().name
-    return Halves(phase, output_dir, store)
+    args = args.replace(
+        custom_timesteps={phase: args.custom_timesteps[phase]},
+        output_dir=str(output_dir / phase),
+        hub_model_id=args.hub_model_id or output_dir.resolve().name,
+    )
+    return Halves(phase, output_dir, store), args

@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from glance.adapters import compute_as_saved, with_adapters
 from glance.ask import pipeline as ask
-from glance.base import QUANTIZATIONS, enable_gradient_checkpointing
+from glance.base import enable_gradient_checkpointing
+from glance.shared_flags import QUANTIZATIONS
 from glance_utils import InputError, component_class, denoiser, denoiser_name, first_line
 
 

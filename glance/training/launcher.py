@@ -8,6 +8,7 @@ import os
 
 from accelerate.utils import parse_flag_from_env
 
+from glance.command_line import Settings
 from glance_utils import InputError
 
 
@@ -74,17 +75,17 @@ def check() -> None:
             raise InputError(f"accelerate was launched with {variable}={value}: {instead}")
 
 
-def set_defaults(args) -> None:
-    """Complete the training flags that the launcher has too; raise InputError where both say something else."""
+def with_defaults(args: Settings) -> Settings:
+    """Return the settings, where a flag says nothing with the launcher's value; InputError where the two differ."""
     check()
     checkpointing = parse_flag_from_env("ACCELERATE_USE_FSDP") and told("FSDP_ACTIVATION_CHECKPOINTING") == "true"
-    for flag, launched, default in (
-        ("mixed_precision", told_precision(), "no"),
-        ("gradient_accumulation_steps", told_number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", int), 1),
-        ("max_grad_norm", told_number("ACCELERATE_GRADIENT_CLIPPING", float), 1.0),
-        ("gradient_checkpointing", checkpointing or None, None),
-    ):
-        setattr(args, flag, agreed(flag, getattr(args, flag), launched, default))
+    launched = {
+        "mixed_precision": (told_precision(), "no"),
+        "gradient_accumulation_steps": (told_number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", int), 1),
+        "max_grad_norm": (told_number("ACCELERATE_GRADIENT_CLIPPING", float), 1.0),
+        "gradient_checkpointing": (checkpointing or None, None),
+    }
+    return args.replace(**{flag: agreed(flag, getattr(args, flag), *said) for flag, said in launched.items()})
 
 
 def agreed_dtype(own: str | None) -> str:

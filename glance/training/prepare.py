@@ -29,6 +29,7 @@ from glance.ask.velocity import (
     takes_batches,
     takes_timesteps,
 )
+from glance.command_line import Settings
 from glance.files.instance_data import SOURCES, chosen_size, load_pair
 from glance.training import distribution, estimate
 from glance.training.trajectories import Teacher, Trajectories, draw_trajectories
@@ -47,6 +48,7 @@ class Asked:
     `prepare_pipeline` has loaded them."""
 
     pipe: DiffusionPipeline
+    settings: Settings  # the run's, with the numbers of steps that the base has
     load_transformer: Callable  # loads it, or another `part` of its class
     teacher: Teacher | None  # where the base must draw before the LoRAs are trained
     call: dict  # the call's arguments at inference, without guidance where it is folded in
@@ -138,17 +140,19 @@ def choose_steps(args, pipe, grid: str, walked: int, own: bool) -> tuple[int, in
 
 
 def ask_schedule(args, pipe, call: dict, single_call: dict) -> tuple:
-    """All of the model's timesteps, what it is told at sigmas, those of the grid by phase, and those to train."""
+    """Return the settings with the numbers of steps that this base has, all of its timesteps, what the model is told
+    at sigmas, the grid's timesteps by phase, and those to train."""
     asked = args.num_base_steps or BASE_STEPS
     base_timesteps, own = ask_timesteps(pipe, asked, **call), has_own_steps(pipe, asked, **call)
     grid = "even" if args.grid == "auto" else args.grid  # auto needs the weights
-    args.num_base_steps, args.num_inference_steps = choose_steps(args, pipe, grid, len(base_timesteps), own)
-    positions = grid_positions(grid, args.num_inference_steps, len(base_timesteps))
+    num_base_steps, count = choose_steps(args, pipe, grid, len(base_timesteps), own)
+    args = args.replace(num_base_steps=num_base_steps, num_inference_steps=count)
+    positions = grid_positions(grid, count, len(base_timesteps))
     derived = derive_timesteps(base_timesteps, positions)
-    timestep_table = ask_timestep_table(pipe, args.num_base_steps, **call)
+    timestep_table = ask_timestep_table(pipe, num_base_steps, **call)
     schedule = {phase: custom or derived[phase] for phase, custom in args.custom_timesteps.items()}
     warn_of_schedule(pipe, schedule, derived, timestep_table, single_call)
-    return base_timesteps, timestep_table, derived, schedule
+    return args, base_timesteps, timestep_table, derived, schedule
 
 
 def needs_teacher(args, image) -> bool:
@@ -179,7 +183,7 @@ def prepare_pipeline(args, accelerator, image, captions, size) -> Asked:
     transformer = with_adapters(asked.load_transformer())
     setattr(asked.pipe, denoiser_name(asked.pipe.config), transformer)
     if asked.teacher is not None:
-        asked = learn_from_base(args, accelerator, asked)
+        asked = learn_from_base(asked.settings, accelerator, asked)
     if asked.checkpointing:
         load_base.enable_gradient_checkpointing(transformer)
     return asked
@@ -197,7 +201,7 @@ def ask_everything(args, accelerator, image, captions, size) -> Asked:
         component.to(accelerator.device)
     call, single_call, layers = ask_call(args, pipe, captions[0], size)
     train_call = trained_call(args, call, single_call)
-    base_timesteps, timestep_table, derived, schedule = ask_schedule(args, pipe, call, single_call)
+    args, base_timesteps, timestep_table, derived, schedule = ask_schedule(args, pipe, call, single_call)
     teacher = Teacher(pipe, base_timesteps, timestep_table, call) if needs_teacher(args, image) else None
     layout = ask_latents.ask_layout(pipe, **call)
     latents = None
@@ -216,6 +220,7 @@ def ask_everything(args, accelerator, image, captions, size) -> Asked:
     ask_prompts.free_components(pipe, **train_call)
     return Asked(
         pipe=pipe,
+        settings=args,
         load_transformer=functools.partial(load_transformer, args, accelerator),
         teacher=teacher,
         call=single_call if args.guidance == "fold" else call,

@@ -1,0 +1,98 @@
+"""infer_glance.py's flags: what each takes and which go together. Answers before any library is imported."""
+
+from glance import command_line as cli
+from glance.shared_flags import add_shared
+
+
+DTYPES = ("float32", "float16", "bfloat16")
+OFFLOADS = ("enable_model_cpu_offload", "enable_group_offload", "enable_sequential_cpu_offload")
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(description="Ten-step inference with a Slow- and a Fast-LoRA.")
+    for add_group in (add_model, add_sampling, add_pictures, add_memory):
+        add_group(parser)
+    return parser
+
+
+def add_model(parser: cli.Parser) -> None:
+    group = parser.add_argument_group("model and LoRAs")
+    add = group.add_argument
+    add("--lora", help="what train_glance_lora.py wrote, with slow/ and fast/ in it: folder or hub id")
+    add("--slow_lora", help="or: the Slow-LoRA's file, folder or hub id")
+    add("--fast_lora", help="and the Fast-LoRA's")
+    add("--slow_weight_name", help="the Slow-LoRA's file there, if it has another name")
+    add("--fast_weight_name", help="the Fast-LoRA's")
+    add("--lora_scale", type=cli.one_or_two, default="1", help="strength of both, or SLOW,FAST")
+    add_shared(group, "--pretrained_model_name_or_path", "--revision", "--variant")
+    add("--allow_base_mismatch", action="store_true", help="use LoRAs on a base of another name, such as a fine-tune")
+
+
+def add_sampling(parser: cli.Parser) -> None:
+    group = parser.add_argument_group("sampling")
+    timesteps = "'SLOW LIST;FAST LIST'; as trained by default, derived for files without recipe"
+    add_shared(group, "--flow_custom_timesteps", help=timesteps)
+    add_shared(group, "--guidance_scale", help="as trained by default")
+    add_shared(group, "--guidance", help="as trained by default; fold: none, it is in the LoRAs")
+    add_shared(group, "--pipeline_kwargs")
+
+
+def add_pictures(parser: cli.Parser) -> None:
+    group = parser.add_argument_group("prompts and pictures")
+    add = group.add_argument
+    add("--prompt", action="append", help="may be given several times")
+    add_shared(group, "--prompts_file", help="one prompt a line")
+    add("--output", default="out.png", help="the picture's file; out-000.png, ... where there are several")
+    add("--num_images", type=cli.positive(int), default=1, help="images per prompt")
+    add_shared(group, "--seed", help="of the first image of a prompt")
+    add_shared(group, "--height", "--width", help="as trained by default")
+    add("--compare", action="store_true", help="one labelled picture: base at full steps, base at ten, Glance")
+
+
+def add_memory(parser: cli.Parser) -> None:
+    group = parser.add_argument_group("memory and speed")
+    add = group.add_argument
+    add("--dtype", "--torch_dtype", choices=DTYPES, help="accelerate launch's by default, or float32")
+    add_shared(group, "--quantization")
+    add("--fuse_lora", action="store_true", help="add each LoRA to the weights: no cost a step, more memory")
+    add_shared(group, "--compile", help="torch.compile the repeated blocks; fuses the LoRAs where it can")
+    add("--enable_model_cpu_offload", action="store_true", help="keep only the component at work on the accelerator")
+    add_shared(group, "--enable_group_offload")
+    add("--enable_sequential_cpu_offload", action="store_true", help="slowest, least memory")
+    add("--enable_vae_tiling", action="store_true", help="decode large pictures in tiles")
+
+
+def parse(argv: list[str] | None = None) -> cli.Settings:
+    """Return the flags' values, `prompts` those of --prompt and --prompts_file, fuse_lora also where --compile fuses;
+    ArgumentError where they do not go together. `custom_timesteps` is None until infer_glance.complete."""
+    args = cli.Settings(vars(make_parser().parse(argv)) | {"custom_timesteps": None})
+    fuse = check_combination(args)
+    return cli.Settings(vars(args) | {"fuse_lora": fuse, "prompts": read_prompts(args.prompt, args.prompts_file)})
+
+
+def check_combination(args: cli.Settings) -> bool:
+    """Return whether the LoRAs are fused: as --fuse_lora says, or where --compile can.
+
+    ArgumentError where ways to save memory or time exclude each other.
+    """
+    offload = [f"--{name}" for name in OFFLOADS if getattr(args, name)]
+    if len(offload) > 1:
+        raise cli.mistake(f"{' and '.join(offload)} exclude each other; give one")
+    fixed = f"--quantization {args.quantization}" if args.quantization != "none" else " ".join(offload)
+    if args.fuse_lora and fixed:
+        raise cli.mistake(
+            f"--fuse_lora changes weights in place, which {fixed} does not allow; leave one of the two out"
+        )
+    if args.quantization == "nf4" and args.enable_sequential_cpu_offload:
+        raise cli.mistake(
+            "--enable_sequential_cpu_offload does not take --quantization nf4; use --enable_model_cpu_offload"
+        )
+    return args.fuse_lora or (args.compile and not fixed)
+
+
+def read_prompts(prompts: list[str] | None, path: str | None) -> list[str]:
+    """Return the prompts of the command line, then those of the file; ArgumentError where there is none."""
+    prompts = [prompt.strip() for prompt in prompts or [] if prompt.strip()] + cli.read_prompts(path)
+    if not prompts:
+        raise cli.mistake("no prompt; give --prompt TEXT or --prompts_file FILE")
+    return prompts

@@ -1,0 +1,51 @@
+"""The flags that both scripts have, each declared once. Nothing but the standard library is imported here, so that the
+command line is answered before torch is there; tests hold the numbers against the libraries' and glance_utils'."""
+
+import argparse
+
+from glance import command_line as cli
+
+
+MAX_SIDE = 16384  # glance_utils.MAX_SIDE
+QUANTIZATIONS = ("none", "nf4", "int8", "fp8")
+SIDE = cli.positive(int, MAX_SIDE)
+
+SHARED = {
+    "--pretrained_model_name_or_path": {"help": "the base: a diffusers pipeline, folder or hub id"},
+    "--revision": {"help": "git revision of the base on the hub"},
+    "--variant": {"help": "variant of the base's weight files, for example fp16"},
+    "--pipeline_kwargs": {
+        "type": cli.json_object,
+        "default": {},
+        "help": "JSON: further arguments of the pipeline's call",
+    },
+    "--guidance_scale": {"type": cli.finite},
+    "--guidance": {"choices": ("keep", "fold")},
+    "--flow_custom_timesteps": {"type": cli.comma_separated},
+    "--prompts_file": {},
+    "--height": {"type": SIDE},
+    "--width": {"type": SIDE},
+    "--seed": {"type": cli.seed, "default": 0},
+    "--quantization": {
+        "choices": QUANTIZATIONS,
+        "default": "none",
+        "help": "of the base's transformer, while it loads",
+    },
+    "--enable_group_offload": {
+        "action": "store_true",
+        "help": "keep the base in host memory, one layer on the accelerator and the next on its way",
+    },
+    "--compile": {"action": "store_true", "help": "torch.compile the repeated blocks: a minute before the first step"},
+}
+
+
+def add_shared(group: argparse._ArgumentGroup, *flags: str, **other) -> None:
+    """Add these of the flags that both scripts have; `other` is what differs here, such as a help or a default."""
+    for flag in flags:
+        group.add_argument(flag, **SHARED[flag] | other)
+
+
+def check_base(path: str | None) -> None:
+    """Raise ArgumentError where no base is given."""
+    if not path:
+        raise cli.mistake("--pretrained_model_name_or_path is missing; give a diffusers pipeline, folder or hub id")

@@ -1,0 +1,214 @@
+"""train_glance_lora.py's flags: what each takes, which go together, and the defaults that depend on other flags.
+
+Answers before any library is imported. What needs one, the launcher's values and lists of timesteps, comes after, in
+glance/training/settings.py. A new flag belongs to a group here; whether a resumed run must have the same value is said
+in glance/files/checkpoints.py.
+"""
+
+import argparse
+
+from glance import command_line as cli
+from glance.shared_flags import SIDE, add_shared, check_base
+
+
+# The flow loss's are the published method's, the trajectory loss's are what measured best (benchmarks/README.md).
+DEFAULTS = {"flow": {"grid": "glance", "solver": "euler"}, "trajectory": {"grid": "auto", "solver": "fitted"}}
+SEGMENT_WEIGHTS = ("uniform", "length", "length_squared")  # losses.SEGMENT_POWERS
+# diffusers' SchedulerType, but for piecewise_constant, which takes rules; accelerate's LoggerType.
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+TRACKERS = ("all", "aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab")
+
+
+def make_parser() -> cli.Parser:
+    """Return the parser of all flags; those that the launcher has too are None until launcher.with_defaults."""
+    parser = cli.Parser(description="Train Glance's Slow-LoRA and Fast-LoRA on one image and its caption.")
+    for add_group in (add_model, add_data, add_schedule, add_learned, add_lora, add_training, add_memory, add_outputs):
+        add_group(parser)
+    return parser
+
+
+def add_model(parser: cli.Parser) -> None:
+    group = parser.add_argument_group("model")
+    add_shared(group, "--pretrained_model_name_or_path", "--revision", "--variant", "--pipeline_kwargs")
+    add_shared(group, "--guidance_scale", help="the pipeline's own by default")
+
+
+def add_data(parser: cli.Parser) -> None:
+    group = parser.add_argument_group("data", "one image and its caption, or --instance_prompt alone")
+    add = group.add_argument
+    add("--instance_image", help="the image file")
+    add("--instance_prompt", help="its caption; by default the .txt beside the image")
+    add("--instance_data_dir", help="or: a folder that holds one image and its .txt")
+    add("--data_backend_config", help="or: a SimpleTuner dataloader JSON with one image")
+    add("--dataset_name", help="or: one row of a data set, hub name or folder")
+    add("--dataset_index", type=int, default=0, help="which row")
+    add("--image_column", default="image", help="the data set's column of images")
+    add("--caption_column", default="text", help="the data set's column of captions")
+    add_shared(group, "--prompts_file", help="further captions for the trajectory loss, one a line")
+    add("--resolution", type=SIDE, help="height and width in pixels; 1024 if nothing else is said")
+    add_shared(group, "--height", "--width", help="in pixels; --resolution by default")
+
+
+def add_schedule(parser: cli.Parser) -> None:
+    group = parser.add_argument_group("schedule")
+    add = group.add_argument
+    add(
+        "--phase",
+        choices=("slow", "fast", "both"),
+        help="both by default, or the one that a single list of timesteps is",
+    )
+    add("--parallel_phases", action="store_true", help="slow on one half of the processes, fast on the other")
+    timesteps = "'LIST' for one phase, 'SLOW LIST;FAST LIST' for both; derived by default"
+    add_shared(group, "--flow_custom_timesteps", help=timesteps)
+    add(
+        "--flow_timesteps_mode",
+        choices=("stratified", "random"),
+        default="stratified",
+        help="each round of steps visits every timestep once, or each step draws one",
+    )
+    add(
+        "--num_base_steps",
+        type=cli.positive(int, 65536),
+        help="steps of the schedule that Glance's are picked from; 50, or as many as a base of few steps has",
+    )
+    add(
+        "--num_inference_steps",
+        type=cli.positive(int),
+        help="the first half slow, the rest fast; 10, or half of a base's own few steps",
+    )
+    add(
+        "--grid",
+        choices=("glance", "even", "auto"),
+        help="which of the model's own steps: the published ones, every n-th, or whichever measure best of these and "
+        "of those that follow its trajectory best; glance for the flow loss, auto for the trajectory loss",
+    )
+
+
+def add_learned(parser: cli.Parser) -> None:
+    group = parser.add_argument_group("what is learned")
+    add = group.add_argument
+    add(
+        "--loss",
+        choices=("flow", "trajectory"),
+        default="flow",
+        help="towards the image, as published, or along the base's own trajectory, which needs no image",
+    )
+    add_shared(group, "--guidance", default="keep", help="fold: infer without, in half the model calls")
+    add("--num_trajectories", type=cli.positive(int, 10**4), default=4, help="seeds per caption")
+    add(
+        "--segment_weights",
+        choices=SEGMENT_WEIGHTS,
+        default="uniform",
+        help="of the trajectory loss: alike, or by the length of each step in sigma, or its square",
+    )
+    add(
+        "--flow_weight",
+        type=cli.positive(float),
+        default=0.0,
+        help="so much of the flow loss beside the trajectory loss",
+    )
+    add(
+        "--solver",
+        choices=("euler", "fitted"),
+        help="fitted: each step also looks at the one before it, as much as the base's own trajectory says, where "
+        "that measures better; euler for the flow loss, fitted for the trajectory loss",
+    )
+
+
+def add_lora(parser: cli.Parser) -> None:
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--rank", "--lora_rank", type=cli.positive(int, 4096), default=32, help="of both LoRAs")
+    add("--lora_alpha", type=cli.positive(float), help="the rank by default")
+    add(
+        "--lora_layers",
+        type=cli.comma_separated,
+        help="comma-separated names of linear layers; attention, MLP output and modulation by default",
+    )
+
+
+def add_training(parser: cli.Parser) -> None:
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add_shared(group, "--seed", help="of every random choice")
+    add("--max_train_steps", type=cli.positive(int), default=60, help="per phase")
+    add("--train_batch_size", type=cli.positive(int), default=1, help="samples of a step, on each process")
+    add("--timesteps_per_step", type=cli.positive(int), default=1, help="5 trains all of a phase's in every step")
+    add("--gradient_accumulation_steps", type=cli.positive(int), help="accelerate launch's by default, or 1")
+    add(
+        "--learning_rate", type=cli.positive(float), help="1e-5 for the trajectory loss that keeps guidance, else 3e-4"
+    )
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="how the learning rate goes on")
+    add("--lr_warmup_steps", type=cli.count, default=0, help="in which the learning rate rises, per phase")
+    add("--adam_weight_decay", type=cli.finite, default=1e-2, help="AdamW's")
+    add("--max_grad_norm", type=cli.positive(float), help="accelerate launch's by default, or 1")
+    add("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW8bit")
+    add(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        help="dtype of the frozen base; accelerate launch's by default, or no",
+    )
+
+
+def add_memory(parser: cli.Parser) -> None:
+    group = parser.add_argument_group("memory and speed")
+    add = group.add_argument
+    add_shared(group, "--quantization", "--enable_group_offload", "--compile")
+    add(
+        "--gradient_checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="less memory, about a third slower; by default where the step would not fit without",
+    )
+    add("--dry_run", action="store_true", help="say what the run will need, from the configs alone, and stop")
+
+
+def add_outputs(parser: cli.Parser) -> None:
+    add = parser.add_argument_group("checkpoints, logs, hub").add_argument
+    add("--output_dir", default="output/glance", help="where all of it is written")
+    add("--checkpointing_steps", type=cli.positive(int), help="write a checkpoint every so many steps")
+    add("--checkpoints_total_limit", type=cli.positive(int), help="keep this many")
+    add("--resume_from_checkpoint", help="'latest', which starts anew where there is none, or a checkpoint folder")
+    add("--report_to", choices=("none", *TRACKERS), default="none", help="accelerate's trackers")
+    add("--logging_dir", default="logs", help="inside output_dir")
+    add("--push_to_hub", action="store_true", help="upload what was trained, with its model card")
+    add("--hub_model_id", help="the repository to push to; the name of output_dir by default")
+    add = parser.add_argument_group("understood for SimpleTuner's recipe").add_argument
+    add("--model_type", choices=("lora",), default="lora", help="only lora")
+    add("--model_family", help="not needed, the pipeline knows")
+
+
+def parse(argv: list[str] | None = None) -> cli.Settings:
+    """Return the flags' values, defaults that depend on other flags filled in; ArgumentError where they do not go
+    together. `custom_timesteps` is None until settings.complete."""
+    parser = make_parser()
+    args = cli.Settings(vars(parser.parse(argv)) | {"custom_timesteps": None})
+    check_base(args.pretrained_model_name_or_path)
+    check_combination(args, parser)
+    own = {name: value for name, value in DEFAULTS[args.loss].items() if getattr(args, name) is None}
+    kept = args.loss == "trajectory" and args.guidance == "keep"  # then the base is nearly there
+    own["learning_rate"] = args.learning_rate or (1e-5 if kept else 3e-4)
+    own["lora_alpha"] = args.lora_alpha or args.rank
+    return args.replace(**own)
+
+
+def check_combination(args: cli.Settings, parser: cli.Parser) -> None:
+    """Raise ArgumentError where flags exclude each other."""
+    if args.gradient_checkpointing is False and (args.enable_group_offload or args.quantization == "fp8"):
+        raise cli.mistake(
+            "--no-gradient_checkpointing: with --enable_group_offload or --quantization fp8 every layer's full weight "
+            "would stay until the backward pass; leave it out"
+        )
+    if args.flow_custom_timesteps is not None and args.grid is not None:
+        raise cli.mistake("--flow_custom_timesteps gives the timesteps; leave --grid out")
+    if args.loss == "flow":
+        for name in ("prompts_file", "flow_weight", "segment_weights", "num_trajectories"):
+            if getattr(args, name) != parser.get_default(name):
+                raise cli.mistake(f"--{name} belongs to the trajectory loss; give --loss trajectory or leave it out")
+    elif args.flow_custom_timesteps is not None:
+        raise cli.mistake(
+            "--flow_custom_timesteps: the trajectory loss learns steps of the model's own schedule; give --grid "
+            "instead, or --loss flow"
+        )
+    if args.flow_custom_timesteps is not None and args.solver == "fitted":
+        raise cli.mistake("--solver fitted is fitted to steps of the model's own; leave --flow_custom_timesteps out")
+    if args.parallel_phases and args.resume_from_checkpoint not in (None, "latest"):
+        raise cli.mistake("--parallel_phases resumes each phase from its own checkpoint; give latest")

@@ -1,0 +1,136 @@
+"""The command line of both scripts: answered before any library is there, in groups, into settings that stay."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+from accelerate.utils import LoggerType
+from conftest import ROOT, flags
+from diffusers.optimization import SchedulerType
+
+import glance_utils
+import infer_glance
+import train_glance_lora
+from glance import inference_flags, shared_flags
+from glance.command_line import Settings
+from glance.training import flags as training_flags
+from glance.training import losses
+
+
+SCRIPTS = {"train_glance_lora.py": "pretrained_model_name_or_path: b\n", "infer_glance.py": "prompt: a dog\n"}
+# Runs a script as `python SCRIPT ...` does, and says which of the libraries are there when it ends.
+WATCHED = """
+import runpy, sys
+heavy = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "datasets", "glance_utils")
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    print(*[name for name in heavy if name in sys.modules], file=sys.stderr)
+    sys.exit(end.code)
+"""
+
+
+def answer(script: str, *arguments, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", WATCHED, ROOT / script, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, **kwargs)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("arguments", "config", "word"),
+    [
+        (["--lerning_rate=1"], "", "unknown flag --lerning_rate"),
+        ([], "sede: 1\n", "unknown key 'sede'; did you mean 'seed'?"),
+        ([], "seed: one\n", "--seed: invalid seed value: 'one'"),
+        (["--height=0"], "", "--height: 0 is not above 0"),
+        (["--quantization=int4"], "", "--quantization: invalid choice: 'int4'"),
+        ([], "seed: [\n", "not valid YAML or JSON"),
+        (["--config=none.yaml"], "", "none.yaml: cannot be read"),
+        (["--guidance=keep", "fold"], "", "1 words belong to no flag"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_a_mistake_is_answered_before_any_library(script, arguments, config, word, tmp_path):
+    (tmp_path / "config.yaml").write_text(SCRIPTS[script] + config)
+    done = answer(script, f"--config={tmp_path / 'config.yaml'}", *arguments)
+    line, heavy = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith(f"{script}: error: ") and word in line
+    assert heavy == "" and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "word"),
+    [
+        ("train_glance_lora.py", [], "--pretrained_model_name_or_path is missing"),
+        ("train_glance_lora.py", ["--flow_weight=1"], "--flow_weight belongs to the trajectory loss"),
+        ("infer_glance.py", [], "no prompt"),
+        ("infer_glance.py", ["--prompts_file=none.txt"], "none.txt: cannot be read"),
+        ("infer_glance.py", ["--prompt=a", "--fuse_lora", "--quantization=nf4"], "--fuse_lora changes weights"),
+    ],
+)
+def test_so_are_flags_that_do_not_go_together(script, arguments, word):
+    base = [] if "missing" in word else ["--pretrained_model_name_or_path=b"]
+    done = answer(script, *base, *arguments)
+    line, heavy = done.stderr.splitlines()
+    assert done.returncode == 2 and word in line and heavy == ""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_comes_in_groups_and_before_any_library(script):
+    done = answer(script, "--help")
+    assert (done.returncode, done.stderr) == (0, "\n")
+    assert "(default: None)" not in done.stdout and "(default: False)" not in done.stdout
+    assert "memory and speed:\n" in done.stdout and done.stdout.count("usage:") == 1
+    module = training_flags if script.startswith("train") else inference_flags
+    parser = module.make_parser()
+    assert {action.dest for action in parser._optionals._group_actions} == {"help", "config"}  # the rest has a group
+    for action in parser._actions:
+        assert action.help and all(flag in done.stdout for flag in action.option_strings)
+
+
+def test_a_config_file_that_can_be_read_once(pipelines):
+    """A shell's <(...) is a pipe: it is read before the libraries are imported and not again."""
+    script = f"train_glance_lora.py --config <(echo 'dry_run: true') {' '.join(flags(resolution=32, rank=4))}"
+    command = f"{sys.executable} {script} --pretrained_model_name_or_path {pipelines['flux']}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "parameters" in done.stdout, done.stderr[-3000:]
+
+
+def test_what_is_written_out_is_what_the_libraries_have():
+    rules = {SchedulerType.PIECEWISE_CONSTANT.value}
+    assert set(training_flags.LR_SCHEDULERS) == {kind.value for kind in SchedulerType} - rules
+    assert set(training_flags.TRACKERS) == {kind.value for kind in LoggerType}
+    assert list(training_flags.SEGMENT_WEIGHTS) == list(losses.SEGMENT_POWERS)
+    assert shared_flags.MAX_SIDE == glance_utils.MAX_SIDE
+    assert list(infer_glance.DTYPES) == list(inference_flags.DTYPES)
+
+
+def test_flags_of_both_scripts_are_declared_once():
+    train, infer = (
+        {flag: action for action in module.make_parser()._actions for flag in action.option_strings}
+        for module in (training_flags, inference_flags)
+    )
+    assert train.keys() & infer.keys() - {"-h", "--help", "--config"} == shared_flags.SHARED.keys()
+    for flag in shared_flags.SHARED:
+        for name in ("dest", "nargs", "const", "type", "choices"):
+            assert getattr(train[flag], name) == getattr(infer[flag], name), flag
+
+
+def test_nothing_writes_to_settings(tmp_path):
+    train = train_glance_lora.parse_args(flags(pretrained_model_name_or_path="b"))
+    infer = infer_glance.parse_args(flags(pretrained_model_name_or_path="b", prompt="a"))
+    for settings in (train, infer, copy.deepcopy(train)):
+        before = dict(vars(settings))
+        for change in (lambda: setattr(settings, "seed", 1), lambda: setattr(settings, "new", 1)):
+            with pytest.raises(AttributeError, match="replace"):
+                change()
+        with pytest.raises(AttributeError, match="replace"):
+            del settings.seed
+        with pytest.raises(TypeError, match="sede"):
+            settings.replace(sede=1)
+        other = settings.replace(seed=7)
+        assert isinstance(other, Settings) and vars(other) == before | {"seed": 7} and vars(settings) == before
