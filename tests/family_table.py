@@ -1,4 +1,4 @@
-"""Write README.md's table of families from what tests/test_families.py left in output/families."""
+"""Write the table of families in docs/families.md from what tests/test_families.py left in output/families."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(START)
-    readme.write_text(before + START + table() + END + rest.split(END)[1])
-    print(f"{readme}: table of families written")
+    page = ROOT / "docs" / "families.md"
+    before, rest = page.read_text().split(START)
+    page.write_text(before + START + table() + END + rest.split(END)[1])
+    print(f"{page}: table of families written")

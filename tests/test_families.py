@@ -2,7 +2,7 @@
 
     python -m pytest -n 2 -m families && python tests/family_table.py
 
-Each result goes to output/families; tests/family_table.py makes README.md's table of them.
+Each result goes to output/families; tests/family_table.py makes the table in docs/families.md of them.
 """
 
 import inspect
