@@ -19,6 +19,7 @@ if __name__ == "__main__":
     settings = start.as_script("what was not saved yet is lost", inference_flags.parse)
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -44,7 +45,7 @@ from glance.ask.schedule import ask_timestep_table, ask_timesteps, has_own_steps
 from glance.files import faults, pictures
 from glance.files.lora import load_lora
 from glance.files.lora_forms import read_lora
-from glance.files.recipe import WEIGHT_NAME, read_recipe
+from glance.files.recipe import NO_RECIPE, WEIGHT_NAME, Recipe, check_pair, read_recipe, schedule_of
 from glance.training import distribution, estimate, launcher
 from glance_utils import (
     PHASES,
@@ -107,11 +108,10 @@ def find_loras(args) -> dict[str, Path]:
     return paths
 
 
-def read_recipes(args, paths: dict[str, Path]) -> tuple[dict, dict[str, list[float]] | None]:
-    """What both files say, checked against each other and the base: (recipe, timesteps by phase), the recipe with the
-    fitted solver's coefficients of both.
+def read_recipes(args, paths: dict[str, Path]) -> tuple[Recipe, Schedule | None]:
+    """Return what both files say, checked against each other and the base: the recipe, and the steps of both.
 
-    Files that were not trained here say nothing: the pipeline's defaults, and None for the timesteps.
+    Of files that were not trained here that is NO_RECIPE, and None where no timesteps are given.
     """
     recipes = {phase: read_recipe(path, required=False) for phase, path in paths.items()}
     silent = [str(paths[phase]) for phase, recipe in recipes.items() if recipe is None]
@@ -121,16 +121,12 @@ def read_recipes(args, paths: dict[str, Path]) -> tuple[dict, dict[str, list[flo
         )
     if silent:
         ask.read_model_index(args.pretrained_model_name_or_path, **cli.load_arguments(args))
-        nothing = dict.fromkeys(("height", "width", "guidance_scale", "coefficients"))
-        return nothing | {"pipeline_kwargs": {}, "num_base_steps": 50, "guidance": "keep"}, args.custom_timesteps
-    if args.custom_timesteps:
-        for phase, recipe in recipes.items():
-            recipe |= {"timesteps": args.custom_timesteps[phase], "coefficients": None}
+        return NO_RECIPE, args.custom_timesteps and Schedule(args.custom_timesteps)
+    for phase, timesteps in (args.custom_timesteps or {}).items():
+        recipes[phase] = dataclasses.replace(recipes[phase], timesteps=timesteps, coefficients=None)
     check_pair(recipes, paths)
     check_base(args, recipes["slow"])
-    fitted = [recipe["coefficients"] for recipe in recipes.values()]
-    recipe = recipes["slow"] | {"coefficients": sum(fitted, []) if all(fitted) else None}
-    return recipe, {phase: recipe["timesteps"] for phase, recipe in recipes.items()}
+    return recipes["slow"], schedule_of(recipes)
 
 
 def published_timesteps(pipe: DiffusionPipeline, base_timesteps: list[float]) -> dict[str, list[float]]:
@@ -144,33 +140,12 @@ def published_timesteps(pipe: DiffusionPipeline, base_timesteps: list[float]) ->
     return derive_timesteps(base_timesteps)
 
 
-def check_pair(recipes: dict[str, dict], paths: dict[str, Path]) -> None:
-    """Raise InputError where two LoRA files do not belong together."""
-    slow, fast = recipes["slow"], recipes["fast"]
-    for phase, recipe in recipes.items():
-        if recipe["phase"] != phase:
-            raise InputError(
-                f"{paths[phase]}: given as the {phase} LoRA, but it was trained as the {recipe['phase']} one"
-            )
-    if slow["timesteps"][-1] <= fast["timesteps"][0]:
-        raise InputError(
-            f"the pair does not chain: slow ends at timestep {slow['timesteps'][-1]:g}, fast begins at "
-            f"{fast['timesteps'][0]:g}; slow must end above where fast begins, so train both on one schedule"
-        )
-    same = ("base_model", "pipeline", "height", "width", "num_base_steps", "guidance_scale", "pipeline_kwargs")
-    for key in (*same, "guidance"):
-        if slow[key] != fast[key]:
-            raise InputError(f"the pair does not match: slow has {key} {slow[key]}, fast has {fast[key]}")
-    if bool(slow["coefficients"]) != bool(fast["coefficients"]):
-        raise InputError("the pair does not match: one was trained for the fitted solver, the other for Euler's")
-
-
-def check_base(args, recipe: dict) -> None:
+def check_base(args, recipe: Recipe) -> None:
     """Raise InputError where the LoRAs were trained on another base; names count, not the folders they lie in."""
     index = ask.read_model_index(args.pretrained_model_name_or_path, **cli.load_arguments(args))
-    if index["_class_name"] != recipe["pipeline"]:
-        raise InputError(f"the LoRAs are for a {recipe['pipeline']}, the base is a {index['_class_name']}")
-    trained, given = Path(recipe["base_model"]), Path(args.pretrained_model_name_or_path)
+    if index["_class_name"] != recipe.pipeline:
+        raise InputError(f"the LoRAs are for a {recipe.pipeline}, the base is a {index['_class_name']}")
+    trained, given = Path(recipe.base_model), Path(args.pretrained_model_name_or_path)
     if trained.resolve().name.lower() != given.resolve().name.lower() and not args.allow_base_mismatch:
         raise InputError(
             f"the LoRAs were trained on {trained}, not on {given}; --allow_base_mismatch tries nevertheless"
@@ -271,15 +246,13 @@ def timed(pipe, counter, call: dict, seed: int, **kwargs):
     return image, time.perf_counter() - start, counter.calls
 
 
-def make_schedule(args, pipe, recipe: dict, phases: dict[str, list[float]] | None, call: dict) -> Schedule:
+def make_schedule(args, pipe, recipe: Recipe, schedule: Schedule | None, call: dict) -> Schedule:
     """Return the steps that the files say, and what the pipeline says where they are silent."""
-    base_steps, folded = recipe["num_base_steps"], (args.guidance or recipe["guidance"]) == "fold"
-    return Schedule(
-        phases=phases or published_timesteps(pipe, ask_timesteps(pipe, base_steps, **call)),
-        timestep_table=ask_timestep_table(pipe, base_steps, **call),
-        coefficients=recipe["coefficients"],
-        guidance=ask_single_branch(pipe, **call) if folded else {},
-    )
+    base_steps, folded = recipe.num_base_steps, (args.guidance or recipe.guidance) == "fold"
+    if schedule is None:
+        schedule = Schedule(published_timesteps(pipe, ask_timesteps(pipe, base_steps, **call)))
+    table, off = ask_timestep_table(pipe, base_steps, **call), ask_single_branch(pipe, **call) if folded else {}
+    return dataclasses.replace(schedule, timestep_table=table, guidance=off)
 
 
 def compared_steps(args, pipe, schedule: Schedule, base_steps: int, call: dict) -> list[int]:
@@ -346,13 +319,13 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
     args = complete(settings or inference_flags.parse(argv))
     cli.set_up_logging()
     paths = find_loras(args)
-    recipe, phases = read_recipes(args, paths)
-    height, width = args.height or recipe["height"], args.width or recipe["width"]
-    if recipe["height"] and (height, width) != (recipe["height"], recipe["width"]):
-        trained = f"{recipe['width']}x{recipe['height']}"
+    recipe, schedule = read_recipes(args, paths)
+    height, width = args.height or recipe.height, args.width or recipe.width
+    if recipe.height and (height, width) != (recipe.height, recipe.width):
+        trained = f"{recipe.width}x{recipe.height}"
         logger.warning(f"{width}x{height} was asked, {trained} was trained: the schedule is that of {trained}")
-    guidance = recipe["guidance_scale"] if args.guidance_scale is None else args.guidance_scale
-    extra = recipe["pipeline_kwargs"] | args.pipeline_kwargs
+    guidance = recipe.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    extra = recipe.pipeline_kwargs | args.pipeline_kwargs
     jobs = [(prompt, args.seed + image) for prompt in args.prompts for image in range(args.num_images)]
 
     output, size = Path(args.output), (width, height) if width and height else None
@@ -372,8 +345,8 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
     PromptLengths(pipe, logger.warning).watch(pipe)
     calls = [call_of(pipe, prompt) for prompt, _ in jobs]
     ask.dry_step(pipe, **calls[0])
-    schedule = make_schedule(args, pipe, recipe, phases, calls[0])
-    base_steps = compared_steps(args, pipe, schedule, recipe["num_base_steps"], calls[0])
+    schedule = make_schedule(args, pipe, recipe, schedule, calls[0])
+    base_steps = compared_steps(args, pipe, schedule, recipe.num_base_steps, calls[0])
     with faults.signals_handled(functools.partial(faults.leave, hint="what was drawn before is written")):
         drawn, failed = draw_all(args, state, pipe, schedule, base_steps, calls, jobs, files)
         drawn, failed = (sum(distribution.gather_on_host(part), []) for part in (drawn, failed))

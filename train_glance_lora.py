@@ -49,6 +49,7 @@ from glance.files.checkpoints import (
 )
 from glance.files.instance_data import load_pair
 from glance.files.lora import save_lora
+from glance.files.recipe import Recipe
 from glance.training import distribution, losses, trackers, trajectories
 from glance.training.draws import Draws
 from glance.training.log import LossLog, check_finite
@@ -79,29 +80,29 @@ def parse_args(argv: list[str] | None = None) -> cli.Settings:
 # Training
 
 
-def make_recipe(args, asked: Asked, phase: str, size: tuple[int, int]) -> dict:
+def make_recipe(args, asked: Asked, phase: str, size: tuple[int, int]) -> Recipe:
     """What infer_glance.py needs to know of a LoRA, stored in the header of its file."""
     own = ask.accepted_arguments(asked.pipe).get("guidance_scale")
     first, steps = asked.first_step[phase], len(asked.schedule[phase])
     fitted = asked.taught.coefficients if asked.taught else None
-    return {
-        "phase": phase,
-        "timesteps": asked.schedule[phase],
-        "base_model": args.pretrained_model_name_or_path,
-        "pipeline": type(asked.pipe).__name__,
-        "height": size[0],
-        "width": size[1],
-        "guidance_scale": own.default if args.guidance_scale is None and own is not None else args.guidance_scale,
-        "pipeline_kwargs": args.pipeline_kwargs,
-        "num_base_steps": args.num_base_steps,
-        "grid": asked.grid,
-        "coefficients": fitted and fitted[first : first + steps],
-        "guidance": args.guidance,
-        "loss": args.loss,
-        "max_train_steps": args.max_train_steps,
-        "rank": args.rank,
-        "version": __version__,
-    }
+    return Recipe(
+        phase=phase,
+        timesteps=asked.schedule[phase],
+        base_model=args.pretrained_model_name_or_path,
+        pipeline=type(asked.pipe).__name__,
+        height=size[0],
+        width=size[1],
+        guidance_scale=own.default if args.guidance_scale is None and own is not None else args.guidance_scale,
+        pipeline_kwargs=args.pipeline_kwargs,
+        num_base_steps=args.num_base_steps,
+        grid=asked.grid,
+        coefficients=fitted and fitted[first : first + steps],
+        guidance=args.guidance,
+        loss=args.loss,
+        max_train_steps=args.max_train_steps,
+        rank=args.rank,
+        version=__version__,
+    )
 
 
 def fresh_adapter(args, accelerator, transformer, layers: list[str]) -> list[torch.nn.Parameter]:
@@ -155,7 +156,7 @@ def make_draws(args, accelerator, asked: Asked, phase: str) -> Draws:
 
 
 def train_phase(
-    args, accelerator, asked: Asked, recipe: dict, compared: dict, done: int = 0, checkpoint: dict | None = None
+    args, accelerator, asked: Asked, recipe: Recipe, compared: dict, done: int = 0, checkpoint: dict | None = None
 ) -> Path | None:
     """Train one LoRA for --max_train_steps and leave it in the transformer.
 
@@ -163,13 +164,13 @@ def train_phase(
     steps were trained in earlier phases; `checkpoint` is one of this phase to go on from. Where a signal asked to
     stop, return the checkpoint that was written instead of going on.
     """
-    phase, transformer = recipe["phase"], denoiser(asked.pipe)
+    phase, transformer = recipe.phase, denoiser(asked.pipe)
     parameters = fresh_adapter(args, accelerator, transformer, asked.layers)
     optimizer, lr_scheduler = make_optimizer(args, parameters)
     model = PipelineVelocity(asked.pipe, asked.timestep_table, asked.takes_timesteps, asked.takes_batches)
     model, optimizer = distribution.prepare(args, accelerator, model, parameters, optimizer)
     objective, draws = make_objective(args, asked, phase), make_draws(args, accelerator, asked, phase)
-    log = LossLog(phase, recipe["timesteps"])
+    log = LossLog(phase, recipe.timesteps)
     state = TrainingState(transformer, ADAPTER, draws, optimizer, lr_scheduler, accelerator.scaler)
     step = 0
     if checkpoint is not None:
@@ -180,7 +181,7 @@ def train_phase(
     hidden = not accelerator.is_local_main_process
     with tqdm(total=args.max_train_steps, initial=step, desc=phase, disable=hidden) as progress:
         for draw in draws:
-            timesteps = [recipe["timesteps"][position] for position in draw.positions]
+            timesteps = [recipe.timesteps[position] for position in draw.positions]
             with accelerator.accumulate(model):
                 loss, by_timestep = losses.step_losses(model, objective, draw)
                 by_timestep = accelerator.gather(by_timestep.detach()[None]).mean(0).tolist()
@@ -216,7 +217,7 @@ def train_phase(
     return None
 
 
-def save_phase(asked: Asked, folder: Path, recipe: dict) -> Path:
+def save_phase(asked: Asked, folder: Path, recipe: Recipe) -> Path:
     """Write the LoRA that was just trained, with its recipe; return the file's path."""
     name, transformer = denoiser_name(asked.pipe.config), denoiser(asked.pipe)
     return save_lora(transformer, ADAPTER, folder, recipe, name)
@@ -258,7 +259,7 @@ def train(args, accelerator, halves=None):
     base = load_base.identify(args.pretrained_model_name_or_path, **cli.load_arguments(args))
     state = load_checkpoint(args.resume_from_checkpoint, args.output_dir)
     if state is not None:
-        check_flags(state["settings"], run_settings(args, {}, base, learned, accelerator.num_processes))
+        check_flags(state["settings"], run_settings(args, None, base, learned, accelerator.num_processes))
     output_dir = Path(args.output_dir)
     phases = args.custom_timesteps
     folders = {phase: output_dir / phase if len(phases) == 2 else output_dir for phase in phases}
@@ -301,7 +302,7 @@ def train(args, accelerator, halves=None):
     resumable = not distribution.is_deepspeed(accelerator)
     with faults.signals_noted(accelerator.set_trigger) if resumable else contextlib.nullcontext([]) as noted:
         for number, (phase, recipe) in enumerate(recipes.items()):
-            timesteps = ", ".join(f"{timestep:.4f}" for timestep in recipe["timesteps"])
+            timesteps = ", ".join(f"{timestep:.4f}" for timestep in recipe.timesteps)
             if phase in finished:
                 logger.info(f"  {phase}: finished before")
                 continue

@@ -261,7 +261,8 @@ def parse_args(argv: list[str] | None = None):
         _, caption, (height, width) = load_pair(config)
         trained = vars(config) | {"instance_prompt": caption, "height": height, "width": width}
     elif args.lora:
-        trained = read_recipe(lora_file(next(iter(args.lora.values())), "slow"), required=False) or {}
+        recipe = read_recipe(lora_file(next(iter(args.lora.values())), "slow"), required=False)
+        trained = recipe.as_dict() if recipe else {}
     for key in ("pretrained_model_name_or_path", "instance_prompt", "height", "width", "guidance_scale"):
         setattr(args, key, trained.get(key) if getattr(args, key) is None else getattr(args, key))
     args.pipeline_kwargs = trained.get("pipeline_kwargs", {}) | args.pipeline_kwargs

@@ -1,6 +1,7 @@
 """How benchmarks/quality.py draws: one pipeline, and for each row's settings the call that makes its pictures."""
 
 import contextlib
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from glance.ask import pipeline as ask
 from glance.ask import sampler as grids
 from glance.ask.schedule import ask_timesteps
 from glance.files.lora import load_lora
-from glance.files.recipe import WEIGHT_NAME, read_recipe
+from glance.files.recipe import WEIGHT_NAME, read_recipe, schedule_of
 from glance_utils import (
     PHASES,
     Schedule,
@@ -119,10 +120,9 @@ def prepared(bench: Bench, settings: dict):
             denoiser(pipe).enable_cache(getattr(diffusers.hooks, name)(**options, **precise))
             stack.callback(denoiser(pipe).disable_cache)
         elif "lora" in settings:
-            call, phases, coefficients = recipe_of(bench, settings["lora"])
+            call, schedule = recipe_of(bench, settings["lora"])
             scales = settings.get("scales")
             activate = stack.enter_context(fused_adapters(denoiser(pipe)))
-            schedule = Schedule(phases, bench.timestep_table, coefficients)
             kwargs = stack.enter_context(glance_inference(pipe, schedule, scales, activate))
         else:
             timesteps, fitted = sampler(bench, settings["grid"], settings["steps"], settings.get("solver", "euler"))
@@ -133,17 +133,16 @@ def prepared(bench: Bench, settings: dict):
         yield stack.enter_context(ask.plain_call(pipe, call))
 
 
-def recipe_of(bench: Bench, folder: str) -> tuple[dict, dict[str, list[float]], list | None]:
-    """The call, timesteps and coefficients that a pair was trained for; the pipeline's where its files do not say."""
+def recipe_of(bench: Bench, folder: str) -> tuple[dict, Schedule]:
+    """Return the call and the steps that a pair was trained for; the pipeline's where its files do not say."""
     recipes = {phase: read_recipe(lora_file(folder, phase), required=False) for phase in PHASES}
     if not all(recipes.values()):
-        return bench.call, derive_timesteps(bench.timesteps), None
-    own, fitted = recipes["slow"], [recipe["coefficients"] for recipe in recipes.values()]
-    call = bench.call | own["pipeline_kwargs"] | {key: own[key] for key in ("height", "width")}
-    call |= {} if own["guidance_scale"] is None else {"guidance_scale": own["guidance_scale"]}
-    call |= bench.single if own["guidance"] == "fold" else {}
-    phases = {phase: recipe["timesteps"] for phase, recipe in recipes.items()}
-    return call, phases, sum(fitted, []) if all(fitted) else None
+        return bench.call, Schedule(derive_timesteps(bench.timesteps), bench.timestep_table)
+    own = recipes["slow"]
+    call = bench.call | own.pipeline_kwargs | {"height": own.height, "width": own.width}
+    call |= {} if own.guidance_scale is None else {"guidance_scale": own.guidance_scale}
+    call |= bench.single if own.guidance == "fold" else {}
+    return call, dataclasses.replace(schedule_of(recipes), timestep_table=bench.timestep_table)
 
 
 def lora_file(folder: str | Path, phase: str) -> Path:

@@ -86,7 +86,7 @@ def main():
         schedule = {}
         for phase in PHASES:
             path = Path(args.lora) / phase / WEIGHT_NAME
-            schedule[phase] = read_recipe(path)["timesteps"]
+            schedule[phase] = read_recipe(path).timesteps
             pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=phase)
 
         def ten_steps(strength: float):

@@ -37,7 +37,7 @@ train_phase, forward, walk = train_glance_lora.train_phase, PipelineVelocity.for
 def train_and_keep(args, accelerator, asked, recipe, *rest):
     stopped = train_phase(args, accelerator, asked, recipe, *rest)
     lora = get_peft_model_state_dict(denoiser(asked.pipe), adapter_name=train_glance_lora.ADAPTER)
-    torch.save(lora, Path(args.output_dir) / f"{recipe['phase']}-rank-{accelerator.process_index}.pt")
+    torch.save(lora, Path(args.output_dir) / f"{recipe.phase}-rank-{accelerator.process_index}.pt")
     return stopped
 
 

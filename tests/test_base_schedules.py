@@ -160,8 +160,8 @@ def test_fewer_calls_than_its_own_are_trained(settings, positions, turbo, own_ti
     caplog.set_level("INFO")
     output = train(turbo, max_train_steps=1, **CALL, **settings)
     recipes = [read_recipe(output / phase / WEIGHT_NAME) for phase in PHASES]
-    timesteps = sum([recipe["timesteps"] for recipe in recipes], [])
-    assert [recipe["num_base_steps"] for recipe in recipes] == [8, 8]
+    timesteps = sum([recipe.timesteps for recipe in recipes], [])
+    assert [recipe.num_base_steps for recipe in recipes] == [8, 8]
     kept = [own_timesteps.index(timestep) for timestep in timesteps]
     assert kept == positions if positions else len(kept) == 4 and kept == sorted(set(kept))
     assert f"its own 8 steps, whatever is asked; {len(kept)} of them are kept" in caplog.text

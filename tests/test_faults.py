@@ -402,7 +402,7 @@ def test_the_log_ends_with_each_timesteps_mean_loss(train, caplog):
     logs = EventAccumulator(str(next((output / "logs").rglob("events.out*")).parent))
     logs.Reload()
     means = []
-    for timestep in read_recipe(output / WEIGHT_NAME)["timesteps"]:
+    for timestep in read_recipe(output / WEIGHT_NAME).timesteps:
         losses = [log.value for log in logs.Scalars(f"slow/loss_at_{timestep:.0f}")]
         means.append(f"{sum(losses) / len(losses):.4f} at {timestep:.0f}")
         assert len(losses) == 2

@@ -74,8 +74,8 @@ def test_auto_trains_and_draws_on_the_grid_that_measures_best(train, infer, capl
     errors = {grid: float(error) for grid, error in errors.items()}
     assert set(errors) == {"auto", "glance", "even"} and list(errors.values()) == sorted(errors.values())
     recipes = [read_recipe(output / phase / WEIGHT_NAME) for phase in PHASES]
-    assert [recipe["grid"] for recipe in recipes] == [next(iter(errors))] * 2
-    assert [len(recipe["timesteps"]) for recipe in recipes] == [3, 3]
+    assert [recipe.grid for recipe in recipes] == [next(iter(errors))] * 2
+    assert [len(recipe.timesteps) for recipe in recipes] == [3, 3]
     infer(lora=output)
 
 

@@ -17,7 +17,7 @@ import infer_glance
 import train_glance_lora
 from glance.adapters import fused_adapters
 from glance.ask import pipeline as ask
-from glance.files.recipe import WEIGHT_NAME, read_recipe
+from glance.files.recipe import WEIGHT_NAME, Recipe, read_recipe
 from glance_utils import InputError, glance_inference
 
 
@@ -33,12 +33,12 @@ def same(one, other) -> bool:
     return np.array_equal(pixels(one), pixels(other))
 
 
-def recipes_of(folder) -> dict[str, dict]:
+def recipes_of(folder) -> dict[str, Recipe]:
     return {phase: read_recipe(folder / phase / WEIGHT_NAME) for phase in PHASES}
 
 
 def schedule_of(folder) -> dict[str, list[float]]:
-    return {phase: recipe["timesteps"] for phase, recipe in recipes_of(folder).items()}
+    return {phase: recipe.timesteps for phase, recipe in recipes_of(folder).items()}
 
 
 def seeded(seed=0) -> torch.Generator:
@@ -64,7 +64,7 @@ def test_the_picture_is_that_of_plain_diffusers(base, trained, infer, pipelines)
     picture = infer(base, lora=folder, prompt="a blue ring")
 
     recipes = recipes_of(folder)
-    timesteps = recipes["slow"]["timesteps"] + recipes["fast"]["timesteps"]
+    timesteps = recipes["slow"].timesteps + recipes["fast"].timesteps
     pipe = stock(pipelines[base], folder)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
         pipe.scheduler.config, shift=1.0, use_dynamic_shifting=False, shift_terminal=None
@@ -76,7 +76,7 @@ def test_the_picture_is_that_of_plain_diffusers(base, trained, infer, pipelines)
         return callback_kwargs
 
     pipe.set_adapters("slow")
-    guidance = recipes["slow"]["guidance_scale"]
+    guidance = recipes["slow"].guidance_scale
     call = {} if guidance is None else {"guidance_scale": guidance}
     call |= {"prompt": "a blue ring", "height": 32, "width": 32, "num_inference_steps": 10}
     call |= {"sigmas": [timestep / 1000 for timestep in timesteps]}
@@ -104,7 +104,7 @@ def test_files_load_in_stock_diffusers_at_the_trained_strength(base, factor, tra
 
     def watched(args, accelerator, asked, recipe, *rest):
         train_phase(args, accelerator, asked, recipe, *rest)
-        trained_deltas[recipe["phase"]] = deltas(asked.pipe.transformer, train_glance_lora.ADAPTER)
+        trained_deltas[recipe.phase] = deltas(asked.pipe.transformer, train_glance_lora.ADAPTER)
 
     monkeypatch.setattr(train_glance_lora, "train_phase", watched)
     folder = train(base, lora_alpha=4 * factor, rank=4, learning_rate=1e-2, max_train_steps=2)

@@ -310,7 +310,7 @@ def test_fused_loras_draw_the_same_and_leave_the_base_as_it_was(base, trained, p
     schedule = {}
     for phase in PHASES:
         path = trained(base) / phase / WEIGHT_NAME
-        schedule[phase] = read_recipe(path)["timesteps"]
+        schedule[phase] = read_recipe(path).timesteps
         load_lora(pipe, path, phase)
     before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
 

@@ -158,7 +158,7 @@ def test_runs_of_other_rates_share_what_the_base_drew(measured, tmp_path, monkey
     assert pair["spent"] >= trained + drawn + 20 and pair["tuning"] == pair["spent"] + trained
     assert pair["calls"] == apart["calls"] == 20 and folded["calls"] == 10
     assert folded["spent"] < pair["spent"] < apart["spent"]
-    ranks = [read_recipe(file)["rank"] for file in tmp_path.glob("loras/*/*/*/pytorch*.safetensors")]
+    ranks = [read_recipe(file).rank for file in tmp_path.glob("loras/*/*/*/pytorch*.safetensors")]
     assert {2, 4} <= set(ranks)
 
 

@@ -26,7 +26,7 @@ from glance.ask.velocity import PipelineVelocity
 from glance.files.checkpoints import find_checkpoints
 from glance.files.instance_data import load_pair
 from glance.files.lora import load_lora, save_lora
-from glance.files.recipe import WEIGHT_NAME, read_recipe
+from glance.files.recipe import NO_RECIPE, WEIGHT_NAME, Recipe, read_recipe
 from glance_utils import __version__, activate_adapter, add_noise, flow_matching_loss, timesteps_to_sigmas
 
 
@@ -57,7 +57,7 @@ def lora_content(folder: Path) -> list[tuple]:
     return content
 
 
-def recipe_of(folder: Path) -> dict:
+def recipe_of(folder: Path) -> Recipe:
     return read_recipe(folder / WEIGHT_NAME)
 
 
@@ -133,11 +133,11 @@ def test_training_moves_the_lora_and_nothing_else(base, train, around_phase):
 
     def look(when, asked, recipe):
         transformer, trained = asked.pipe.transformer, train_glance_lora.ADAPTER
-        weights[recipe["phase"], when] = base_weights(transformer)
+        weights[recipe.phase, when] = base_weights(transformer)
         activate_adapter(transformer, None if when == "before" else trained)
-        losses[recipe["phase"], when] = fixed_loss(asked, recipe["timesteps"])
+        losses[recipe.phase, when] = fixed_loss(asked, recipe.timesteps)
         activate_adapter(transformer, trained)
-        phases.append(recipe["phase"])
+        phases.append(recipe.phase)
 
     around_phase(look)
     output = train(base, max_train_steps=30, learning_rate=1e-2)
@@ -172,14 +172,14 @@ def test_each_phase_visits_its_own_timesteps_equally_often(train, seen_timesteps
     half = 10 * accumulation
     assert len(seen_timesteps) == 2 * half
     for phase, seen in zip(PHASES, (seen_timesteps[:half], seen_timesteps[half:])):
-        timesteps = recipe_of(output / phase)["timesteps"]
+        timesteps = recipe_of(output / phase).timesteps
         assert Counter(np.round(seen, 4)) == dict.fromkeys(np.round(timesteps, 4), 2 * accumulation)
         assert seen[:5] != seen[5:10]  # shuffled anew in each round
 
 
 def test_random_mode_draws_with_replacement(train, seen_timesteps):
     output = train(phase="slow", max_train_steps=12, flow_timesteps_mode="random")
-    timesteps = np.round(recipe_of(output)["timesteps"], 4)
+    timesteps = np.round(recipe_of(output).timesteps, 4)
     counts = Counter(np.round(seen_timesteps, 4))
     assert set(counts) <= set(timesteps) and len(seen_timesteps) == 12
     assert max(counts.values()) - min(counts[timestep] for timestep in timesteps) > 1
@@ -187,7 +187,7 @@ def test_random_mode_draws_with_replacement(train, seen_timesteps):
 
 def test_custom_lists_are_trained_as_given(train, seen_timesteps):
     output = train(flow_custom_timesteps="1,0.95,0.9;0.8,0.4", max_train_steps=6)
-    assert [recipe_of(output / phase)["timesteps"] for phase in PHASES] == [[1000, 950, 900], [800, 400]]
+    assert [recipe_of(output / phase).timesteps for phase in PHASES] == [[1000, 950, 900], [800, 400]]
     assert Counter(np.round(seen_timesteps)) == {1000: 2, 950: 2, 900: 2, 800: 3, 400: 3}
 
 
@@ -196,7 +196,7 @@ def test_a_list_far_from_the_models_own_is_warned_of(train, caplog):
         output = train(flow_custom_timesteps="1000,990,980,970,960", max_train_steps=1)
     derived = [message for message in caplog.messages if "timesteps off this model's own" in message]
     assert len(derived) == 1 and "slow" in derived[0]
-    assert recipe_of(output)["phase"] == "slow"
+    assert recipe_of(output).phase == "slow"
 
 
 def test_bf16_trains_float32_lora_on_a_bf16_base(train, around_phase):
@@ -205,7 +205,7 @@ def test_bf16_trains_float32_lora_on_a_bf16_base(train, around_phase):
     def look(when, asked, recipe):
         for name, parameter in asked.pipe.transformer.named_parameters():
             kind = "lora" if ".lora_" in name else "base"
-            dtypes.setdefault((recipe["phase"], when, kind), set()).add((parameter.dtype, parameter.requires_grad))
+            dtypes.setdefault((recipe.phase, when, kind), set()).add((parameter.dtype, parameter.requires_grad))
 
     around_phase(look)
     output = train(mixed_precision="bf16", max_train_steps=5, learning_rate=1e-2)
@@ -231,7 +231,7 @@ def test_training_sees_what_the_saved_lora_gives(dtype, pipelines, tmp_path):
     noisy = torch.randn(1, 64, 16)
     with torch.no_grad():
         trained = PipelineVelocity(pipe, **call)(noisy, 0.9)
-        path = save_lora(pipe.transformer, train_glance_lora.ADAPTER, tmp_path, {})
+        path = save_lora(pipe.transformer, train_glance_lora.ADAPTER, tmp_path, NO_RECIPE)
         pipe.transformer.unload_lora()
         base = PipelineVelocity(pipe, **call)(noisy, 0.9)
         load_lora(pipe, path, "slow")
@@ -350,7 +350,7 @@ def test_tensorboard_logs_each_optimizer_step(train):
         losses = {log.step: log.value for log in logs.Scalars(f"{phase}/loss")}
         assert list(losses) == list(steps)
         assert all(0 < loss < 100 for loss in losses.values())
-        names = {f"{phase}/loss_at_{timestep:.0f}" for timestep in recipe_of(output / phase)["timesteps"]}
+        names = {f"{phase}/loss_at_{timestep:.0f}" for timestep in recipe_of(output / phase).timesteps}
         found = [tag for tag in logs.Tags()["scalars"] if tag.startswith(f"{phase}/loss_at_")]
         assert set(found) <= names
         assert {log.step: log.value for tag in found for log in logs.Scalars(tag)} == losses
@@ -530,7 +530,7 @@ def test_simpletuners_recipe_runs_as_written(train, infer, pair, tmp_path, monke
         with pytest.raises(KeyError):  # no output_dir among the flags
             train(**settings)
         recipe = recipe_of(Path("output", f"glance-{phase}"))
-        assert (recipe["phase"], recipe["timesteps"], recipe["rank"]) == (phase, wanted[phase], 32)
+        assert (recipe.phase, recipe.timesteps, recipe.rank) == (phase, wanted[phase], 32)
         assert {path.name for path in Path("output", f"glance-{phase}").iterdir()} >= {"README.md", WEIGHT_NAME}
     assert "a red ring" in Path("output/glance-slow/README.md").read_text()
     picture = infer(slow_lora="output/glance-slow", fast_lora="output/glance-fast")
@@ -583,7 +583,7 @@ def test_output_folder_and_recipes(train, pipelines, pair):
 def test_one_phase_is_written_directly_into_the_output_folder(train):
     output = train(phase="fast")
     assert {path.name for path in output.iterdir()} == {WEIGHT_NAME, "README.md", "instance.png"}
-    assert recipe_of(output)["phase"] == "fast"
+    assert recipe_of(output).phase == "fast"
     assert "](./glance.png)" not in (output / "README.md").read_text()
 
 

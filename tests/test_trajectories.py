@@ -74,7 +74,7 @@ def walks(monkeypatch):
 def test_each_target_leads_from_its_point_to_the_next(train):
     output = train(**SHORT)
     found, recipes = drawn(output), [recipe_of(output / phase) for phase in PHASES]
-    sigmas = [timestep / 1000 for recipe in recipes for timestep in recipe["timesteps"]] + [0.0]
+    sigmas = [timestep / 1000 for recipe in recipes for timestep in recipe.timesteps] + [0.0]
     starts, targets = found["starts"][0, 0], found["targets"][0, 0]
     assert len(starts) == len(targets) == 4
     ends = [*starts[1:], found["picture"][0]]
@@ -129,7 +129,7 @@ def test_every_caption_is_drawn_and_trained_on_equally_often(train, walks, monke
 
 def end_error(teacher, output: Path, seed: int) -> tuple[float, float]:
     """How far the base and the LoRAs end from all the base's steps, on the LoRAs' grid."""
-    phases = {phase: recipe_of(output / phase)["timesteps"] for phase in PHASES}
+    phases = {phase: recipe_of(output / phase).timesteps for phase in PHASES}
     exact = teacher.draw("a red ring", seed)[-1]
     for phase in PHASES:
         load_lora(teacher.pipe, output / phase / WEIGHT_NAME, phase)
@@ -169,7 +169,7 @@ def test_keep_trains_both_branches_and_fold_one(guidance, batch, train, monkeypa
 
 def test_folded_guidance_is_not_added_again(train, infer, capsys, tmp_path):
     output = train("sd3", **SHORT, guidance="fold")
-    assert [recipe_of(output / phase)["guidance"] for phase in PHASES] == ["fold"] * 2
+    assert [recipe_of(output / phase).guidance for phase in PHASES] == ["fold"] * 2
     pictures = {}
     for name, settings in {"as trained": {}, "fold": {"guidance": "fold"}, "keep": {"guidance": "keep"}}.items():
         capsys.readouterr()
@@ -217,7 +217,7 @@ def test_segment_weights_are_the_steps_lengths_one_in_the_mean(train, monkeypatc
     monkeypatch.setattr(losses, "segment_weights", watched)
     for name in ("uniform", "length", "length_squared"):
         output = train(**SHORT, segment_weights=name, max_train_steps=1, output_dir=tmp_path / name)
-    sigmas = [timestep / 1000 for phase in PHASES for timestep in recipe_of(output / phase)["timesteps"]] + [0.0]
+    sigmas = [timestep / 1000 for phase in PHASES for timestep in recipe_of(output / phase).timesteps] + [0.0]
     lengths = np.array([high - low for high, low in zip(sigmas, sigmas[1:])]).reshape(2, 2)
     assert seen["uniform"] == [1.0] * 4
     for name, power in (("length", 1), ("length_squared", 2)):
@@ -363,7 +363,7 @@ def test_the_fitted_solver_is_measured_and_taken_where_it_is_nearer(base, train,
     errors = [grids.relative_error(asked.draw("a red ring", 2, positions, way)[-1], exact) for way in (None, fitted)]
     for solver, error in zip(("euler", "fitted"), errors):
         assert f"even grid, {solver} solver: error {error:.4f} to 12 steps" in caplog.text
-    found = [recipe_of(output / phase)["coefficients"] for phase in PHASES]
+    found = [recipe_of(output / phase).coefficients for phase in PHASES]
     assert (base == "sd3") == (errors[1] > errors[0]) == (found == [None, None])
     if base != "sd3":
         np.testing.assert_allclose(sum(found, []), fitted, atol=1e-4)
@@ -374,9 +374,9 @@ def test_inference_goes_along_both_velocities(train, infer, teacher, tmp_path):
     settings = SHORT | {"num_inference_steps": 6, "solver": "fitted", "learning_rate": 1e-9}
     output = train(**settings, max_train_steps=1)
     asked = teacher()
-    found = sum((recipe_of(output / phase)["coefficients"] for phase in PHASES), [])
+    found = sum((recipe_of(output / phase).coefficients for phase in PHASES), [])
     exact = asked.draw("a red ring", 0, [0, 2, 4, 6, 8, 10], found)[-1]
-    phases = {phase: recipe_of(output / phase)["timesteps"] for phase in PHASES}
+    phases = {phase: recipe_of(output / phase).timesteps for phase in PHASES}
     arguments = asked.call | {"output_type": "latent"}
     for phase in PHASES:
         load_lora(asked.pipe, output / phase / WEIGHT_NAME, phase)
@@ -391,10 +391,10 @@ def test_inference_goes_along_both_velocities(train, infer, teacher, tmp_path):
     assert not np.array_equal(np.asarray(Image.open(plain)), picture)
 
 
-def follow(found: dict[str, torch.Tensor], caption: int, recipes: list[dict]) -> float:
+def follow(found: dict[str, torch.Tensor], caption: int, recipes: list) -> float:
     """How far inference misses the kept points at most where the model predicts just the targets."""
-    coefficients = sum((recipe["coefficients"] for recipe in recipes), [])
-    sigmas = timesteps_to_sigmas(sum((recipe["timesteps"] for recipe in recipes), []))
+    coefficients = sum((recipe.coefficients for recipe in recipes), [])
+    sigmas = timesteps_to_sigmas(sum((recipe.timesteps for recipe in recipes), []))
     scheduler = FixedSigmaScheduler(sigmas, coefficients=coefficients)
     scheduler.set_timesteps()
     starts, targets = found["starts"][caption, 0], found["targets"][caption, 0]
@@ -414,10 +414,10 @@ def test_a_lora_that_predicts_the_fitted_solvers_targets_lands_on_the_kept_point
     both = train(base, **settings, prompts_file=tmp_path / "prompts.txt")
     recipes, found = [recipe_of(both / phase) for phase in PHASES], drawn(both)
     found["ends"] = [teacher(base).draw(*job)[-1][0] for job in (("a red ring", 1), ("a blue disc", 2))]
-    assert max(abs(before) for recipe in recipes for _, before in recipe["coefficients"]) > 0.1
+    assert max(abs(before) for recipe in recipes for _, before in recipe.coefficients) > 0.1
     assert follow(found, 0, recipes) < 1e-5 and follow(found, 1, recipes) < 1e-5
     alone = train(base, **settings, prompts_file=tmp_path / "prompts.txt", phase="fast", output_dir=tmp_path / "fast")
-    assert recipe_of(alone)["coefficients"] == recipes[1]["coefficients"]
+    assert recipe_of(alone).coefficients == recipes[1].coefficients
     assert torch.equal(drawn(alone)["targets"], drawn(both)["targets"])
 
 
@@ -447,7 +447,7 @@ def test_each_losss_defaults_are_what_measured_best(train):
     """The flow loss's are the published method's."""
     settings = {"num_base_steps": 30, "num_inference_steps": 8, "max_train_steps": 1}
     recipes = {loss: recipe_of(train(**settings, loss=loss) / "slow") for loss in ("flow", "trajectory")}
-    assert recipes["flow"]["grid"] == "glance" and recipes["flow"]["coefficients"] is None
+    assert recipes["flow"].grid == "glance" and recipes["flow"].coefficients is None
     defaults = train_glance_lora.parse_args(["--loss=trajectory", "--pretrained_model_name_or_path=x"])
     assert (defaults.grid, defaults.solver, defaults.learning_rate) == ("auto", "fitted", 1e-5)
     defaults = train_glance_lora.parse_args(["--pretrained_model_name_or_path=x"])

@@ -2,6 +2,7 @@
 LoRAs of the phases that it finished."""
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import torch
 from accelerate.logging import get_logger
 
 from glance.files.atomic import replace_file
-from glance.files.recipe import WEIGHT_NAME, read_recipe, shown
+from glance.files.recipe import WEIGHT_NAME, Recipe, read_recipe, shown
 from glance_utils import PHASES, InputError
 
 
@@ -106,7 +107,7 @@ def plain(settings: dict) -> dict:
     return json.loads(json.dumps(settings), parse_float=number)
 
 
-def run_settings(args, recipe: dict, base: str, learned: str, processes: int) -> dict:
+def run_settings(args, recipe: Recipe | None, base: str, learned: str, processes: int) -> dict:
     """Return all that a LoRA comes from: what must be the same for a resumed run to equal the uninterrupted one.
 
     `base` is base.identify's, `learned` a digest of image and captions. Processes share a batch, so that as many
@@ -114,19 +115,20 @@ def run_settings(args, recipe: dict, base: str, learned: str, processes: int) ->
     """
     flags = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED}
     batch = {"total_batch_size": args.train_batch_size * processes}
+    recipe = recipe.as_dict() if recipe else {}
     return plain(flags | recipe | batch | {"base_model": base, "image_and_caption": learned})
 
 
-def with_run(recipe: dict, settings: dict) -> dict:
+def with_run(recipe: Recipe, settings: dict) -> Recipe:
     """Return the recipe with a digest of the settings: a resumed run knows by it which phases it finished."""
-    return recipe | {"run": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()}
+    return dataclasses.replace(recipe, run=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest())
 
 
-def is_finished(recipe: dict, settings: dict, folder: Path) -> bool:
+def is_finished(recipe: Recipe, settings: dict, folder: Path) -> bool:
     """Return whether the phase's LoRA, of just these settings, is there."""
     try:
-        return read_recipe(folder / WEIGHT_NAME)["run"] == with_run(recipe, settings)["run"]
-    except (InputError, KeyError):
+        return read_recipe(folder / WEIGHT_NAME).run == with_run(recipe, settings).run
+    except InputError:
         return False
 
 
@@ -135,7 +137,7 @@ def said(value) -> str:
 
 
 def check_flags(saved: dict, now: dict) -> None:
-    """Do check_settings for what is known before the base is loaded; `now` is run_settings of an empty recipe.
+    """Do check_settings for what is known before the base is loaded; `now` is run_settings without a recipe.
 
     What is left to the base is None in it, but for --grid auto.
     """
@@ -180,7 +182,7 @@ def check_lora(lora: dict, transformer: torch.nn.Module, layers: list[str], rank
 
 
 def find_resume(
-    args, settings: dict[str, dict], recipes: dict[str, dict], folders: dict[str, Path], state: dict | None
+    args, settings: dict[str, dict], recipes: dict[str, Recipe], folders: dict[str, Path], state: dict | None
 ) -> tuple[set, dict]:
     """Return the phases that need no training, and by phase the checkpoint to begin from, {} or one.
 

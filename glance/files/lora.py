@@ -13,7 +13,7 @@ from safetensors.torch import save
 from glance.adapters import with_adapters
 from glance.files.atomic import replace_file
 from glance.files.lora_forms import read_lora
-from glance.files.recipe import WEIGHT_NAME
+from glance.files.recipe import WEIGHT_NAME, Recipe
 from glance_utils import InputError, adapted_layers, denoiser, replaced, strengths
 
 
@@ -67,7 +67,7 @@ def check_loaded(model: torch.nn.Module, adapter: str, lora: dict[str, torch.Ten
             raise InputError(f"loading the LoRA {adapter!r}: {name} did not become what the file holds")
 
 
-def save_lora(transformer, adapter: str, directory: str | Path, recipe: dict, prefix: str = "transformer") -> Path:
+def save_lora(transformer, adapter: str, directory: str | Path, recipe: Recipe, prefix: str = "transformer") -> Path:
     """Write one adapter as `directory`/pytorch_lora_weights.safetensors and return the path.
 
     `prefix` is the transformer's name in its pipeline, with which diffusers' keys begin.
@@ -84,7 +84,7 @@ def save_lora(transformer, adapter: str, directory: str | Path, recipe: dict, pr
     header = {
         "format": "pt",
         "lora_adapter_metadata": json.dumps({f"{prefix}.{key}": value for key, value in adapter_metadata.items()}),
-        "glance": json.dumps(recipe, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value)),
+        "glance": recipe.to_json(),
     }
     Path(directory).mkdir(parents=True, exist_ok=True)
     path = Path(directory) / WEIGHT_NAME

@@ -1,12 +1,16 @@
-"""The recipe in a LoRA file: all that it says is data, checked here before any of it is used."""
+"""What does a LoRA file say of itself? The recipe in its header: data from anyone, checked before any of it is used.
+
+A new field is one line of Recipe, with its check and with the default that files of earlier versions mean.
+"""
 
 import json
 import math
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from glance_utils import MAX_SIDE, PHASES, InputError, check_timesteps
+from glance_utils import MAX_SIDE, PHASES, InputError, Schedule, check_timesteps
 
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
@@ -48,26 +52,84 @@ def are_coefficients(value) -> bool:
     )
 
 
-RECIPE = {
-    "phase": lambda value: value in PHASES,
-    "timesteps": are_timesteps,
-    "base_model": is_text,
-    "pipeline": is_text,
-    "height": count(MAX_SIDE),
-    "width": count(MAX_SIDE),
-    "guidance_scale": lambda value: value is None or is_number(value, 1000),
-    "pipeline_kwargs": lambda value: isinstance(value, dict),
-    "num_base_steps": count(65536),
-    "loss": is_text,
-    "max_train_steps": count(10**6),
-    "rank": count(65536),
-    "version": is_text,
-}
-# What files of earlier versions do not say, and what they mean by it.
-OPTIONAL = {
-    "guidance": (lambda value: value in ("keep", "fold"), "keep"),
-    "coefficients": (are_coefficients, None),
-}
+def is_guidance_scale(value) -> bool:
+    return value is None or is_number(value, 1000)
+
+
+def checked(fits, **default):
+    """Return a dataclass field whose value in a file must be one that `fits`."""
+    return field(metadata={"fits": fits}, **default)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a LoRA file says of itself: what infer_glance.py must do as training did, and where the LoRA comes from.
+
+    A field with a default is one that files of earlier versions lack, and what they mean by it. As JSON a recipe has
+    the fields in this order.
+    """
+
+    phase: str = checked(lambda value: value in PHASES)
+    timesteps: list[float] = checked(are_timesteps)  # 0..1000, descending
+    base_model: str = checked(is_text)  # folder or hub id, as it was given
+    pipeline: str = checked(is_text)  # name of its class
+    height: int = checked(count(MAX_SIDE))  # pixels
+    width: int = checked(count(MAX_SIDE))
+    guidance_scale: float | None = checked(is_guidance_scale)  # None: the pipeline's own, or it takes none
+    pipeline_kwargs: dict = checked(lambda value: isinstance(value, dict))  # further arguments of its call
+    num_base_steps: int = checked(count(65536))  # of the schedule that the timesteps are picked from
+    grid: str | None = checked(lambda value: value is None or is_text(value), default=None)
+    coefficients: list[list[float]] | None = checked(are_coefficients, default=None)  # of the fitted solver
+    guidance: str = checked(lambda value: value in ("keep", "fold"), default="keep")
+    loss: str = checked(is_text)
+    max_train_steps: int = checked(count(10**6))
+    rank: int = checked(count(65536))
+    version: str = checked(is_text)  # of Glance
+    run: str | None = checked(lambda value: value is None or is_text(value), default=None)  # digest of all settings
+
+    def as_dict(self) -> dict:
+        """Return it as a file says it; a recipe whose run is not known says nothing of it."""
+        said = {part.name: getattr(self, part.name) for part in fields(self)}
+        return {name: value for name, value in said.items() if name != "run" or value is not None}
+
+    def to_json(self) -> str:
+        return json.dumps(
+            self.as_dict(), default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value)
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """Return the recipe, every field checked. Raise KeyError for one that is missing; TypeError, ValueError,
+        OverflowError or RecursionError for one that is wrong."""
+        said, values = json.loads(text), {}
+        for part in fields(cls):
+            value = said[part.name] if part.default is MISSING else said.get(part.name, part.default)
+            if not part.metadata["fits"](value):
+                raise ValueError(f"{part.name} {shown(value)}")
+            values[part.name] = value
+        values["timesteps"] = [float(timestep) for timestep in values["timesteps"]]
+        steps, pairs = len(values["timesteps"]), values["coefficients"]
+        if pairs and len(pairs) != steps:
+            raise ValueError(f"coefficients for {len(pairs)} of {steps} timesteps")
+        return cls(**values)
+
+
+# What two files of other trainers say: nothing, so that all is left to flags and the pipeline.
+NO_RECIPE = Recipe(
+    phase="",
+    timesteps=[],
+    base_model="",
+    pipeline="",
+    height=None,
+    width=None,
+    guidance_scale=None,
+    pipeline_kwargs={},
+    num_base_steps=50,
+    loss="",
+    max_train_steps=0,
+    rank=0,
+    version="",
+)
 
 
 def read_header(path: str | Path) -> dict[str, str]:
@@ -83,8 +145,8 @@ def read_header(path: str | Path) -> dict[str, str]:
         raise InputError(f"{path}: not a readable safetensors file ({error}); get an intact one") from None
 
 
-def read_recipe(path: str | Path, required: bool = True) -> dict | None:
-    """The recipe stored with a LoRA file, every entry checked; InputError names what is missing or wrong.
+def read_recipe(path: str | Path, required: bool = True) -> Recipe | None:
+    """Return the recipe stored with a LoRA file, every entry checked; InputError names what is missing or wrong.
 
     A file that was not written here has none: an InputError too, or None if not `required`.
     """
@@ -94,20 +156,43 @@ def read_recipe(path: str | Path, required: bool = True) -> dict | None:
             return None
         raise InputError(f"{path}: carries no Glance recipe; train it with train_glance_lora.py")
     try:
-        recipe = json.loads(header["glance"])
-        for key, fits in RECIPE.items():
-            if not fits(recipe[key]):
-                raise ValueError(f"{key} {shown(recipe[key])}")
-        for key, (fits, usual) in OPTIONAL.items():
-            if not fits(recipe.setdefault(key, usual)):
-                raise ValueError(f"{key} {shown(recipe[key])}")
-        if recipe["coefficients"] and len(recipe["coefficients"]) != len(recipe["timesteps"]):
-            raise ValueError(f"coefficients for {len(recipe['coefficients'])} of {len(recipe['timesteps'])} timesteps")
+        return Recipe.from_json(header["glance"])
     except KeyError as error:
         raise InputError(f"{path}: its recipe has no {error}; train it again or get an intact file") from None
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(
             f"{path}: its recipe cannot be read ({error}); train it again or get an intact file"
         ) from None
-    recipe["timesteps"] = [float(timestep) for timestep in recipe["timesteps"]]
-    return recipe
+
+
+def check_pair(recipes: dict[str, Recipe], paths: dict[str, Path]) -> None:
+    """Raise InputError where two LoRA files, by phase, do not belong together."""
+    slow, fast = recipes["slow"], recipes["fast"]
+    for phase, recipe in recipes.items():
+        if recipe.phase != phase:
+            raise InputError(
+                f"{paths[phase]}: given as the {phase} LoRA, but it was trained as the {recipe.phase} one"
+            )
+    if slow.timesteps[-1] <= fast.timesteps[0]:
+        raise InputError(
+            f"the pair does not chain: slow ends at timestep {slow.timesteps[-1]:g}, fast begins at "
+            f"{fast.timesteps[0]:g}; slow must end above where fast begins, so train both on one schedule"
+        )
+    same = ("base_model", "pipeline", "height", "width", "num_base_steps", "guidance_scale", "pipeline_kwargs")
+    for key in (*same, "guidance"):
+        if getattr(slow, key) != getattr(fast, key):
+            raise InputError(
+                f"the pair does not match: slow has {key} {getattr(slow, key)}, fast has {getattr(fast, key)}"
+            )
+    if bool(slow.coefficients) != bool(fast.coefficients):
+        raise InputError("the pair does not match: one was trained for the fitted solver, the other for Euler's")
+
+
+def schedule_of(recipes: dict[str, Recipe]) -> Schedule:
+    """Return the steps of a pair, by phase, one after the other: all of a Schedule that files know.
+
+    What the model is told there, and how guidance is switched off, is asked of the pipeline.
+    """
+    fitted = [recipe.coefficients for recipe in recipes.values()]
+    phases = {phase: recipe.timesteps for phase, recipe in recipes.items()}
+    return Schedule(phases, coefficients=sum(fitted, []) if all(fitted) else None)

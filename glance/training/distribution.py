@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from glance import base as load_base
 from glance.ask.pipeline import find_denoiser
 from glance.command_line import Settings
+from glance.files.recipe import Recipe
 from glance_utils import PHASES, InputError
 
 
@@ -248,15 +249,15 @@ class Halves:
     output_dir: Path  # of both phases
     store: torch.distributed.Store  # all that the two have in common
 
-    def meet(self, accelerator, recipes: dict[str, dict]) -> dict[str, dict]:
+    def meet(self, accelerator, recipes: dict[str, Recipe]) -> dict[str, Recipe]:
         """Both phases' recipes in the slow half, when the fast one has written its LoRA; {} there, which may leave."""
         if self.phase == "fast":
             if accelerator.is_main_process:
-                self.store.set("fast", json.dumps(recipes["fast"]))
+                self.store.set("fast", recipes["fast"].to_json())
             return {}
         while not self.store.check(["fast"]):  # not Store.wait, inside which no signal would be heard
             time.sleep(0.1)
-        return recipes | {"fast": json.loads(self.store.get("fast"))}
+        return recipes | {"fast": Recipe(**json.loads(self.store.get("fast")))}
 
 
 def split(args: Settings) -> tuple[Halves, Settings]:

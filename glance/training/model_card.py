@@ -1,5 +1,6 @@
 """What is written beside the LoRAs: a picture, the model card; and the upload of it all to the hub."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -18,8 +19,8 @@ from glance.ask import pipeline as ask
 from glance.files import faults
 from glance.files.atomic import replace_file
 from glance.files.lora import load_lora
-from glance.files.recipe import WEIGHT_NAME
-from glance_utils import InputError, Schedule, denoiser_name, first_line, glance_inference
+from glance.files.recipe import WEIGHT_NAME, Recipe, schedule_of
+from glance_utils import InputError, denoiser_name, first_line, glance_inference
 
 
 logger = logging.getLogger(__name__)
@@ -32,18 +33,17 @@ def pictures(phases: int) -> list[str]:
     return ["instance.png", "glance.png"][:phases]
 
 
-def draw_preview(asked, recipes: dict[str, dict], output_dir: Path, seed: int) -> Image.Image:
+def draw_preview(asked, recipes: dict[str, Recipe], output_dir: Path, seed: int) -> Image.Image:
     """The caption in ten steps, with the LoRA files just written; the VAE follows when the transformer has gone.
     FloatingPointError where the latents or the pixels are not finite."""
     pipe, device = asked.pipe, asked.pipe._execution_device
     parts = [denoiser_name(pipe.config), *ask.further_denoisers(pipe)]
     for part in parts[1:]:
         setattr(pipe, part, asked.load_transformer(part=part))
-    phases = {phase: recipe["timesteps"] for phase, recipe in recipes.items()}
-    for phase in phases:
+    for phase in recipes:
         load_lora(pipe, output_dir / phase / WEIGHT_NAME, phase)
-    fitted = asked.taught and asked.taught.coefficients
-    inference = glance_inference(pipe, Schedule(phases, asked.timestep_table, fitted))
+    schedule = dataclasses.replace(schedule_of(recipes), timestep_table=asked.timestep_table)
+    inference = glance_inference(pipe, schedule)
     with inference as kwargs, ask.plain_call(pipe, asked.call) as call:
         generator = torch.Generator().manual_seed(seed)
         with torch.compiler.set_stance("force_eager"):  # one picture is not worth compiling for
@@ -59,16 +59,17 @@ def save_picture(image: Image.Image, path: Path) -> None:
     replace_file(path, lambda temporary: image.save(temporary, format="PNG"))
 
 
-def write_model_card(args, directory: Path, recipes: list[dict], caption: str) -> None:
+def write_model_card(args, directory: Path, recipes: list[Recipe], caption: str) -> None:
     """README.md in the output folder: what was trained, how to use it, the pictures."""
     rows = "\n".join(
-        f"| {recipe['phase']} | {', '.join(f'{timestep:.4f}' for timestep in recipe['timesteps'])} | "
-        f"{', '.join(f'{own:.3f} {before:+.3f}' for own, before in recipe['coefficients'] or ()) or 'Euler'} |"
+        f"| {recipe.phase} | {', '.join(f'{timestep:.4f}' for timestep in recipe.timesteps)} | "
+        f"{', '.join(f'{own:.3f} {before:+.3f}' for own, before in recipe.coefficients or ()) or 'Euler'} |"
         for recipe in recipes
     )
     shown = " ".join(f"![{name}](./{name})" for name in pictures(len(recipes)))
-    settings = {key: recipes[0][key] for key in recipes[0] if key not in ("phase", "timesteps", "coefficients")}
-    settings, phase = json.dumps(settings, indent=2), recipes[0]["phase"]
+    settings, phase = recipes[0].as_dict(), recipes[0].phase
+    settings = {key: settings[key] for key in settings if key not in ("phase", "timesteps", "coefficients")}
+    settings = json.dumps(settings, indent=2)
     other = "fast" if phase == "slow" else "slow"
     loras = "--lora ." if len(recipes) == 2 else f"--{phase}_lora . --{other}_lora FOLDER"
     base = args.pretrained_model_name_or_path
@@ -81,7 +82,7 @@ def write_model_card(args, directory: Path, recipes: list[dict], caption: str) -
 # Glance LoRA for {hub_id(base) or Path(base).resolve().name}
 
 Slow- and Fast-LoRA ([Glance](https://arxiv.org/abs/2512.02899)): the first steps run with the slow one, the last with
-the fast one, {sum(len(recipe["timesteps"]) for recipe in recipes)} steps in all.
+the fast one, {sum(len(recipe.timesteps) for recipe in recipes)} steps in all.
 
 {shown}
 
