@@ -355,6 +355,7 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
             pictures.save_image(pictures.stack_rows([strip for _, strip, _, _ in drawn]), output)
             for number, *_ in drawn:
                 files[number].unlink(missing_ok=True)
+    distribution.leave()
     if state.is_main_process and failed:
         raise FloatingPointError(failed[0] + (f" ({len(failed)} of {len(jobs)} were not)" if failed[1:] else ""))
     if state.is_main_process:

@@ -312,6 +312,7 @@ def train(args, accelerator, halves=None):
             if stopped:
                 trackers.end(accelerator)
                 accelerator.end_training()
+                distribution.leave()
                 hint = f"go on with --resume_from_checkpoint {stopped}" if accelerator.is_main_process else None
                 faults.leave(*(noted or [signal.SIGTERM]), hint=hint)
             if accelerator.is_main_process:
@@ -339,6 +340,7 @@ def train(args, accelerator, halves=None):
             write_model_card(args, output_dir, list(recipes.values()), caption)
     trackers.end(accelerator)
     accelerator.end_training()
+    distribution.leave()
     if args.push_to_hub and accelerator.is_main_process and recipes:
         push_to_hub(output_dir, repo_id, list(recipes))
 

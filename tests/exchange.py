@@ -31,3 +31,4 @@ for kind in ("whole", "sharded"):
     results = distribution.share([1, 2, 3], lambda job: done.append(job) or torch.full((2,), float(job)), kind)
     found[kind] = done, [result.tolist() for result in results]
 torch.save(found, Path(sys.argv[1]) / f"{rank}.pt")
+distribution.leave()

@@ -27,6 +27,7 @@ from peft import get_peft_model_state_dict  # noqa: E402
 import train_glance_lora  # noqa: E402
 from glance.ask import sampler as grids  # noqa: E402
 from glance.ask.velocity import PipelineVelocity  # noqa: E402
+from glance.training import distribution  # noqa: E402
 from glance_utils import denoiser  # noqa: E402
 
 
@@ -75,6 +76,7 @@ if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):  # accelerate knows of no ba
 
     train_glance_lora.Accelerator = with_gloo
 PartialState.destroy_process_group = lambda self, group=None: None  # the processes meet only once
+leave, distribution.leave = distribution.leave, lambda: None
 gc.freeze()  # as conftest.py does
 *runs, last_run = json.loads(Path(sys.argv[1]).read_text())
 for arguments, number in runs:
@@ -82,3 +84,4 @@ for arguments, number in runs:
         run(arguments, number)
     torch.distributed.barrier()  # the next may go on from what this one wrote
 run(*last_run)
+leave()

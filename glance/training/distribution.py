@@ -112,6 +112,13 @@ def _host_group(world) -> torch.distributed.ProcessGroup:
     return torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
 
 
+def leave() -> None:
+    """Part from the other processes in order. A group that lives on while Python ends may abort its process."""
+    _host_group.cache_clear()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def share(jobs: list, work, description: str) -> list:
     """Return [work(job) for job in jobs] on every process; job i is done by process i modulo their number.
 
