@@ -22,8 +22,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import os
-import re
 import time
 from pathlib import Path
 
@@ -31,7 +29,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download
 from tqdm.auto import tqdm
 
 from glance import base as load_base
@@ -45,7 +42,8 @@ from glance.ask.schedule import ask_timestep_table, ask_timesteps, has_own_steps
 from glance.files import faults, pictures
 from glance.files.lora import load_lora
 from glance.files.lora_forms import read_lora
-from glance.files.recipe import NO_RECIPE, WEIGHT_NAME, Recipe, check_pair, read_recipe, schedule_of
+from glance.files.pair import find_loras, read_recipes
+from glance.files.recipe import Recipe
 from glance.training import distribution, estimate, launcher
 from glance_utils import (
     PHASES,
@@ -54,7 +52,6 @@ from glance_utils import (
     activate_adapter,
     denoiser,
     derive_timesteps,
-    first_line,
     glance_inference,
     most_positions,
     parse_timesteps,
@@ -84,51 +81,6 @@ def complete(args: cli.Settings) -> cli.Settings:
     return args.replace(dtype=launcher.agreed_dtype(args.dtype), custom_timesteps=custom)
 
 
-def find_loras(args) -> dict[str, Path]:
-    """The two files, as {"slow": path, "fast": path}; from the hub where a source is no path but a hub id."""
-    if bool(args.lora) == bool(args.slow_lora or args.fast_lora) or bool(args.slow_lora) != bool(args.fast_lora):
-        raise InputError("give --lora FOLDER, or both --slow_lora and --fast_lora")
-    paths = {}
-    for phase in PHASES:
-        source, name = args.lora or getattr(args, f"{phase}_lora"), getattr(args, f"{phase}_weight_name")
-        name = name or (f"{phase}/{WEIGHT_NAME}" if args.lora else WEIGHT_NAME)
-        path = Path(source)
-        if not name.endswith(".safetensors") or os.path.isfile(path) and path.suffix != ".safetensors":
-            raise InputError(f"{source} {name}: only .safetensors files are read, as others can run code; give one")
-        if os.path.isdir(path):
-            path = path / name
-        elif not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-            try:
-                path = Path(hf_hub_download(source, name))
-            except Exception as error:  # not there, no login, no network: each of another kind
-                raise InputError(f"{source}: neither a folder nor on the hub ({first_line(error)})") from error
-        if not os.path.isfile(path):
-            raise InputError(f"{path}: no such {phase} LoRA file; train it with train_glance_lora.py")
-        paths[phase] = path
-    return paths
-
-
-def read_recipes(args, paths: dict[str, Path]) -> tuple[Recipe, Schedule | None]:
-    """Return what both files say, checked against each other and the base: the recipe, and the steps of both.
-
-    Of files that were not trained here that is NO_RECIPE, and None where no timesteps are given.
-    """
-    recipes = {phase: read_recipe(path, required=False) for phase, path in paths.items()}
-    silent = [str(paths[phase]) for phase, recipe in recipes.items() if recipe is None]
-    if len(silent) == 1:
-        raise InputError(
-            f"{silent[0]}: carries no Glance recipe, but the other file does; give two that were trained together"
-        )
-    if silent:
-        ask.read_model_index(args.pretrained_model_name_or_path, **cli.load_arguments(args))
-        return NO_RECIPE, args.custom_timesteps and Schedule(args.custom_timesteps)
-    for phase, timesteps in (args.custom_timesteps or {}).items():
-        recipes[phase] = dataclasses.replace(recipes[phase], timesteps=timesteps, coefficients=None)
-    check_pair(recipes, paths)
-    check_base(args, recipes["slow"])
-    return recipes["slow"], schedule_of(recipes)
-
-
 def published_timesteps(pipe: DiffusionPipeline, base_timesteps: list[float]) -> dict[str, list[float]]:
     """The published ten of the base's own, for files that do not say theirs; InputError where it has too few."""
     if most_positions("glance", 10, len(base_timesteps)) < 10:
@@ -138,27 +90,6 @@ def published_timesteps(pipe: DiffusionPipeline, base_timesteps: list[float]) ->
             f"LIST', of {', '.join(f'{timestep:.4f}' for timestep in base_timesteps)}"
         )
     return derive_timesteps(base_timesteps)
-
-
-def check_base(args, recipe: Recipe) -> None:
-    """Raise InputError where the LoRAs were trained on another base; names count, not the folders they lie in."""
-    index = ask.read_model_index(args.pretrained_model_name_or_path, **cli.load_arguments(args))
-    if index["_class_name"] != recipe.pipeline:
-        raise InputError(f"the LoRAs are for a {recipe.pipeline}, the base is a {index['_class_name']}")
-    trained, given = Path(recipe.base_model), Path(args.pretrained_model_name_or_path)
-    if trained.resolve().name.lower() != given.resolve().name.lower() and not args.allow_base_mismatch:
-        raise InputError(
-            f"the LoRAs were trained on {trained}, not on {given}; --allow_base_mismatch tries nevertheless"
-        )
-
-
-def files_of(args, output: Path, jobs: list) -> list[Path]:
-    """The file of each job, a picture or, with --compare, a row of the comparison, kept until that is whole."""
-    if args.compare:
-        return [output.with_name(f"{output.stem}-row-{number:03d}.png") for number in range(len(jobs))]
-    if len(jobs) == 1:
-        return [output]
-    return [output.with_stem(f"{output.stem}-{number:03d}") for number in range(len(jobs))]
 
 
 def check_early(args, paths: dict[str, Path], call_of) -> None:
@@ -329,7 +260,7 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
     jobs = [(prompt, args.seed + image) for prompt in args.prompts for image in range(args.num_images)]
 
     output, size = Path(args.output), (width, height) if width and height else None
-    files = files_of(args, output, jobs)
+    files = pictures.files_of(output, len(jobs), args.compare)
     if args.compare:
         size = size and pictures.comparison_size(size, columns=3, rows=len(jobs))
     pictures.check_output(output, files + [output] * args.compare, size)

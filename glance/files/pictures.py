@@ -16,6 +16,16 @@ GAP, LINE, LEAST_WIDTH = 12, 22, 256  # pixels: around a picture, of a line of t
 JPEG_LIMIT = 65500  # pixels; libjpeg itself says so on stderr
 
 
+def files_of(output: Path, count: int, compare: bool) -> list[Path]:
+    """Return the file of each of `count` pictures or, to `compare`, of each row of the comparison, which is kept until
+    that is whole; `output` is the user's word for them all."""
+    if compare:
+        return [output.with_name(f"{output.stem}-row-{number:03d}.png") for number in range(count)]
+    if count == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{number:03d}") for number in range(count)]
+
+
 def check_output(output: Path, names: list[Path], size: tuple[int, int] | None) -> None:
     """Raise InputError where pictures of `size`, (width, height) in pixels if it is known, cannot be written.
 

@@ -1,0 +1,76 @@
+"""Which Slow- and Fast-LoRA is inference asked for, where are they, and do they fit each other and the base?
+
+Nothing is loaded here: the files are found, and what they say of themselves is read and compared.
+"""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+
+from glance import command_line as cli
+from glance.ask.pipeline import read_model_index
+from glance.files.recipe import NO_RECIPE, WEIGHT_NAME, Recipe, check_pair, read_recipe, schedule_of
+from glance_utils import PHASES, InputError, Schedule, first_line
+
+
+def find_loras(args) -> dict[str, Path]:
+    """Return the two files, as {"slow": path, "fast": path}; from the hub where a source is no path but a hub id.
+
+    `args` are infer_glance.py's settings. Raise InputError where one is not there, or is no .safetensors file.
+    """
+    if bool(args.lora) == bool(args.slow_lora or args.fast_lora) or bool(args.slow_lora) != bool(args.fast_lora):
+        raise InputError("give --lora FOLDER, or both --slow_lora and --fast_lora")
+    paths = {}
+    for phase in PHASES:
+        source, name = args.lora or getattr(args, f"{phase}_lora"), getattr(args, f"{phase}_weight_name")
+        name = name or (f"{phase}/{WEIGHT_NAME}" if args.lora else WEIGHT_NAME)
+        path = Path(source)
+        if not name.endswith(".safetensors") or os.path.isfile(path) and path.suffix != ".safetensors":
+            raise InputError(f"{source} {name}: only .safetensors files are read, as others can run code; give one")
+        if os.path.isdir(path):
+            path = path / name
+        elif not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            try:
+                path = Path(hf_hub_download(source, name))
+            except Exception as error:  # not there, no login, no network: each of another kind
+                raise InputError(f"{source}: neither a folder nor on the hub ({first_line(error)})") from error
+        if not os.path.isfile(path):
+            raise InputError(f"{path}: no such {phase} LoRA file; train it with train_glance_lora.py")
+        paths[phase] = path
+    return paths
+
+
+def read_recipes(args, paths: dict[str, Path]) -> tuple[Recipe, Schedule | None]:
+    """Return what both files say, checked against each other and the base: the recipe, and the steps of both.
+
+    Of files that were not trained here that is NO_RECIPE, and None where no timesteps are given.
+    """
+    recipes = {phase: read_recipe(path, required=False) for phase, path in paths.items()}
+    silent = [str(paths[phase]) for phase, recipe in recipes.items() if recipe is None]
+    if len(silent) == 1:
+        raise InputError(
+            f"{silent[0]}: carries no Glance recipe, but the other file does; give two that were trained together"
+        )
+    if silent:
+        read_model_index(args.pretrained_model_name_or_path, **cli.load_arguments(args))
+        return NO_RECIPE, args.custom_timesteps and Schedule(args.custom_timesteps)
+    for phase, timesteps in (args.custom_timesteps or {}).items():
+        recipes[phase] = dataclasses.replace(recipes[phase], timesteps=timesteps, coefficients=None)
+    check_pair(recipes, paths)
+    check_base(args, recipes["slow"])
+    return recipes["slow"], schedule_of(recipes)
+
+
+def check_base(args, recipe: Recipe) -> None:
+    """Raise InputError where the LoRAs were trained on another base; names count, not the folders they lie in."""
+    index = read_model_index(args.pretrained_model_name_or_path, **cli.load_arguments(args))
+    if index["_class_name"] != recipe.pipeline:
+        raise InputError(f"the LoRAs are for a {recipe.pipeline}, the base is a {index['_class_name']}")
+    trained, given = Path(recipe.base_model), Path(args.pretrained_model_name_or_path)
+    if trained.resolve().name.lower() != given.resolve().name.lower() and not args.allow_base_mismatch:
+        raise InputError(
+            f"the LoRAs were trained on {trained}, not on {given}; --allow_base_mismatch tries nevertheless"
+        )
