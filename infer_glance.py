@@ -1,15 +1,14 @@
 """Ten-step inference with a Slow- and a Fast-LoRA: one pipeline, one loop over all ten sigmas, an exact hand-off.
 
-    python infer_glance.py --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev --lora output/glance \\
-        --dtype bfloat16 --prompt "a red fox in the snow" --output out.png
-    python infer_glance.py --pretrained_model_name_or_path demo/model --lora output/demo \\
-        --prompts_file demo/prompts.txt --compare --output comparison.png
+    python infer_glance.py --lora output/glance --dtype bfloat16 --prompt "a red fox in the snow" --output out.png
+    python infer_glance.py --lora output/demo --prompts_file demo/prompts.txt --compare --output comparison.png
+    python infer_glance.py --pretrained_model_name_or_path my/fine-tune --allow_base_mismatch --lora output/glance ...
 
-The schedule, the size and the guidance are read from the LoRA files. Image i of a prompt has the seed --seed + i.
-With more than one image, out.png becomes out-000.png, out-001.png, ... `accelerate launch infer_glance.py` splits the
-images over its processes. --compare draws the base at full steps, the base at ten and Glance beside each other; until
-the picture is whole its rows are out-row-000.png, ... A picture that is not finite (NaN) is not written; the others
-are, and the exit code is 1.
+The base, the schedule, the size and the guidance are read from the LoRA files where no flag says another. Image i of a
+prompt has the seed --seed + i. With more than one image, out.png becomes out-000.png, out-001.png, ... `accelerate
+launch infer_glance.py` splits the images over its processes. --compare draws the base at full steps, the base at ten
+and Glance beside each other; until the picture is whole its rows are out-row-000.png, ... A picture that is not finite
+(NaN) is not written; the others are, and the exit code is 1.
 """
 
 from glance import inference_flags, start
@@ -42,7 +41,7 @@ from glance.ask.schedule import ask_timestep_table, ask_timesteps, has_own_steps
 from glance.files import faults, pictures
 from glance.files.lora import load_lora
 from glance.files.lora_forms import read_lora
-from glance.files.pair import find_loras, read_recipes
+from glance.files.pair import find_loras, read_recipes, with_base
 from glance.files.recipe import Recipe
 from glance.training import distribution, estimate, launcher
 from glance_utils import (
@@ -250,6 +249,7 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
     args = complete(settings or inference_flags.parse(argv))
     cli.set_up_logging()
     paths = find_loras(args)
+    args = with_base(args, paths)
     recipe, schedule = read_recipes(args, paths)
     height, width = args.height or recipe.height, args.width or recipe.width
     if recipe.height and (height, width) != (recipe.height, recipe.width):

@@ -5,9 +5,10 @@
     accelerate launch train_glance_lora.py --config configs/demo.yaml
 
 The caption is --instance_prompt or the .txt beside the image. One run trains both phases and writes
-OUTPUT/slow/pytorch_lora_weights.safetensors and OUTPUT/fast/..., each with its recipe in the header;
-infer_glance.py reads the schedule from there. Any diffusers text-to-image pipeline with a flow-matching transformer
-will do: the schedule, the latents and the velocity are asked of the pipeline itself (glance/ask/).
+OUTPUT/slow/pytorch_lora_weights.safetensors and OUTPUT/fast/..., each with its recipe in the header; infer_glance.py
+reads the base and the schedule from there. The last line is the command that draws with what was written. Any
+diffusers text-to-image pipeline with a flow-matching transformer will do: the schedule, the latents and the velocity
+are asked of the pipeline itself (glance/ask/).
 """
 
 from glance import start
@@ -51,6 +52,7 @@ from glance.files.instance_data import load_pair
 from glance.files.lora import save_lora
 from glance.files.recipe import Recipe
 from glance.training import distribution, losses, trackers, trajectories
+from glance.training.draw_command import draw_command
 from glance.training.draws import Draws
 from glance.training.log import LossLog, check_finite
 from glance.training.model_card import create_hub_repo, draw_preview, push_to_hub, save_picture, write_model_card
@@ -343,6 +345,8 @@ def train(args, accelerator, halves=None):
     distribution.leave()
     if args.push_to_hub and accelerator.is_main_process and recipes:
         push_to_hub(output_dir, repo_id, list(recipes))
+    if accelerator.is_main_process and recipes:
+        print(draw_command(args, output_dir, list(recipes), caption))
 
 
 if __name__ == "__main__":

@@ -43,9 +43,3 @@ def add_shared(group: argparse._ArgumentGroup, *flags: str, **other) -> None:
     """Add these of the flags that both scripts have; `other` is what differs here, such as a help or a default."""
     for flag in flags:
         group.add_argument(flag, **SHARED[flag] | other)
-
-
-def check_base(path: str | None) -> None:
-    """Raise ArgumentError where no base is given."""
-    if not path:
-        raise cli.mistake("--pretrained_model_name_or_path is missing; give a diffusers pipeline, folder or hub id")

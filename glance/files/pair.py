@@ -4,6 +4,7 @@ Nothing is loaded here: the files are found, and what they say of themselves is 
 """
 
 import dataclasses
+import logging
 import os
 import re
 from pathlib import Path
@@ -14,6 +15,9 @@ from glance import command_line as cli
 from glance.ask.pipeline import read_model_index
 from glance.files.recipe import NO_RECIPE, WEIGHT_NAME, Recipe, check_pair, read_recipe, schedule_of
 from glance_utils import PHASES, InputError, Schedule, first_line
+
+
+logger = logging.getLogger(__name__)
 
 
 def find_loras(args) -> dict[str, Path]:
@@ -41,6 +45,28 @@ def find_loras(args) -> dict[str, Path]:
             raise InputError(f"{path}: no such {phase} LoRA file; train it with train_glance_lora.py")
         paths[phase] = path
     return paths
+
+
+def with_base(args: cli.Settings, paths: dict[str, Path]) -> cli.Settings:
+    """Return the settings with the base that the LoRA files name, where the command line names none.
+
+    InputError where they name none either, or one that cannot be found.
+    """
+    if args.pretrained_model_name_or_path:
+        return args
+    recipes = [recipe for path in paths.values() if (recipe := read_recipe(path, required=False))]
+    if not recipes:
+        raise InputError(
+            "--pretrained_model_name_or_path is missing, and the LoRA files carry no recipe that names their base; "
+            "give a diffusers pipeline, folder or hub id"
+        )
+    base = recipes[0].base_model
+    try:
+        read_model_index(base, **cli.load_arguments(args))
+    except InputError as error:
+        raise InputError(f"the LoRAs' base, by their recipe: {error}; give --pretrained_model_name_or_path") from None
+    logger.info(f"Base: {base}, as the LoRA files say")
+    return args.replace(pretrained_model_name_or_path=base)
 
 
 def read_recipes(args, paths: dict[str, Path]) -> tuple[Recipe, Schedule | None]:

@@ -8,7 +8,7 @@ in glance/files/checkpoints.py.
 import argparse
 
 from glance import command_line as cli
-from glance.shared_flags import SIDE, add_shared, check_base
+from glance.shared_flags import SIDE, add_shared
 
 
 # The flow loss's are the published method's, the trajectory loss's are what measured best (benchmarks/README.md).
@@ -181,7 +181,8 @@ def parse(argv: list[str] | None = None) -> cli.Settings:
     together. `custom_timesteps` is None until settings.complete."""
     parser = make_parser()
     args = cli.Settings(vars(parser.parse(argv)) | {"custom_timesteps": None})
-    check_base(args.pretrained_model_name_or_path)
+    if not args.pretrained_model_name_or_path:
+        raise cli.mistake("--pretrained_model_name_or_path is missing; give a diffusers pipeline, folder or hub id")
     check_combination(args, parser)
     own = {name: value for name, value in DEFAULTS[args.loss].items() if getattr(args, name) is None}
     kept = args.loss == "trajectory" and args.guidance == "keep"  # then the base is nearly there

@@ -20,6 +20,7 @@ from glance.files import faults
 from glance.files.atomic import replace_file
 from glance.files.lora import load_lora
 from glance.files.recipe import WEIGHT_NAME, Recipe, schedule_of
+from glance.training.draw_command import lora_flags
 from glance_utils import InputError, denoiser_name, first_line, glance_inference
 
 
@@ -67,11 +68,11 @@ def write_model_card(args, directory: Path, recipes: list[Recipe], caption: str)
         for recipe in recipes
     )
     shown = " ".join(f"![{name}](./{name})" for name in pictures(len(recipes)))
-    settings, phase = recipes[0].as_dict(), recipes[0].phase
+    settings = recipes[0].as_dict()
     settings = {key: settings[key] for key in settings if key not in ("phase", "timesteps", "coefficients")}
     settings = json.dumps(settings, indent=2)
-    other = "fast" if phase == "slow" else "slow"
-    loras = "--lora ." if len(recipes) == 2 else f"--{phase}_lora . --{other}_lora FOLDER"
+    flags = lora_flags(".", [recipe.phase for recipe in recipes])
+    loras = " ".join(f"--{name} {value}" for name, value in flags.items())
     base = args.pretrained_model_name_or_path
     tags = ["text-to-image", "diffusers", "lora", "glance", "flow-matching"]
     data = ModelCardData(library_name="diffusers", base_model=hub_id(base), tags=tags)

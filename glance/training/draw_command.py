@@ -1,0 +1,51 @@
+"""The command that draws with what a run wrote: its last line, and in the model card. Text alone; nothing is run."""
+
+import shlex
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+from glance.command_line import Settings
+from glance.training.launcher import DTYPES
+from glance_utils import PHASES
+
+
+SCRIPT = Path(__file__).parents[2] / "infer_glance.py"
+
+
+def lora_flags(folder: Path | str, phases: list[str]) -> dict[str, str]:
+    """Return infer_glance.py's flags for the LoRAs in `folder`; of one phase, FOLDER stands for the other's."""
+    if len(phases) == 2:
+        return {"lora": str(folder)}
+    return {f"{phase}_lora": str(folder) if phase in phases else "FOLDER" for phase in PHASES}
+
+
+def draw_command(args: Settings, folder: Path | str, phases: list[str], caption: str) -> str:
+    """Return the command that draws the caption with the LoRAs in `folder`, for a shell in this directory; one line.
+
+    The base is left out, as the LoRA files name it; what they do not say is given as it was for training.
+    """
+    given = lora_flags(folder, phases)
+    given |= {"revision": args.revision, "variant": args.variant, "dtype": DTYPES.get(args.mixed_precision)}
+    given["quantization"] = args.quantization if args.quantization != "none" else None
+    words = [python(), near(SCRIPT), *(joined(name, value) for name, value in given.items() if value)]
+    words += ["--enable_group_offload"] if args.enable_group_offload else []
+    return " ".join([*words, joined("prompt", textwrap.shorten(caption, 200, placeholder="..."))])
+
+
+def joined(name: str, value: str) -> str:
+    """Return a flag and its value, which argparse would take for another flag if it began with a dash."""
+    return f"--{name}{'=' if value.startswith('-') else ' '}{shlex.quote(value)}"
+
+
+def near(path: Path) -> str:
+    """Return the path from this directory where it lies below, quoted."""
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+
+
+def python() -> str:
+    """Return "python" where the shell means this one by it, else where this one is: a virtual environment may not be
+    active."""
+    found, this = shutil.which("python"), Path(sys.executable)
+    return "python" if found and Path(found).parent == this.parent else near(this)
