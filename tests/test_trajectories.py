@@ -330,7 +330,7 @@ def test_coefficients_are_the_least_squares(teacher):
     asked = teacher()
     points, positions = asked.draw("a red ring", 1), [0, 3, 6, 10]
     found = grids.fit_coefficients(points, asked.sigmas, positions)
-    starts, sigmas, velocities = grids.kept(points, asked.sigmas, positions)
+    starts, sigmas, velocities = grids.at_positions(points, asked.sigmas, positions)
     assert found[0][1] == 0.0 and len(found) == 4
     for step, slope in enumerate(segment_slopes(starts, sigmas)):
 

@@ -1,4 +1,7 @@
-"""How is a pipeline's classifier-free guidance switched off? Dry steps count its model calls and their batches."""
+"""How is a pipeline's classifier-free guidance switched off? Dry steps count its model calls and their batches.
+
+A further way to switch it off is one more entry in ask_single_branch's list; nothing else here knows any pipeline.
+"""
 
 import torch
 from diffusers import DiffusionPipeline
@@ -8,12 +11,14 @@ from glance_utils import InputError
 
 
 def ask_single_branch(pipe: DiffusionPipeline, **kwargs) -> dict:
-    """Call arguments that switch classifier-free guidance off, {} where the pipeline uses none or an embedded scale.
+    """Return call arguments that switch classifier-free guidance off; {} where there is none, or an embedded scale.
 
-    The flow loss trains the conditional branch alone. Two model calls in a step, or a doubled batch, are
-    classifier-free guidance, unless the velocity depends on one sample of them: 1 * conditional + 0 * unconditional.
+    Raise InputError where none of the known ways does it. The flow loss trains the conditional branch alone.
+    Two model calls in a step, or a doubled batch, are classifier-free guidance, unless the velocity depends on one
+    sample of them: 1 * conditional + 0 * unconditional.
     """
-    tried, accepted = [], {*accepted_arguments(pipe), "guiders"}  # the last is run_pipeline's own
+    tried = []
+    accepted = {*accepted_arguments(pipe), "guiders"}  # the last is run_pipeline's own
     for off in (
         {},
         {"guidance_scale": 1.0},
@@ -39,8 +44,11 @@ def ask_single_branch(pipe: DiffusionPipeline, **kwargs) -> dict:
 
 
 def _made_up_step(pipe: DiffusionPipeline, changed: int | None, **kwargs) -> tuple[list[int], torch.Tensor]:
-    """The batches of a dry step's model calls, and its velocity where each sample's prediction is made up, that of
-    the sample `changed` a little otherwise."""
+    """Return the batch size of each model call in a dry step, and the step's velocity (1, ...) in float32.
+
+    The model's predictions are made up: the same noise for each sample at every call of this function, and 1 more for
+    the sample of index `changed`.
+    """
     batches, velocities = [], []
 
     def forward(*args, **inputs):

@@ -1,6 +1,7 @@
 """How an image becomes latents as a diffusers pipeline denoises them, and back: asked of the pipeline itself.
 
-Between its denoising loop and `vae.decode` a pipeline only permutes, scales and shifts; dry runs show how.
+Between its denoising loop and `vae.decode` a pipeline only permutes, scales and shifts; dry runs show how. What a VAE
+takes and returns (channels, frames, NaN) is dealt with here and nowhere else.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from glance_utils import InputError, replaced
 
 @dataclass
 class LatentLayout:
-    """How final latents become `vae.decode`'s input: z = scale * latents[source] + shift, all flattened."""
+    """The map from final latents to `vae.decode`'s input: z = scale * latents[source] + shift, all flattened."""
 
     latents_shape: torch.Size  # (1, ...), what the denoising loop holds
     z_shape: torch.Size  # (1, C, H, W), with a frame axis for some VAEs
@@ -27,21 +28,22 @@ class LatentLayout:
     shift: torch.Tensor  # float32 (N,)
 
     def latents_from(self, z: torch.Tensor) -> torch.Tensor:
-        """What the VAE encoded, in the layout in which the pipeline denoises, float32."""
+        """Return what the VAE encoded, z (1, C, H, W), as the pipeline denoises it: (1, ...), float32."""
         latents = torch.empty(z.numel(), device=z.device)
         latents[self.source] = (z.float().flatten() - self.shift) / self.scale
         return latents.reshape(self.latents_shape)
 
     def z_from(self, latents: torch.Tensor) -> torch.Tensor:
-        """What `vae.decode` gets of final latents, float32."""
+        """Return what `vae.decode` gets of final latents (1, ...): (1, C, H, W), float32."""
         z = latents.float().flatten()[self.source.to(latents.device)]
         return (z * self.scale.to(z) + self.shift.to(z)).reshape(self.z_shape)
 
 
 def _decode_input(pipe: DiffusionPipeline, final_latents, **kwargs) -> torch.Tensor:
-    """What reaches `vae.decode`, in float32, when the denoising loop ends with `final_latents(sample)`.
+    """Return what reaches `vae.decode`, in float32, when the denoising loop ends with `final_latents(sample)`.
 
-    A pipeline without a VAE denoises pixels: there it is what reaches the image processor.
+    A pipeline without a VAE denoises pixels: there it is what reaches the image processor. Raise InputError where
+    neither is called.
     """
     decoder = (pipe.image_processor, "postprocess") if getattr(pipe, "vae", None) is None else (pipe.vae, "decode")
 
@@ -61,7 +63,8 @@ def ask_layout(pipe: DiffusionPipeline, **kwargs) -> LatentLayout:
     """Read the latents' layout off the pipeline's decode path, which only permutes, scales and shifts them.
 
     Dry runs end with all zeros (the shift), all ones (the scale) and the base-32 digits of each element's index (the
-    permutation): digits stay exact in any precision, where one float ramp over 262,144 elements would not.
+    permutation): digits stay exact in any precision, where one float ramp over 262,144 elements would not. Raise
+    InputError where the decode path does anything else to them.
     """
     shapes = []
 
@@ -73,7 +76,8 @@ def ask_layout(pipe: DiffusionPipeline, **kwargs) -> LatentLayout:
         return final_latents
 
     shift = _decode_input(pipe, constant(0.0), **kwargs)
-    z_shape, latents_shape, count = shift.shape, shapes[0], shapes[0].numel()
+    z_shape, latents_shape = shift.shape, shapes[0]
+    count = latents_shape.numel()
     shift = shift.flatten()
     fits = shift.numel() == count
     if fits:
@@ -86,9 +90,9 @@ def ask_layout(pipe: DiffusionPipeline, **kwargs) -> LatentLayout:
         def digits(sample, place=place):
             return (torch.arange(count, device=sample.device).reshape(sample.shape) // place % 32).float()
 
-        found = (_decode_input(pipe, digits, **kwargs).flatten() - shift) / scale
-        fits = bool((found - found.round()).abs().max() < 0.2)
-        source += found.round().long() * place
+        decoded = (_decode_input(pipe, digits, **kwargs).flatten() - shift) / scale
+        fits = bool((decoded - decoded.round()).abs().max() < 0.2)
+        source += decoded.round().long() * place
         place *= 32
     if not fits or not torch.equal(source.sort().values, torch.arange(count, device=source.device)):
         raise InputError(
@@ -99,7 +103,10 @@ def ask_layout(pipe: DiffusionPipeline, **kwargs) -> LatentLayout:
 
 
 def _vae_latents(pipe: DiffusionPipeline, image: torch.Tensor, layout: LatentLayout) -> torch.Tensor:
-    """What the VAE makes of an image (1, 3, H, W), float32; the image itself where there is no VAE."""
+    """Return the VAE's latents of an image (1, 3, H, W) in -1..1, float32; the image itself where there is no VAE.
+
+    Raise FloatingPointError where they are not finite.
+    """
     vae = getattr(pipe, "vae", None)
     if vae is None:
         return image.float().to(layout.scale.device)
@@ -117,12 +124,17 @@ def _vae_latents(pipe: DiffusionPipeline, image: torch.Tensor, layout: LatentLay
 
 
 def ask_noise_scale(pipe: DiffusionPipeline, **kwargs) -> float:
-    """How much stronger than standard normal the noise is that the pipeline starts from: 1 for nearly all.
+    """Return the standard deviation of the noise that the pipeline starts from: 1.0 for nearly all.
 
     The same seed draws the same numbers here and in the pipeline, in whatever layout, so their norms tell.
     """
     starts = []
-    probe = Probe([1.0], lambda index, model_output, sample: starts.append(sample) or sample)
+
+    def on_step(index, model_output, sample):
+        starts.append(sample)
+        return sample
+
+    probe = Probe([1.0], on_step)
     dry_run(pipe, probe, **kwargs)
     standard = torch.randn(starts[0].numel(), generator=torch.Generator().manual_seed(0))
     scale = round((starts[0].float().norm().cpu() / standard.norm()).item(), 2)
@@ -130,9 +142,10 @@ def ask_noise_scale(pipe: DiffusionPipeline, **kwargs) -> float:
 
 
 def encode_image(pipe: DiffusionPipeline, image: torch.Tensor, layout: LatentLayout, **kwargs) -> torch.Tensor:
-    """Latents (1, ...), float32, of an image (1, 3, H, W) in -1..1, as the denoising loop holds them.
+    """Return an image (1, 3, H, W) in -1..1 as latents (1, ...), float32, as the denoising loop holds them.
 
-    They are sent down the pipeline's decode path once more; InputError where it does not return what the VAE encoded.
+    They are sent down the pipeline's decode path once more. Raise InputError where that does not return what the VAE
+    encoded, or where the size has no such latents.
     """
     z = _vae_latents(pipe, image, layout)
     if z.shape != layout.z_shape:
@@ -150,9 +163,13 @@ def encode_image(pipe: DiffusionPipeline, image: torch.Tensor, layout: LatentLay
 
 
 def loop_points(pipe: DiffusionPipeline, **kwargs) -> list[torch.Tensor]:
-    """The latents before each step of the denoising loop and after the last, as the loop holds them, in float32 on the
-    CPU; some pipelines return another layout as "latent"."""
-    scheduler, step, points = pipe.scheduler, pipe.scheduler.step, []
+    """Return the latents (B, ...) before each step of the denoising loop and after the last, in float32 on the CPU.
+
+    They are as the loop holds them; some pipelines return another layout as "latent".
+    """
+    scheduler = pipe.scheduler
+    step = scheduler.step
+    points = []
 
     @functools.wraps(step)
     def keep(model_output, timestep, sample, *args, **kwargs):
@@ -169,8 +186,10 @@ def loop_points(pipe: DiffusionPipeline, **kwargs) -> list[torch.Tensor]:
 
 
 def check_finite(values: torch.Tensor, name: str) -> torch.Tensor:
-    """Return the values, of which a picture is made; raise FloatingPointError where some are NaN or infinite: the
-    picture would be black there, without a word."""
+    """Return the values as they are; raise FloatingPointError where some are NaN or infinite.
+
+    A picture made of them would be black there, and nothing would say why.
+    """
     if not values.isfinite().all():
         raise FloatingPointError(f"{name} are not finite numbers (NaN or infinite)")
     return values
@@ -178,10 +197,13 @@ def check_finite(values: torch.Tensor, name: str) -> torch.Tensor:
 
 @contextlib.contextmanager
 def finite_pictures(pipe: DiffusionPipeline):
-    """Let the pipeline's calls inside raise FloatingPointError where the final latents or the pixels are not finite,
-    before they become a picture; what is finite is the same as ever, to the bit."""
-    vae, postprocess = getattr(pipe, "vae", None), VaeImageProcessor.postprocess
+    """Raise FloatingPointError in the pipeline's calls inside where the final latents or the pixels are not finite.
+
+    It comes before they become a picture. Finite ones pass unchanged, to the bit.
+    """
+    vae = getattr(pipe, "vae", None)
     decode = vae.decode if hasattr(vae, "decode") else None
+    postprocess = VaeImageProcessor.postprocess
 
     def checked_decode(z, *args, **kwargs):
         output = decode(check_finite(z, "its final latents"), *args, **kwargs)
@@ -204,8 +226,10 @@ def _dtype(module: torch.nn.Module) -> str:
 
 
 def decode_pixels(vae: torch.nn.Module | None, latents: torch.Tensor, layout: LatentLayout) -> torch.Tensor:
-    """The picture (1, 3, H, W) of final latents (1, ...), in -1..1; no other model is needed for it.
-    FloatingPointError where the latents or the pixels are not finite."""
+    """Return the picture (1, 3, H, W), float32 in -1..1, of final latents (1, ...); only the VAE is needed.
+
+    Raise FloatingPointError where the latents or the pixels are not finite.
+    """
     pixels = layout.z_from(check_finite(latents, "its final latents"))
     if vae is not None:
         with torch.no_grad():
@@ -216,4 +240,5 @@ def decode_pixels(vae: torch.nn.Module | None, latents: torch.Tensor, layout: La
 
 
 def decode(vae: torch.nn.Module | None, latents: torch.Tensor, layout: LatentLayout) -> Image.Image:
+    """Return decode_pixels' picture as an image."""
     return VaeImageProcessor().postprocess(decode_pixels(vae, latents, layout))[0]

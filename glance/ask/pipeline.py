@@ -2,6 +2,7 @@
 
 Each time the pipeline runs for real, with its scheduler replaced by a probe and, where nothing needs computing, its
 transformer bypassed. The questions are in the modules beside: schedule, guidance, velocity, latents, prompts, sampler.
+What is done to a pipeline before, around and after a call may be touched here; a line that names one family may not.
 """
 
 import contextlib
@@ -29,12 +30,12 @@ from glance_utils import (
 )
 
 
-# What serves where a base's own scheduler does not.
+# What an error recommends where a base's own scheduler does not serve.
 PLAIN_BASE = "a copy of the base whose model_index.json and scheduler_config.json say FlowMatchEulerDiscreteScheduler"
 
 
 class Probe(FixedSigmaScheduler):
-    """A schedule whose step is a function (index, model_output, sample) -> next sample."""
+    """A fixed schedule whose step is a function: on_step(index, model_output, sample) -> next sample (B, ...)."""
 
     def __init__(self, sigmas: list[float], on_step, model_timesteps: list[float] | None = None, like=None):
         super().__init__(sigmas, model_timesteps, like=like)
@@ -52,16 +53,16 @@ class Probe(FixedSigmaScheduler):
 
 
 class Answer(BaseException):
-    """Carries an answer out of a pipeline's call and ends it."""
+    """What ends a pipeline's call and carries an answer out of it, args[0]."""
 
 
 def model_input(args: tuple, kwargs: dict) -> torch.Tensor | list:
-    """What a denoiser was called with: samples, as a tensor or a list; "hidden_states" or whatever comes first."""
+    """Return the samples that a denoiser gets, a tensor (B, ...) or a list: "hidden_states", or the first argument."""
     return kwargs["hidden_states"] if "hidden_states" in kwargs else [*args, *kwargs.values()][0]
 
 
 def no_prediction(*args, **kwargs):
-    """A transformer's forward that computes nothing: zeros in the shape of its input, the last of several images."""
+    """Return zeros in the shape of the input, of several images the last: a forward that computes nothing."""
     samples = model_input(args, kwargs)
     if isinstance(samples, torch.Tensor):
         return Transformer2DModelOutput(sample=torch.zeros_like(samples))
@@ -70,7 +71,7 @@ def no_prediction(*args, **kwargs):
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether a line of this project raised it, or had torch do so: a mistake, to be seen with its traceback."""
+    """Return whether a line of this project raised it or had torch do so: a mistake, to be seen with its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     files = [Path(frame.filename) for frame in frames if frame.name != "__torch_dispatch__"]  # these only look on
     files = [path for path in files if Path(torch.__file__).parent not in path.parents]
@@ -102,7 +103,7 @@ def _refused(pipe: DiffusionPipeline, error: Exception) -> InputError:
 
 
 def described(error: Exception) -> str:
-    """An exception in at most 500 characters of one line, with its kind where the words alone may say little."""
+    """Return an exception as one line of at most 500 characters, with its kind where the words may say little."""
     kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
     return f"{kind if str(error).strip() else ''}{first_line(error)}"[:500]
 
@@ -119,16 +120,17 @@ def loading(path: str):
 
 
 def accepted_arguments(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
+    """Return the parameters of the pipeline's `__call__`, by name."""
     return dict(inspect.signature(type(pipe).__call__).parameters)
 
 
 def batch_argument(pipe: DiffusionPipeline) -> str:
-    """What its call names the number of pictures of one prompt."""
+    """Return the name of the call argument that is the number of pictures of one prompt."""
     return "num_images_per_prompt" if "num_images_per_prompt" in accepted_arguments(pipe) else "num_videos_per_prompt"
 
 
 def first_picture(output) -> Image.Image:
-    """The first picture of what a pipeline returned for output_type="pil", of a video its first frame."""
+    """Return the first picture of what a pipeline returned for output_type="pil"; of a video its first frame."""
     while not isinstance(output, Image.Image):
         output = output[0]
     return output
@@ -139,7 +141,7 @@ class _ModularIndex(ConfigMixin):
 
 
 def _is_modular(path: str | Path, **load_kwargs) -> bool:
-    """Whether it is a modular pipeline: blocks that are put together, and no class with a `__call__` of its own."""
+    """Return whether it is a modular pipeline: blocks that are put together, without a `__call__` of their own."""
     try:
         return bool(_ModularIndex.load_config(path, **load_kwargs))
     except Exception:
@@ -147,7 +149,7 @@ def _is_modular(path: str | Path, **load_kwargs) -> bool:
 
 
 def read_model_index(path: str | Path, **load_kwargs) -> dict:
-    """Return a pipeline's model_index.json; InputError where there is none that names its class."""
+    """Return a pipeline's model_index.json; raise InputError where there is none that names its class."""
     try:
         config = DiffusionPipeline.load_config(path, **load_kwargs)
         if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
@@ -165,7 +167,7 @@ def read_model_index(path: str | Path, **load_kwargs) -> dict:
 
 
 def find_denoiser(path: str, **load_kwargs) -> tuple[str, type]:
-    """The name and the class of the pipeline's model that denoises; InputError where it has none."""
+    """Return the name and the class of the pipeline's model that denoises; raise InputError where it has none."""
     config = read_model_index(path, **load_kwargs)
     name = denoiser_name(config)
     if name is None or not config.get("scheduler"):
@@ -183,13 +185,15 @@ def load_pipeline(
     vae_dtype: torch.dtype = torch.float32,
     **load_kwargs,
 ) -> DiffusionPipeline:
-    """A pipeline whose transformer has a config but no weights (meta device): enough for all but velocity.
+    """Load a pipeline whose transformer has a config but no weights (meta device): enough for all but velocity.
 
-    So has any other model of its class, which some pipelines keep for guidance. The VAE is `vae_dtype`, float32 where
-    an image is to be encoded, since half precision costs latents accuracy; the rest is `dtype`. `components` are taken
-    for those of their names. InputError where `path` is not a diffusers pipeline with a flow-matching transformer.
+    The same goes for other models of its class, which some pipelines keep for guidance. The VAE is `vae_dtype`, which
+    should be float32 where an image is to be encoded, since half precision costs latents accuracy; the rest is
+    `dtype`. `components`, by name, are used in place of the pipeline's own. Raise InputError where `path` is not a
+    diffusers pipeline with a flow-matching transformer.
     """
-    config, components = read_model_index(path, **load_kwargs), dict(components or {})
+    config = read_model_index(path, **load_kwargs)
+    components = dict(components or {})
     name, transformer_class = find_denoiser(path, **load_kwargs)
     with loading(path):
         scheduler_class = component_class(config["scheduler"])
@@ -206,23 +210,26 @@ def load_pipeline(
 
 
 def call_arguments(pipe: DiffusionPipeline, prompt, height, width, guidance_scale, extra: dict) -> dict:
-    """The pipeline's call arguments, checked against its signature: None leaves one to the pipeline, `extra` are its
-    own further ones."""
-    ours = {"prompt", "height", "width", "latents", "sigmas", "timesteps", "num_inference_steps", "output_type"}
-    ours |= {"return_dict", "generator", "num_images_per_prompt", "callback_on_step_end", "self"}
-    accepted = set(accepted_arguments(pipe)) - ours - {"callback_on_step_end_tensor_inputs"}
+    """Return the pipeline's call arguments; those that are None are left to the pipeline.
+
+    `extra` are further ones of its own. Raise InputError where its signature has no such argument, or one that is set
+    by Glance itself.
+    """
+    reserved = {"prompt", "height", "width", "latents", "sigmas", "timesteps", "num_inference_steps", "output_type"}
+    reserved |= {"return_dict", "generator", "num_images_per_prompt", "callback_on_step_end", "self"}
+    accepted = set(accepted_arguments(pipe)) - reserved - {"callback_on_step_end_tensor_inputs"}
     arguments = extra if guidance_scale is None else extra | {"guidance_scale": guidance_scale}
     for key in arguments:
         if key not in accepted:
             raise InputError(
                 f"{type(pipe).__name__} takes no {key!r} as a further argument; it takes {', '.join(sorted(accepted))}"
             )
-    ours = {"prompt": prompt, "height": height, "width": width}
-    return {key: value for key, value in ours.items() if value is not None} | arguments
+    usual = {"prompt": prompt, "height": height, "width": width}
+    return {key: value for key, value in usual.items() if value is not None} | arguments
 
 
 def further_denoisers(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """Models of the transformer's class beside it: some pipelines keep one for guidance."""
+    """Return the models of the transformer's class beside it, by name: some pipelines keep one for guidance."""
     first = denoiser(pipe)
     # FSDP and added adapter methods make the first one's class a subclass of what it was.
     return {
@@ -244,27 +251,34 @@ def guiders_off(pipe: DiffusionPipeline):
 
 
 @contextlib.contextmanager
-def somewhere(pipe: DiffusionPipeline):
-    """Let the pipeline work where its other models are, if it would be nowhere: where its transformer without weights
-    is and comes first among its components."""
-    places = [getattr(part, "device", None) for part in pipe.components.values()]  # also of freed ones
-    places = [place for place in places if isinstance(place, torch.device) and place.type != "meta"]
-    nowhere = pipe._execution_device.type == "meta" and places
-    with replaced(type(pipe), "_execution_device", places[0]) if nowhere else contextlib.nullcontext():
+def on_a_real_device(pipe: DiffusionPipeline):
+    """Let the pipeline's calls inside work on the device of its other models where it would choose the meta device.
+
+    A pipeline takes the device of its first component, which may be the transformer without weights.
+    """
+    devices = [getattr(part, "device", None) for part in pipe.components.values()]  # also of freed ones
+    devices = [device for device in devices if isinstance(device, torch.device) and device.type != "meta"]
+    if pipe._execution_device.type != "meta" or not devices:
+        yield
+        return
+    with replaced(type(pipe), "_execution_device", devices[0]):
         yield
 
 
 @contextlib.contextmanager
 def plain_call(pipe: DiffusionPipeline, call: dict):
-    """The arguments for pipe(...) itself of a call that may say guiders=False, which is run_pipeline's own."""
+    """Yield a call's arguments for pipe(...) itself; guiders=False, which only run_pipeline takes, holds inside."""
     call = dict(call)
     with contextlib.nullcontext() if call.pop("guiders", True) else guiders_off(pipe):
         yield call
 
 
 def run_pipeline(pipe, scheduler, forward=no_prediction, further_forward=no_prediction, guiders=True, **kwargs):
-    """The pipeline's own `__call__` without its no_grad, with this scheduler and this transformer forward; further
-    denoisers have no say, unless `further_forward` is given."""
+    """Call the pipeline's own `__call__` without its no_grad, with this scheduler and this forward of its transformer.
+
+    Further denoisers predict nothing unless `further_forward` is given. Raise InputError where the pipeline takes no
+    such arguments, or its call is not wrapped in torch.no_grad.
+    """
     call = getattr(type(pipe).__call__, "__wrapped__", None)
     if call is None:
         raise InputError(f"{type(pipe).__name__}.__call__ is not wrapped in torch.no_grad: gradients cannot pass")
@@ -281,7 +295,7 @@ def run_pipeline(pipe, scheduler, forward=no_prediction, further_forward=no_pred
         raise _refused(pipe, error) from None
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.nullcontext() if guiders else guiders_off(pipe))
-        stack.enter_context(somewhere(pipe))
+        stack.enter_context(on_a_real_device(pipe))
         stack.enter_context(replaced(pipe, "scheduler", scheduler))
         stack.enter_context(replaced(denoiser(pipe), "forward", forward))
         for further in further_denoisers(pipe).values():
@@ -290,14 +304,16 @@ def run_pipeline(pipe, scheduler, forward=no_prediction, further_forward=no_pred
 
 
 def dry_run(pipe: DiffusionPipeline, scheduler, *forwards, **kwargs):
-    """run_pipeline to ask a question: no gradients, and what the pipeline refuses is an InputError."""
+    """Call run_pipeline without gradients, to ask a question; raise InputError where the pipeline refuses the call."""
     with torch.no_grad(), refusals(pipe):
         return run_pipeline(pipe, scheduler, *forwards, **kwargs)
 
 
 def dry_step(pipe: DiffusionPipeline, forward=no_prediction, **kwargs) -> None:
-    """One step of the pipeline in which nothing is computed but what comes before it: the prompt's encoding.
-    InputError where the picture is so small that there is nothing to denoise."""
+    """Run one step of the pipeline in which nothing is computed but what comes before it: the prompt's encoding.
+
+    Raise InputError where the picture is so small that there is nothing to denoise.
+    """
 
     def on_step(index, model_output, sample):
         if isinstance(sample, torch.Tensor) and sample.numel() == 0:
@@ -311,7 +327,7 @@ def dry_step(pipe: DiffusionPipeline, forward=no_prediction, **kwargs) -> None:
 
 
 def freeable_components(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """Every model but the denoisers."""
-    kept = {denoiser_name(pipe.config), *further_denoisers(pipe)}
+    """Return every model but the denoisers, by name."""
+    denoisers = {denoiser_name(pipe.config), *further_denoisers(pipe)}
     models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    return {name: part for name, part in models.items() if name not in kept}
+    return {name: part for name, part in models.items() if name not in denoisers}

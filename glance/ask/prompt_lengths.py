@@ -1,4 +1,7 @@
-"""Notice that an encoder sees less of a prompt than was written: CLIP takes 77 tokens, most T5 512."""
+"""Does an encoder see less of a prompt than was written? CLIP takes 77 tokens, most T5 512.
+
+Only watched here, never changed: the pipeline encodes as it would. Lengths may be reported, a prompt's words may not.
+"""
 
 import functools
 import inspect
@@ -11,20 +14,23 @@ from transformers import PreTrainedTokenizerBase
 
 
 class PromptLengths:
-    """What a pipeline's tokenizers were given and what was kept of it.
+    """A watch on a pipeline's tokenizers: how many tokens they were given, and how many they kept.
 
     Most pipelines let a tokenizer cut; some cut what their `encode_prompt` returns to its `max_sequence_length`.
     """
 
     def __init__(self, pipe: DiffusionPipeline, say: Callable[[str], None]):
-        self.say, self.said = say, set()
+        self.say = say
+        self.reported = set()  # lengths in tokens
         parts = {name: getattr(part, "tokenizer", part) for name, part in pipe.components.items()}  # or a processor's
         self.tokenizers = {name: part for name, part in parts.items() if isinstance(part, PreTrainedTokenizerBase)}
         self.passed_on = dict.fromkeys(self.tokenizers, 0)  # the longest text that was not cut, in tokens
 
     def watch(self, pipe: DiffusionPipeline) -> None:
-        """From here on call say(line) when the pipeline cuts a prompt, once for each length that it cuts to. The line
-        tells how many tokens are kept, and nothing of the prompt. To be called before `remember_prompts`."""
+        """Call say(line) from now on when the pipeline cuts a prompt, once for each length that it cuts to.
+
+        The line tells how many tokens are kept, and nothing of the prompt. To be called before `remember_prompts`.
+        """
         for name, tokenizer in self.tokenizers.items():
             self._watch_tokenizer(name, tokenizer)
         method = getattr(pipe, "encode_prompt", None)
@@ -32,8 +38,8 @@ class PromptLengths:
             pipe.encode_prompt = self._watched(method)
 
     def _report(self, name: str, kept: int, tokens: int) -> None:
-        if kept not in self.said:
-            self.said.add(kept)
+        if kept not in self.reported:
+            self.reported.add(kept)
             self.say(f"A prompt is cut: {name} keeps {kept} of its {tokens} tokens; what is beyond them is not seen")
 
     def _watch_tokenizer(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -53,7 +59,7 @@ class PromptLengths:
         tokenizer.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
 
     def _watched(self, method):
-        """`encode_prompt`, after which tokens that its tokenizers passed on and that it dropped are reported."""
+        """Return `encode_prompt`, which then reports the tokens that its tokenizers passed on and that it dropped."""
 
         @functools.wraps(method)
         def encode_prompt(*args, **kwargs):
@@ -62,27 +68,29 @@ class PromptLengths:
             bound.apply_defaults()
             most = bound.arguments["max_sequence_length"]
             lengths = {leaf.shape[1] for leaf in tree_leaves(result) if torch.is_tensor(leaf) and leaf.ndim == 3}
-            if most in lengths and most not in self.said:
+            if most in lengths and most not in self.reported:
                 self._compare(bound.arguments.get("prompt"), most)
             return result
 
         return encode_prompt
 
     def _compare(self, prompt, most: int) -> None:
-        """Report the tokenizers that passed more than `most` tokens on, where that many are the prompt's own and not
-        those of a template around it."""
+        """Report the tokenizers that passed more than `most` tokens on, where that many are the prompt's own.
+
+        Those of a template around the prompt do not count.
+        """
         texts = [prompt] if isinstance(prompt, str) else prompt or []
         for name in [name for name, tokens in self.passed_on.items() if tokens > most]:
-            own = [
+            lengths = [
                 count_tokens(self.tokenizers[name](text, add_special_tokens=False))
                 for text in texts
                 if isinstance(text, str)
             ]
-            if max(own, default=0) > most:
-                self._report(name, most, max(own))
+            if max(lengths, default=0) > most:
+                self._report(name, most, max(lengths))
 
 
 def count_tokens(encoding) -> int:
-    """Of the longest text that was encoded."""
+    """Return the length in tokens of the longest text that was encoded."""
     ids = encoding["input_ids"]
     return max(map(len, ids), default=0) if ids and isinstance(ids[0], list) else len(ids)

@@ -1,4 +1,7 @@
-"""A diffusers pipeline encodes its prompts once, in its own way, and its encoders are then freed."""
+"""How are a pipeline's prompts encoded once, in its own way, so that its encoders can be freed?
+
+What counts as the same prompt is _key's business; what an encoder answers is kept and copied, never changed.
+"""
 
 import contextlib
 import copy
@@ -22,7 +25,7 @@ def remember_prompts(pipe: DiffusionPipeline) -> None:
     """Let the pipeline encode each prompt once, without gradients, and hand a copy of the result back ever after.
 
     Every method of the pipeline that uses a text encoder, to encode a prompt or to rewrite it, remembers what it
-    answered. The text encoders can then be freed; a prompt that was never seen before raises RuntimeError.
+    answered. The text encoders can then be freed; RuntimeError is then raised for a prompt that was not seen before.
     """
     encoders = set(freeable_components(pipe)) - {"vae"}
     for kind in reversed(type(pipe).__mro__):
@@ -34,7 +37,9 @@ def remember_prompts(pipe: DiffusionPipeline) -> None:
 
 
 def _remembered(pipe: DiffusionPipeline, method):
-    known, signature = {}, inspect.signature(method)
+    """Return the method with a memory: equal arguments, but for device and generator, are answered only once."""
+    answers = {}
+    signature = inspect.signature(method)
     further = next((name for name, kind in signature.parameters.items() if kind.kind is kind.VAR_KEYWORD), None)
 
     def remembered(*args, **kwargs):
@@ -42,25 +47,25 @@ def _remembered(pipe: DiffusionPipeline, method):
         bound.apply_defaults()
         named = bound.arguments | bound.arguments.get(further, {})
         key = _key({name: value for name, value in named.items() if name not in ("device", "generator", further)})
-        if key not in known:
+        if key not in answers:
             try:
                 with torch.no_grad():
                     answer = method(*args, **kwargs)
-                # Its tensors anew, without the storage that they may be a small part of, and then all of it: part of
-                # the answer may be an argument.
-                own = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), answer)
-                known[key] = copy.deepcopy(own)
+                # Its tensors are cloned, without the storage that they may be a small part of. Then all of it is
+                # copied: part of the answer may be an argument.
+                cloned = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), answer)
+                answers[key] = copy.deepcopy(cloned)
             except (TypeError, AttributeError) as error:
                 if any(isinstance(part, _Freed) for part in pipe.components.values()):
                     raise RuntimeError("this prompt was not encoded before the text encoders were freed") from error
                 raise
-        return copy.deepcopy(known[key])  # some pipelines write into what they got
+        return copy.deepcopy(answers[key])  # some pipelines write into what they got
 
     return remembered
 
 
 def _key(value):
-    """Return something hashable that is equal for equal arguments alone, and small: of pixels and embeddings a digest.
+    """Return something small and hashable that is equal for equal arguments alone: a digest of pixels and embeddings.
 
     What has no value of its own, such as a model, counts as itself and is not kept alive.
     """
@@ -92,11 +97,11 @@ def _key(value):
 
 
 class FreedError(AttributeError, InputError):
-    """A pipeline needs a model that was freed; an AttributeError too, since pipelines ask whether one has a name."""
+    """An error where a pipeline needs a freed model; an AttributeError too, since pipelines ask what a model has."""
 
 
 class _Freed:
-    """Stands where a model was that has been freed: pipelines still ask whether it is there, and its dtype."""
+    """A stand-in for a model that was freed: pipelines still ask whether it is there, and its dtype."""
 
     def __init__(self, model: torch.nn.Module):
         self.dtype, self.device, self.config = model.dtype, model.device, getattr(model, "config", None)
@@ -106,8 +111,10 @@ class _Freed:
 
 
 def free_components(pipe: DiffusionPipeline, **kwargs) -> None:
-    """Drop every model but the transformer: what they had to say is known. With the call's arguments given, an
-    InputError where the pipeline needs one of them in its loop after all."""
+    """Free every model but the denoisers; the prompts and the image must have been encoded before.
+
+    With the call's arguments given, raise InputError where the pipeline needs one of them in its loop after all.
+    """
     for name, component in freeable_components(pipe).items():
         setattr(pipe, name, _Freed(component))
 

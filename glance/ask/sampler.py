@@ -1,8 +1,10 @@
-"""The sampler that loses least: which of the model's own steps to keep, and how far to go along its velocities.
+"""Which of the model's own steps should a sampler keep, and how far should it go along its velocities?
 
 A grid keeps a few of the model's own steps. Its Euler steps are chords of the trajectory that all the steps walk; what
 a chord leaves out is how much the velocity changes under it. Half of that the previous step's velocity already tells,
 so a fitted solver has two numbers a step, read off the same trajectory.
+
+These are functions of a trajectory, but for `walk`, which draws one. Other ways to choose or to fit go here.
 """
 
 import torch
@@ -13,13 +15,15 @@ from glance_utils import as_floats, counts_image, model_timesteps, replaced, seg
 
 
 def best_positions(points: list[torch.Tensor], sigmas: list[float], count: int) -> list[int]:
-    """The `count` steps of the trajectory, 0-based, whose chords miss its velocities least, by dynamic programming.
+    """Return the `count` steps of the trajectory, 0-based, whose chords miss its velocities least.
 
     `points` are the latents (B, ...) at `sigmas`, the last of which is 0, of one trajectory or of B. A segment costs
     its length times the sum, over the steps in it, of each one's length times its velocity's squared distance from
-    the chord's.
+    the chord's. The least sum of costs is found by dynamic programming.
     """
-    points, sigmas, steps = torch.stack(points).flatten(1).double(), as_floats(sigmas), len(sigmas) - 1
+    points = torch.stack(points).flatten(1).double()
+    sigmas = as_floats(sigmas)
+    steps = len(sigmas) - 1
     lengths = [high - low for high, low in zip(sigmas, sigmas[1:])]
     energy = [0.0]  # sum over the steps so far of length * velocity**2
     for length, step in zip(lengths, points[1:] - points[:-1]):
@@ -41,59 +45,71 @@ def best_positions(points: list[torch.Tensor], sigmas: list[float], count: int) 
     return best[steps][1]
 
 
-def kept(points: list[torch.Tensor], sigmas: list[float], positions: list[int]) -> tuple[list, list[float], list]:
-    """Of a trajectory: its points and sigmas at `positions` and at the end, and its own velocities at `positions`."""
+def at_positions(
+    points: list[torch.Tensor], sigmas: list[float], positions: list[int]
+) -> tuple[list[torch.Tensor], list[float], list[torch.Tensor]]:
+    """Return a trajectory's points and sigmas at `positions` and at its end, and its own velocities at `positions`.
+
+    Points and velocities are (B, ...); with N positions there are N + 1 points and sigmas, and N velocities.
+    """
     sigmas = as_floats(sigmas)
     velocities = segment_slopes(points, sigmas)
-    places = [*positions, len(points) - 1]
-    return [points[i] for i in places], [sigmas[i] for i in places], [velocities[i] for i in positions]
+    with_end = [*positions, len(points) - 1]
+    return [points[i] for i in with_end], [sigmas[i] for i in with_end], [velocities[i] for i in positions]
 
 
 def fit_coefficients(points: list[torch.Tensor], sigmas: list[float], positions: list[int]) -> list[list[float]]:
-    """[a, c] for each step: a * velocity + c * the previous step's velocity is nearest to the slope of its chord, by
-    least squares over all elements of one trajectory or several. The first step has no previous one: c = 0.
+    """Return [a, c] for each step, such that a * velocity + c * the previous step's velocity is nearest to the slope
+    of its chord, by least squares over all elements of one trajectory or several. The first step has c = 0.
 
-    No model is called: a trajectory's own first steps are the velocities. Two-step Adams-Bashforth has such numbers
-    too, for any function; these are the model's.
+    No model is called: the velocities are those of the trajectory's own steps. Two-step Adams-Bashforth has such
+    numbers too, the same for any function; these are the model's.
     """
-    points, sigmas, velocities = kept(points, sigmas, positions)
-    found = []
+    points, sigmas, velocities = at_positions(points, sigmas, positions)
+    coefficients = []
     for index, slope in enumerate(segment_slopes(points, sigmas)):
         basis = [part.flatten().double() for part in velocities[max(index - 1, 0) : index + 1][::-1]]
         solution = torch.linalg.lstsq(torch.stack(basis, dim=1), slope.flatten()[:, None].double()).solution
-        found.append([*solution.flatten().tolist(), 0.0][:2])
-    return found
+        coefficients.append([*solution.flatten().tolist(), 0.0][:2])
+    return coefficients
 
 
 def segment_targets(points, sigmas, positions, coefficients=None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return what the trajectory loss trains on: the points at `positions`, and the velocities with which a step from
-    there lands on the next of them, Euler's or the fitted solver's.
+    """Return what the trajectory loss trains on: the points (B, ...) at `positions`, and the velocities (B, ...) with
+    which a step from there lands on the next of them, Euler's or the fitted solver's.
 
     The fitted solver's step also goes along the velocity that the LoRA, not the base, predicted before: each target
     is what the one before it leaves to be done, over the steps of both phases.
     """
-    starts, sigmas, _ = kept(points, sigmas, positions)
-    targets, previous = segment_slopes(starts, sigmas), 0.0
-    for index, (own, before) in enumerate(coefficients or ()):
-        targets[index] = previous = (targets[index] - before * previous) / own
+    starts, sigmas, _ = at_positions(points, sigmas, positions)
+    targets = segment_slopes(starts, sigmas)
+    previous = 0.0
+    for index, (a, c) in enumerate(coefficients or ()):
+        targets[index] = (targets[index] - c * previous) / a
+        previous = targets[index]
     return starts[:-1], targets
 
 
 def walk(
     pipe: DiffusionPipeline, timesteps: list[float], timestep_table, seed: int, coefficients=None, **call
 ) -> list[torch.Tensor]:
-    """The latents before each of these steps of the pipeline and after the last, on the CPU, summed up in float32
-    whatever the pipeline computes in."""
-    sigmas, points = [*timesteps_to_sigmas(timesteps), 0.0], []
-    previous, sign = 0.0, -1 if counts_image(pipe.scheduler) else 1
+    """Return the latents (B, ...) before each of these steps of the pipeline and after the last, on the CPU.
+
+    They are summed up in float32, whatever the pipeline computes in. `coefficients`, [a, c] for each step, are
+    fit_coefficients' answer; Euler's steps without.
+    """
+    sigmas = [*timesteps_to_sigmas(timesteps), 0.0]
+    sign = -1 if counts_image(pipe.scheduler) else 1
+    points = []
+    previous = 0.0
 
     def on_step(index, model_output, sample):
         nonlocal previous
         velocity = sign * model_output.float()
-        own, before = coefficients[index] if coefficients else (1.0, 0.0)
+        a, c = coefficients[index] if coefficients else (1.0, 0.0)
         if index == 0:
             points.append(sample.to(torch.float32, copy=True))  # some pipelines write into it
-        points.append(points[-1] + (sigmas[index + 1] - sigmas[index]) * (own * velocity + before * previous))
+        points.append(points[-1] + (sigmas[index + 1] - sigmas[index]) * (a * velocity + c * previous))
         if index == len(timesteps) - 1:
             raise Answer  # what some pipelines do to the final latents needs the VAE, which was freed
         previous = velocity
@@ -114,4 +130,5 @@ def walk(
 
 
 def relative_error(latents: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return the norm of the difference by the norm of `exact`, of tensors of one shape."""
     return ((latents - exact).norm() / exact.norm()).item()

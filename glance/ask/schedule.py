@@ -1,4 +1,7 @@
-"""Which timesteps does a pipeline walk, and what is its model told at them? Its own `__call__` says so in dry runs."""
+"""Which timesteps does a pipeline walk, and what is its model told at them? Its own `__call__` says so in dry runs.
+
+Timesteps here are 1000 * sigma in 0..1000, descending; a pipeline's own unit and direction end in `_walk`.
+"""
 
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
@@ -11,15 +14,15 @@ def ask_timesteps(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[flo
     """Return the timesteps (0..1000), 1000 * sigma, that the pipeline walks in `num_steps` steps at this size.
 
     A pipeline that ships a list of its own steps walks that, whatever is asked: the answer then has its length.
-    InputError where the walk is not one strictly descending point a step.
+    Raise InputError where the walk is not one strictly descending point a step.
     """
     return [timestep for timestep, _ in _ask_walk(pipe, num_steps, **kwargs)]
 
 
 def has_own_steps(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> bool:
     """Return whether the pipeline ships a list of its own steps, which are the same for another number of them."""
-    other = 3 if num_steps == 2 else 2  # few: a schedule that drops what it rounds to the same is then whole
-    return _walk(pipe, num_steps, **kwargs) == _walk(pipe, other, **kwargs)
+    few_steps = 3 if num_steps == 2 else 2  # a schedule that drops what it rounds to the same is then whole
+    return _walk(pipe, num_steps, **kwargs) == _walk(pipe, few_steps, **kwargs)
 
 
 def ask_timestep_table(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[list[float]] | None:
@@ -31,13 +34,14 @@ def ask_timestep_table(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> lis
     walk = _ask_walk(pipe, num_steps, **kwargs)
     if all(model_timestep is None for _, model_timestep in walk):
         return None
-    points = {(timestep, timestep if other is None else other) for timestep, other in walk}
-    return [list(point) for point in sorted({(0.0, 0.0), (1000.0, 1000.0), *points})]
+    rows = {(timestep, timestep if model_timestep is None else model_timestep) for timestep, model_timestep in walk}
+    return [list(row) for row in sorted({(0.0, 0.0), (1000.0, 1000.0), *rows})]
 
 
 def _ask_walk(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[tuple[float, float | None]]:
-    """What `_walk` says, or InputError where a schedule of one step after another cannot be taken from it."""
-    name, scheduler, walk = type(pipe).__name__, type(pipe.scheduler).__name__, _walk(pipe, num_steps, **kwargs)
+    """Return `_walk`'s answer; raise InputError where it is no schedule of one step after another."""
+    name, scheduler = type(pipe).__name__, type(pipe.scheduler).__name__
+    walk = _walk(pipe, num_steps, **kwargs)
     if not walk:
         raise InputError(f"{name}: asked for {num_steps} steps, but it never called scheduler.step")
     if len(walk) != num_steps and not has_own_steps(pipe, num_steps, **kwargs):
@@ -58,10 +62,14 @@ def _ask_walk(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[tuple[f
 
 
 def _walk(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[tuple[float, float | None]]:
-    """1000 * sigma of each of `num_steps` steps, from a dry run of the pipeline, and what the model is told there if
-    that is another number than FixedSigmaScheduler tells."""
+    """Return (timestep, model timestep) of each of `num_steps` steps, from a dry run of the pipeline.
+
+    The timestep is 1000 * sigma. The model timestep is what the model is told there, None where that is what
+    FixedSigmaScheduler tells it too.
+    """
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    unit, acted, walked = 1000 / scheduler.config.num_train_timesteps, set(), []
+    unit = 1000 / scheduler.config.num_train_timesteps
+    acted, walked = set(), []  # the steps at which the transformer was called; the answer
 
     def forward(*args, **kwargs):
         acted.add(len(walked))

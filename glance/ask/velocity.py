@@ -1,6 +1,7 @@
 """What is a pipeline's velocity at (noisy, sigma)? One step of its own `__call__`, with gradients.
 
-Training through the pipeline sees exactly what inference will see.
+Training through the pipeline sees exactly what inference will see. Here, too, are the conditions for asking so: that a
+step remembers nothing, is told no end, and takes several samples or timesteps or does not.
 """
 
 import contextlib
@@ -34,8 +35,11 @@ from glance_utils import (
 
 
 def ask_velocity_shares(pipe: DiffusionPipeline, timesteps: list[float], timestep_table, **kwargs) -> list[float]:
-    """How much of the velocity (noisy - image) / sigma a pipeline takes at each timestep, where its model predicts the
-    image; near 0 some divide by more than sigma. 1 where the model predicts the velocity itself."""
+    """Return, for each timestep (0..1000), how much of the velocity (noisy - image) / sigma the pipeline takes.
+
+    It is 1.0 where the model predicts the velocity itself. Where it predicts the image, some pipelines divide by more
+    than sigma near 0: less than 1.0.
+    """
     shares = []
     for sigma in timesteps_to_sigmas(timesteps):
         velocities = []
@@ -51,32 +55,32 @@ def ask_velocity_shares(pipe: DiffusionPipeline, timesteps: list[float], timeste
 
 
 def takes_timesteps(pipe: DiffusionPipeline, **kwargs) -> bool:
-    """Whether one step of this pipeline can have another timestep for each sample of its batch.
+    """Return whether one step of this pipeline can have another timestep for each sample of its batch.
 
     Most hand the timestep on, expanded to the batch; some compute with it as with a number. What the transformer is
     told in a dry step with two timesteps must be what it is told with each of them.
     """
 
     def inputs_at(*timesteps) -> list[torch.Tensor]:
-        """Every tensor that the transformer gets in a dry step; the noise is the same each time."""
-        found = []
+        """Return every tensor that the transformer gets in a dry step; the noise is the same each time."""
+        tensors = []
 
         def forward(*args, **inputs):
-            found.extend(value for value in tree_leaves((args, inputs)) if isinstance(value, torch.Tensor))
+            tensors.extend(value for value in tree_leaves((args, inputs)) if isinstance(value, torch.Tensor))
             return no_prediction(*args, **inputs)
 
         probe = Probe([1.0], lambda index, model_output, sample: sample, [list(timesteps)], pipe.scheduler)
         dry_run(pipe, probe, forward, **kwargs | {batch_argument(pipe): len(timesteps)})
-        return found
+        return tensors
 
     try:
         both, high, low = inputs_at(750.0, 250.0), inputs_at(750.0, 750.0), inputs_at(250.0, 250.0)
     except InputError:  # it wanted a number
         return False
-    changed = [not torch.equal(one, other) for one, other in zip(high, low)]
+    changed = [not torch.equal(at_high, at_low) for at_high, at_low in zip(high, low)]
     return any(changed) and all(
-        torch.equal(mixed, torch.cat([one[:1], other[1:]]) if differs else one)
-        for mixed, one, other, differs in zip(both, high, low, changed)
+        torch.equal(mixed, torch.cat([at_high[:1], at_low[1:]]) if differs else at_high)
+        for mixed, at_high, at_low, differs in zip(both, high, low, changed)
     )
 
 
@@ -88,7 +92,7 @@ def takes_batches(pipe: DiffusionPipeline, **kwargs) -> bool:
     """
 
     def called_with(count: int) -> tuple[int, list[torch.Size]]:
-        """The model's batch, and the shapes of all tensors that it gets."""
+        """Return the model's batch size for `count` pictures, and the shapes of all tensors that it gets."""
         calls = []
 
         def forward(*args, **inputs):
@@ -101,10 +105,11 @@ def takes_batches(pipe: DiffusionPipeline, **kwargs) -> bool:
         dry_run(pipe, probe, forward, **kwargs | {batch_argument(pipe): count})
         return calls[0]
 
-    (one, shapes), (two, doubled) = called_with(1), called_with(2)
-    if one == 1 or len(shapes) != len(doubled):  # a single row serves any batch; lists have a part for each sample
+    (batch, shapes), (double_batch, double_shapes) = called_with(1), called_with(2)
+    # A single row serves any batch; lists have a part for each sample.
+    if batch == 1 or len(shapes) != len(double_shapes):
         return True
-    return all(twice[0] == two for shape, twice in zip(shapes, doubled) if shape[0] == one)
+    return all(double[0] == double_batch for shape, double in zip(shapes, double_shapes) if shape[0] == batch)
 
 
 def check_memoryless(pipe: DiffusionPipeline, **kwargs) -> None:
@@ -132,8 +137,8 @@ def check_memoryless(pipe: DiffusionPipeline, **kwargs) -> None:
 
 
 def _changing_mode(pipe: DiffusionPipeline, **kwargs) -> tuple[str, object, object] | None:
-    """(name, value, next value) of a word or a switch that the model is called with, where the next step at the same
-    sigma has another, or None."""
+    """Return (name, value, next value) of a word or a switch that the model is called with and that is another in the
+    next step at the same sigma; None where there is none."""
     steps = [{}, {}]
 
     def forward(*args, **inputs):
@@ -150,8 +155,11 @@ def _changing_mode(pipe: DiffusionPipeline, **kwargs) -> tuple[str, object, obje
 
 
 def check_instantaneous(pipe: DiffusionPipeline, **kwargs) -> None:
-    """InputError where the transformer is told where a step ends: it then predicts an average over the step, as
-    MeanFlow does, and not the velocity at a point that the flow-matching loss trains."""
+    """Raise InputError where the transformer is told where a step ends.
+
+    It then predicts an average over the step, as MeanFlow does, and not the velocity at a point, which the
+    flow-matching loss trains.
+    """
     inputs_by_end = []
 
     def forward(*args, **inputs):
@@ -170,7 +178,7 @@ def check_instantaneous(pipe: DiffusionPipeline, **kwargs) -> None:
 
 
 class PipelineVelocity(torch.nn.Module):
-    """velocity = model(noisy, sigma): one step of the pipeline's own `__call__`, with gradients to the transformer.
+    """A pipeline as a function velocity(noisy, sigma): one step of its own `__call__`, with gradients.
 
     A pipeline takes no (noisy, sigma): its loop begins with noise of its own, in a layout that only the loop knows,
     and `latents=` may have another. So it runs with a Probe for a scheduler that has two steps, both at `sigma`:
@@ -195,8 +203,10 @@ class PipelineVelocity(torch.nn.Module):
         takes_batches: bool = True,
         **kwargs,
     ):
-        """`timestep_table` is ask_timestep_table's answer, the next two those of the functions of their names;
-        `kwargs` are arguments of the pipeline's call."""
+        """Take ask_timestep_table's answer and those of the two functions of the arguments' names.
+
+        `kwargs` are arguments of the pipeline's call.
+        """
         super().__init__()
         self.pipe = pipe
         self.timestep_table = timestep_table
@@ -206,9 +216,9 @@ class PipelineVelocity(torch.nn.Module):
         self.kwargs = kwargs
 
     def forward(self, noisy: torch.Tensor, sigmas, **kwargs) -> torch.Tensor:
-        """noisy (B, ...) float32, sigmas in (0, 1], one for all or B -> velocity (B, ...) in the pipeline's dtype.
+        """Return the velocity (B, ...), in the pipeline's dtype, at `noisy` (B, ...) float32 and `sigmas` in (0, 1].
 
-        `sigmas` are any number, or a list, array or tensor of numbers; ValueError where it has another length.
+        `sigmas` is a number, or a list, array or tensor of 1 or B numbers; ValueError is raised for another length.
         `kwargs` are further arguments of the pipeline's call, which win over those given before. Different sigmas are
         one run where the pipeline takes them so, and one for each where it does not; so are samples of one sigma.
         """
@@ -222,13 +232,13 @@ class PipelineVelocity(torch.nn.Module):
         return torch.cat([self._velocity(part, run, **self.kwargs | kwargs) for part, run in zip(parts, runs)])
 
     def _timesteps(self, sigmas: list[float]) -> list[float]:
-        """What the model is told at `sigmas`, in the scheduler's own arithmetic."""
+        """Return what the model is told at `sigmas`, in the scheduler's own arithmetic."""
         schedule = FixedSigmaScheduler(sigmas, model_timesteps(self.timestep_table, sigmas), like=self.pipe.scheduler)
         schedule.set_timesteps()
         return schedule.timesteps.tolist()
 
     def _velocity(self, noisy: torch.Tensor, sigmas: list[float], **kwargs) -> torch.Tensor:
-        velocity, asked = None, False
+        velocity, is_called = None, False
         timesteps = self._timesteps(sigmas)
         timestep = timesteps[0] if len(set(sigmas)) == 1 else timesteps
 
@@ -241,9 +251,9 @@ class PipelineVelocity(torch.nn.Module):
         predict = self.transformer.forward
 
         def forward(*args, **inputs):
-            nonlocal asked
-            asked = probe.calls > 0
-            return (predict if asked else no_prediction)(*args, **inputs)
+            nonlocal is_called
+            is_called = probe.calls > 0
+            return (predict if is_called else no_prediction)(*args, **inputs)
 
         batch = {batch_argument(self.pipe): len(noisy)}
         try:
@@ -251,11 +261,11 @@ class PipelineVelocity(torch.nn.Module):
                 run_pipeline(self.pipe, probe, forward, **kwargs | batch)
         except Answer as answer:
             velocity = answer.args[0]
-        if not asked:
+        if not is_called:
             raise InputError(
                 f"{type(self.pipe).__name__}: at sigma {sigmas[0]:g} another model than its transformer acts"
             )
         if velocity is None or velocity.shape != noisy.shape:
-            found = "nothing" if velocity is None else tuple(velocity.shape)
-            raise InputError(f"{type(self.pipe).__name__}: asked the velocity of {tuple(noisy.shape)}, got {found}")
+            answer = "nothing" if velocity is None else tuple(velocity.shape)
+            raise InputError(f"{type(self.pipe).__name__}: asked the velocity of {tuple(noisy.shape)}, got {answer}")
         return -velocity if counts_image(self.pipe.scheduler) else velocity
