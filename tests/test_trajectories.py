@@ -423,7 +423,7 @@ def test_a_lora_that_predicts_the_fitted_solvers_targets_lands_on_the_kept_point
 
 def test_trajectories_that_an_earlier_version_made_otherwise_are_drawn_again(train, walks, monkeypatch):
     with monkeypatch.context() as earlier:
-        earlier.setattr(trajectories, "KEPT", trajectories.KEPT - 1)
+        earlier.setattr(trajectories, "FORMAT", trajectories.FORMAT - 1)
         train(**SHORT)
     count = len(walks)
     train(**SHORT)

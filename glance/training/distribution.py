@@ -1,5 +1,5 @@
-"""Several processes: work and results shared, a base whose weights they share out among them (FSDP2), two phases on
-two halves of them.
+"""How do several processes train together? They share work and results, spread a base's rows over themselves (FSDP2),
+or train the two phases on two halves of them.
 
 The frozen base is the same on every process and never wrapped: each of them reads it or, where it does not fit one
 card, has some rows of it (FSDP2). The LoRA, a hundredth of it, is whole on every process and its gradients are
@@ -40,16 +40,17 @@ PATIENCE = timedelta(hours=2)  # for other processes: one may have a base to dow
 
 
 def is_sharded() -> bool:
-    """Whether the base is shared out among the processes: launched so, also on CPUs, where accelerate has no FSDP."""
+    """Return whether FSDP was launched, also on CPUs, where accelerate has none: each process has rows of the base."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def is_deepspeed(accelerator) -> bool:
+    """Return whether DeepSpeed holds the optimizer."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def check_combination(args, accelerator) -> None:
-    """InputError where what was launched does not go with what was asked for."""
+    """Raise InputError where what was launched does not go with the flags."""
     if accelerator.distributed_type == DistributedType.XLA:
         raise InputError("nothing here runs on TPUs; launch on GPUs, or with --cpu")
     if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
@@ -76,16 +77,16 @@ def check_combination(args, accelerator) -> None:
 
 
 def refuse(args, kind: str, *names: str) -> None:
-    """InputError where one of these flags is set, or fp16 with its loss scaling."""
+    """Raise InputError where one of these flags is set, or fp16 with its loss scaling."""
     given = [f"--{name}" for name in names if getattr(args, name)]
     given += ["--mixed_precision fp16"] if args.mixed_precision == "fp16" else []
     if given:
         raise InputError(f"{given[0]} does not go with {kind}; leave one of the two out")
 
 
-def check_same(*found) -> None:
-    """Raise InputError where the processes found other things in output_dir to go on from."""
-    if any(other != found for other in gather_on_host(found)):
+def check_same(*values) -> None:
+    """Raise InputError where the processes have other values, read from output_dir, to go on from."""
+    if any(others != values for others in gather_on_host(values)):
         raise InputError(
             "--resume_from_checkpoint: the processes do not find the same; let --output_dir be a folder that all of "
             "them share"
@@ -139,21 +140,34 @@ def share(jobs: list, work, description: str) -> list:
 # FSDP2
 
 
-def load_transformer(accelerator, *how, part=None, **where) -> torch.nn.Module:
-    """base.load_transformer for this run: all of it on each process or, under FSDP, each one's rows."""
+def load_transformer(
+    accelerator,
+    path: str,
+    dtype: torch.dtype,
+    quantization: str = "none",
+    enable_group_offload: bool = False,
+    part: str | None = None,
+    **load_arguments,
+) -> torch.nn.Module:
+    """Return base.load_transformer's for this process: the whole transformer or, under FSDP, this process's rows.
+
+    `part` is another component of the same class; `load_arguments` are from_pretrained's, revision and variant.
+    """
+    device = accelerator.device
     if not is_sharded():
-        return load_base.load_transformer(*how, part=part, **where)
-    path, dtype, device, *_ = how
-    name, kind = find_denoiser(path, **where)
+        return load_base.load_transformer(
+            path, dtype, device, quantization, enable_group_offload, part=part, **load_arguments
+        )
+    name, kind = find_denoiser(path, **load_arguments)
     weights = {}
     if accelerator.is_main_process:  # mapped, not read, where the files' dtype is `dtype`
-        whole = load_base.load_transformer(path, dtype, torch.device("cpu"), part=part, **where)
+        whole = load_base.load_transformer(path, dtype, torch.device("cpu"), part=part, **load_arguments)
         weights = dict([*whole.named_parameters(), *whole.named_buffers()])
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # as from_pretrained does, for what a model computes when it is made
     try:
         with init_empty_weights():
-            transformer = kind.from_config(kind.load_config(path, subfolder=part or name, **where)).eval()
+            transformer = kind.from_config(kind.load_config(path, subfolder=part or name, **load_arguments)).eval()
     finally:
         torch.set_default_dtype(default)
     shard(transformer.requires_grad_(False), weights, device, FullyShardedDataParallelPlugin().reshard_after_forward)
@@ -161,10 +175,10 @@ def load_transformer(accelerator, *how, part=None, **where) -> torch.nn.Module:
 
 
 def shard(transformer: torch.nn.Module, weights: dict, device: torch.device, reshard_after_forward: bool) -> None:
-    """Give each process its rows of the first one's `weights`, one parameter after the other.
+    """Give each process its rows of the first process's `weights`, one parameter after the other.
 
-    `transformer` is on the meta device. Each of its blocks, those by which LoRA layers are named, is made whole when
-    it computes.
+    `transformer` is on the meta device; `weights` are all of its parameters and buffers by name, {} on the others. Each block of
+    the transformer, those by which LoRA layers are named, is made whole when it computes.
     """
     dtypes = broadcast_object_list([{name: value.dtype for name, value in weights.items()}])[0]
     for name, parameter in transformer.named_parameters():
@@ -189,13 +203,13 @@ def shard(transformer: torch.nn.Module, weights: dict, device: torch.device, res
 
 
 def prepare(args, accelerator, model, parameters, optimizer):
-    """Do what accelerator.prepare does, for a model that is placed already and of which the LoRA, `parameters`, is
-    trained."""
+    """Return (model, optimizer) as accelerator.prepare does, for a model that is placed already and of which the LoRA
+    alone, `parameters`, is trained."""
     if is_deepspeed(accelerator):
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = args.train_batch_size
         config["gradient_clipping"] = args.max_grad_norm
-        config["bf16"] = {"enabled": False}  # of what it is given, the LoRA; the base has its dtype
+        config["bf16"] = {"enabled": False}  # it would convert the LoRA, which stays float32
         return accelerator.prepare(LoraAlone(model, parameters), optimizer)
     model.set_requires_gradient_sync = lambda requires: None  # for accelerate's no_sync under FSDP
     return model, accelerator.prepare_optimizer(optimizer)
@@ -214,7 +228,7 @@ class LoraAlone(torch.nn.Module):
 
 
 def is_alone(accelerator) -> bool:
-    """Return whether nothing is left to be exchanged: one process, or DeepSpeed, which does it."""
+    """Return whether this project exchanges nothing: there is one process, or DeepSpeed does it."""
     return accelerator.num_processes == 1 or is_deepspeed(accelerator)
 
 
@@ -257,7 +271,10 @@ class Halves:
     store: torch.distributed.Store  # all that the two have in common
 
     def meet(self, accelerator, recipes: dict[str, Recipe]) -> dict[str, Recipe]:
-        """Both phases' recipes in the slow half, when the fast one has written its LoRA; {} there, which may leave."""
+        """Return both phases' recipes in the slow half, as soon as the fast half has written its LoRA.
+
+        In the fast half return {} at once: the slow one makes what both phases share, and the fast one is done.
+        """
         if self.phase == "fast":
             if accelerator.is_main_process:
                 self.store.set("fast", recipes["fast"].to_json())

@@ -1,4 +1,4 @@
-"""What a training step will need, before any weight is loaded: parameters, memory, floating-point operations.
+"""What will a training step need, before any weight is loaded? Parameters, memory, floating-point operations.
 
 The transformer runs for real, forward and backward, on tensors that have a shape and no content (torch's
 FakeTensorMode), called by the pipeline as in training. What it would have allocated and multiplied is counted.
@@ -41,9 +41,9 @@ class Step:
 
 @dataclass
 class Estimate:
-    """All sizes in bytes."""
+    """What a run needs; all sizes in bytes."""
 
-    parameters: int
+    parameters: int  # the transformer's
     lora_parameters: int
     base: dict[str, int]  # the transformer's weights, by quantization
     dequantized: int  # the largest weight as it is unpacked, twice: to compute with it and to transpose it
@@ -51,10 +51,14 @@ class Estimate:
     steps: dict[bool, Step]  # by gradient checkpointing
 
     def lora(self) -> int:
+        """Return the size of the LoRA, which is float32."""
         return 4 * self.lora_parameters
 
     def peak(self, quantization: str, gradient_checkpointing: bool, bytes_of_adam: int = 8) -> int:
-        """The larger of the two stages: the encoders answer and are freed, then the transformer trains."""
+        """Return the larger of the two stages: the encoders answer and are freed, then the transformer trains.
+
+        `bytes_of_adam` is the optimizer's state for each parameter.
+        """
         training = self.base[quantization] + self.lora() + bytes_of_adam * self.lora_parameters
         training += self.steps[gradient_checkpointing].activations
         training += 0 if quantization == "none" else self.dequantized
@@ -62,13 +66,13 @@ class Estimate:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the storages alive: `now`, and `peak` at their most."""
+    """Count the bytes of the storages alive: `now`, and `peak` at their most."""
 
     def __init__(self, module: torch.nn.Module):
         super().__init__()
-        self.known, self.now, self.peak = {}, 0, 0
+        self.sizes, self.now, self.peak = {}, 0, 0
         for tensor in (*module.parameters(), *module.buffers()):
-            self.known[tensor.untyped_storage()._cdata] = 0  # weights are counted elsewhere; views share them
+            self.sizes[tensor.untyped_storage()._cdata] = 0  # weights are counted elsewhere; views share them
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
@@ -79,14 +83,14 @@ class PeakMemory(TorchDispatchMode):
 
     def _count(self, storage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known[key] = size
+        if key not in self.sizes:
+            self.sizes[key] = size
             self.now += size
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._free, key)
 
     def _free(self, key) -> None:
-        self.now -= self.known.pop(key)
+        self.now -= self.sizes.pop(key)
 
 
 def _attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
@@ -118,8 +122,10 @@ def weightless(module: torch.nn.Module, mode: FakeTensorMode) -> None:
 
 
 def without_content(mode: FakeTensorMode):
-    """Function of nested arguments: their floating-point tensors without content; masks and ids keep theirs, since
-    models decide by them. All of them on the CPU, as the weights say they are."""
+    """Return a function that takes the content out of the floating-point tensors of nested arguments.
+
+    Masks and ids keep theirs, since models decide by them. All of them are on the CPU, as the weights say they are.
+    """
 
     def convert(tensor):
         if isinstance(tensor, FakeTensor) or not tensor.is_floating_point():
@@ -129,24 +135,27 @@ def without_content(mode: FakeTensorMode):
     return lambda values: tree_map_only(torch.Tensor, convert, values)
 
 
-def load_without_weights(path: str, dtype: torch.dtype, **where):
-    """The pipeline at `path` with configs, tokenizers and scheduler as they are, and models that have no weights."""
+def load_without_weights(path: str, dtype: torch.dtype, **load_arguments):
+    """Return the pipeline at `path`: configs, tokenizers and scheduler as they are, and models without weights.
+
+    `load_arguments` are from_pretrained's, revision and variant. InputError where it is not a diffusers pipeline.
+    """
     mode, models = FakeTensorMode(allow_non_fake_inputs=True), {}
-    config = ask.read_model_index(path, **where)
+    config = ask.read_model_index(path, **load_arguments)
     for part, named in config.items():
         kind = model_class(named)
         if kind is not None and part != denoiser_name(config):
             with ask.loading(f"{path}/{part}"), init_empty_weights():
                 if issubclass(kind, ModelMixin):
-                    models[part] = kind.from_config(kind.load_config(path, subfolder=part, **where))
+                    models[part] = kind.from_config(kind.load_config(path, subfolder=part, **load_arguments))
                 else:
-                    models[part] = kind(kind.config_class.from_pretrained(path, subfolder=part, **where))
+                    models[part] = kind(kind.config_class.from_pretrained(path, subfolder=part, **load_arguments))
             encode_without_weights(models[part].to(torch.float32 if part == "vae" else dtype), mode)
-    return ask.load_pipeline(path, dtype, models, **where)
+    return ask.load_pipeline(path, dtype, models, **load_arguments)
 
 
 def model_class(named) -> type | None:
-    """The class behind an entry of model_index.json, ["library", "class name"], if it is a model's."""
+    """Return the class behind an entry of model_index.json, ["library", "class name"], if it is a model's."""
     try:
         kind = component_class(named)
     except (TypeError, ValueError, ImportError, AttributeError):
@@ -167,7 +176,10 @@ def encode_without_weights(module: torch.nn.Module, mode: FakeTensorMode) -> Non
 
 
 def run_step(pipe, mode: FakeTensorMode, counter, call: dict) -> None:
-    """One step of the pipeline, forward and backward, inside `counter`; its transformer is `weightless`."""
+    """Run one step of the pipeline, forward and backward, inside `counter`; its transformer is `weightless`.
+
+    InputError where the pipeline never calls its transformer.
+    """
     transformer, convert = denoiser(pipe), without_content(mode)
     predict = transformer.forward
 
@@ -186,6 +198,7 @@ def run_step(pipe, mode: FakeTensorMode, counter, call: dict) -> None:
 
 
 def measure_step(pipe, mode: FakeTensorMode, gradient_checkpointing: bool, call: dict, repeats: int) -> Step:
+    """Return what `repeats` steps of the pipeline with `call`, then one backward pass, take."""
     if gradient_checkpointing:
         enable_gradient_checkpointing(denoiser(pipe))
     memory = PeakMemory(denoiser(pipe))
@@ -196,7 +209,7 @@ def measure_step(pipe, mode: FakeTensorMode, gradient_checkpointing: bool, call:
 
 
 def base_bytes(transformer: torch.nn.Module, quantization: str) -> int:
-    """Size of the weights as base.load_transformer leaves them."""
+    """Return the bytes of the weights as base.load_transformer leaves them."""
     if quantization == "fp8":
         with init_empty_weights():
             transformer = type(transformer).from_config(transformer.config).to(transformer.dtype)
@@ -255,15 +268,15 @@ def estimate(
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated there."""
+    """Return the bytes that can still be allocated on the device."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, to be used again
-        return torch.cuda.mem_get_info(device)[0] + kept
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch holds it
+        return torch.cuda.mem_get_info(device)[0] + reusable
     return psutil.virtual_memory().available
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second in a large matrix product, the median of five."""
+    """Return the floating-point operations a second of a large matrix product, the median of five."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     seconds = []
@@ -276,36 +289,36 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def readable(amount: float, unit: str) -> str:
-    """1234567890 B is 1.23 GB."""
+    """Return the amount in three digits with a prefix: 1234567890 B is 1.23 GB."""
     for prefix in ("", "k", "M", "G", "T"):
         if amount < 999.5 or prefix == "T":
             return f"{amount:.3g} {prefix}{unit}"
         amount /= 1000
 
 
-def report(found: Estimate, device: torch.device, dtype: torch.dtype) -> str:
-    """What --dry_run prints."""
+def report(needed: Estimate, device: torch.device, dtype: torch.dtype) -> str:
+    """Return what --dry_run prints: the sizes, and a table by quantization and gradient checkpointing."""
     name, rate = str(dtype).removeprefix("torch."), matmul_rate(device, dtype)
     lines = [
-        f"transformer  {found.parameters / 1e9:.3g} billion parameters",
-        f"LoRA         {readable(found.lora_parameters, '')} parameters, {readable(found.lora(), 'B')} a file",
-        f"encoders     {readable(found.encoders, 'B')}, freed before the transformer is loaded",
+        f"transformer  {needed.parameters / 1e9:.3g} billion parameters",
+        f"LoRA         {readable(needed.lora_parameters, '')} parameters, {readable(needed.lora(), 'B')} a file",
+        f"encoders     {readable(needed.encoders, 'B')}, freed before the transformer is loaded",
         f"device       {device.type}: {readable(free_memory(device), 'B')} free, "
         f"{readable(rate, 'FLOP/s')} in {name} matrix products",
         "",
         "| base | gradient checkpointing | its weights | peak | peak, 8-bit Adam | FLOPs a step | seconds, at least |",
         "|---|---|---|---|---|---|---|",
     ]
-    for quantization, size in found.base.items():
-        for checkpointing, step in found.steps.items():
-            if quantization == "fp8" and not checkpointing and True in found.steps:
+    for quantization, size in needed.base.items():
+        for checkpointing, step in needed.steps.items():
+            if quantization == "fp8" and not checkpointing and True in needed.steps:
                 continue  # refused, since every layer's full weight would stay
             cells = (
                 name if quantization == "none" else quantization,
                 "yes" if checkpointing else "no",
                 readable(size, "B"),
-                readable(found.peak(quantization, checkpointing), "B"),
-                readable(found.peak(quantization, checkpointing, 2), "B"),
+                readable(needed.peak(quantization, checkpointing), "B"),
+                readable(needed.peak(quantization, checkpointing, 2), "B"),
                 readable(step.flops, ""),
                 f"{step.flops / rate:.3g}",
             )

@@ -1,4 +1,4 @@
-"""What the frozen base teaches about itself: it draws its captions in all its steps, once, and a few points are kept.
+"""What does the frozen base teach about itself? It draws its captions in all its steps, once; a few points are kept.
 
 From them come the grid that follows the model best, the fitted solver's coefficients, what the trajectory loss trains
 on, and the training image where none is given. They stay beside the LoRAs, so that a resumed run, or another one that
@@ -29,13 +29,13 @@ from glance_utils import InputError, __version__, denoiser, grid_positions, segm
 
 
 logger = get_logger(__name__)
-KEPT = 2  # counts the ways in which what is kept was made; a file made in another is drawn again
-FOUND_ON = 4  # trajectories at most; the grid of one alone varies by a tenth in what it loses
+FORMAT = 2  # of the file, and of how its content is made; one of another format is drawn again
+MOST_FITTED = 4  # trajectories that tell the sampler; the grid of one alone varies by a tenth in what it loses
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Of the base with its guidance, `captions` x `seeds` of them."""
+    """The base's own trajectories, with its guidance: `captions` x `seeds` of them, at the steps that were kept."""
 
     digest: str  # of all that they depend on
     grid: str
@@ -48,9 +48,10 @@ class Trajectories:
 
 
 class Teacher:
-    """The base, asked to draw: `draw(caption, seed)` are all points of a trajectory, (1, ...) float32 each."""
+    """The base as it draws with all its steps, to be learned from."""
 
     def __init__(self, pipe, base_timesteps: list[float], timestep_table, call: dict):
+        """Raise InputError where the pipeline guides with a second model, which training does not load."""
         if further_denoisers(pipe):
             raise InputError(
                 f"{type(pipe).__name__} guides with a second model, which training does not load, so it cannot draw; "
@@ -61,10 +62,14 @@ class Teacher:
         self.sigmas = [*timesteps_to_sigmas(base_timesteps), 0.0]
 
     def draw(self, caption: str, seed: int, positions=None, coefficients=None) -> list[torch.Tensor]:
-        """FloatingPointError where the base ends at NaN, on which everything learned from it would."""
-        kept = self.timesteps if positions is None else [self.timesteps[position] for position in positions]
+        """Return all points of a trajectory, before each step and after the last, (1, ...) float32 each.
+
+        `positions` are the steps to walk, all by default; `coefficients` are a fitted solver's, [a, c] for each.
+        FloatingPointError where the trajectory does not end at finite numbers: neither would what learns from it.
+        """
+        timesteps = self.timesteps if positions is None else [self.timesteps[position] for position in positions]
         points = grids.walk(
-            self.pipe, kept, self.timestep_table, seed, coefficients, **self.call | {"prompt": caption}
+            self.pipe, timesteps, self.timestep_table, seed, coefficients, **self.call | {"prompt": caption}
         )
         with faults.explained(f"what the base draws to be trained on, in {denoiser(self.pipe).dtype}"):
             ask_latents.check_finite(points[-1], "its final latents")
@@ -72,7 +77,8 @@ class Teacher:
 
     @torch.no_grad()
     def check(self, points: list[torch.Tensor], positions: list[int]) -> None:
-        """InputError where a single step, as training sees it, has not the velocity of the trajectory's first step."""
+        """Raise InputError where a single step, as training sees it, has another velocity than the trajectory has at
+        one of the positions."""
         model = PipelineVelocity(self.pipe, self.timestep_table, **self.call)
         slopes = segment_slopes(points, self.sigmas)
         for position in positions:
@@ -122,10 +128,10 @@ def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str]) 
     processes together, each of them once. They are not written yet."""
     path, digest = Path(args.output_dir) / faults.TRAJECTORIES, settings_digest(args, teacher, captions)
     digest = distribution.gather_on_host(digest)[0]  # files may have another date on another machine
-    found = load(path, digest)
-    if all(distribution.gather_on_host(found is not None)):
+    saved = load(path, digest)
+    if all(distribution.gather_on_host(saved is not None)):
         logger.info(f"Trajectories: those in {path}")
-        return found
+        return saved
     seeds = args.num_trajectories if args.loss == "trajectory" else 1
     # Other noises than the preview's, which has --seed itself.
     jobs = [(caption, args.seed + 1 + i * seeds + k) for i, caption in enumerate(captions) for k in range(seeds)]
@@ -134,7 +140,7 @@ def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str]) 
         jobs.append((captions[0], args.seed + 2))  # nothing is trained on it
     # A few of them, spread over all but the last, tell the sampler; the last measures it. They are drawn first, with
     # as many more as there are processes that would draw none.
-    spread, last = sorted({(number - 1) * part // FOUND_ON for part in range(FOUND_ON)}), len(jobs) - 1
+    spread, last = sorted({(number - 1) * part // MOST_FITTED for part in range(MOST_FITTED)}), len(jobs) - 1
     early = sorted({*spread, last})
     order = early + [index for index in range(len(jobs)) if index not in early]
     drawn = {}
@@ -149,12 +155,12 @@ def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str]) 
 
     rounds = -(-len(early) // accelerator.num_processes)
     first = order[: rounds * accelerator.num_processes]
-    known = dict(zip(first, distribution.share(first, draw_early, "trajectories to choose a sampler by")))
-    points = [torch.cat(parts) for parts in zip(*(known[index] for index in spread))]
-    grid, positions, coefficients = choose_sampler(args, teacher, points, jobs[last], known[last][-1])
+    shared = dict(zip(first, distribution.share(first, draw_early, "trajectories to choose a sampler by")))
+    points = [torch.cat(parts) for parts in zip(*(shared[index] for index in spread))]
+    grid, positions, coefficients = choose_sampler(args, teacher, points, jobs[last], shared[last][-1])
     if args.loss == "trajectory" and args.guidance == "keep":
-        teacher.check(known[0], positions)
-    picture = known[0][-1]
+        teacher.check(shared[0], positions)
+    picture = shared[0][-1]
     learned = dict(zip(order, distribution.share(order, learn, "trajectories")))
     learned = [learned[index] for index in range(number)]
     starts, targets = (torch.stack(part)[:, :, 0].unflatten(0, (len(captions), seeds)) for part in zip(*learned))
@@ -164,14 +170,14 @@ def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str]) 
 
 
 def settings_digest(args, teacher: Teacher, captions: list[str]) -> str:
-    """Of all that trajectories depend on: of flags those that say how LoRAs are trained are left out, no others."""
+    """Return the SHA-256 of all that trajectories depend on: all flags but those that say how LoRAs are trained."""
     flags = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED | NOT_DRAWN}
-    where = cli.load_arguments(args)
+    base = load_base.identify(args.pretrained_model_name_or_path, **cli.load_arguments(args))
     settings = flags | {
         "version": __version__,
-        "kept": KEPT,
-        "found_on": FOUND_ON,
-        "base": load_base.identify(args.pretrained_model_name_or_path, **where),
+        "kept": FORMAT,
+        "found_on": MOST_FITTED,
+        "base": base,
         "captions": captions,
         "call": teacher.call,
         "timesteps": teacher.timesteps,
@@ -179,16 +185,16 @@ def settings_digest(args, teacher: Teacher, captions: list[str]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def save(directory: Path, found: Trajectories) -> None:
+def save(directory: Path, trajectories: Trajectories) -> None:
     """Write them where the next run of the same settings finds them."""
-    tensors = {name: getattr(found, name).contiguous() for name in ("picture", "starts", "targets")}
-    sampler = {name: getattr(found, name) for name in ("grid", "positions", "lengths", "coefficients")}
-    content = save_tensors(tensors, {"digest": found.digest, "sampler": json.dumps(sampler)})
+    tensors = {name: getattr(trajectories, name).contiguous() for name in ("picture", "starts", "targets")}
+    sampler = {name: getattr(trajectories, name) for name in ("grid", "positions", "lengths", "coefficients")}
+    content = save_tensors(tensors, {"digest": trajectories.digest, "sampler": json.dumps(sampler)})
     replace_file(directory / faults.TRAJECTORIES, lambda temporary: temporary.write_bytes(content))
 
 
 def load(path: Path, digest: str) -> Trajectories | None:
-    """What `save` wrote with this digest, or None."""
+    """Return what `save` wrote with this digest, or None."""
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
