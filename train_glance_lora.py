@@ -57,7 +57,7 @@ from glance.training.draws import Draws
 from glance.training.log import LossLog, check_finite
 from glance.training.model_card import create_hub_repo, draw_preview, push_to_hub, save_picture, write_model_card
 from glance.training.optimizer import TrainingState, make_optimizer
-from glance.training.prepare import Asked, dry_run, prepare_pipeline
+from glance.training.prepare import Prepared, dry_run, prepare_pipeline
 from glance.training.settings import complete
 from glance_utils import (
     PHASES,
@@ -82,23 +82,22 @@ def parse_args(argv: list[str] | None = None) -> cli.Settings:
 # Training
 
 
-def make_recipe(args, asked: Asked, phase: str, size: tuple[int, int]) -> Recipe:
-    """What infer_glance.py needs to know of a LoRA, stored in the header of its file."""
-    own = ask.accepted_arguments(asked.pipe).get("guidance_scale")
-    first, steps = asked.first_step[phase], len(asked.schedule[phase])
-    fitted = asked.taught.coefficients if asked.taught else None
+def make_recipe(args, prepared: Prepared, phase: str, size: tuple[int, int]) -> Recipe:
+    """Return what infer_glance.py needs to know of a LoRA, stored in the header of its file."""
+    pipe, steps = prepared.models.pipe, prepared.steps
+    own = ask.accepted_arguments(pipe).get("guidance_scale")
     return Recipe(
         phase=phase,
-        timesteps=asked.schedule[phase],
+        timesteps=steps.phases[phase],
         base_model=args.pretrained_model_name_or_path,
-        pipeline=type(asked.pipe).__name__,
+        pipeline=type(pipe).__name__,
         height=size[0],
         width=size[1],
         guidance_scale=own.default if args.guidance_scale is None and own is not None else args.guidance_scale,
         pipeline_kwargs=args.pipeline_kwargs,
         num_base_steps=args.num_base_steps,
-        grid=asked.grid,
-        coefficients=fitted and fitted[first : first + steps],
+        grid=steps.grid,
+        coefficients=steps.coefficients_of(phase),
         guidance=args.guidance,
         loss=args.loss,
         max_train_steps=args.max_train_steps,
@@ -125,40 +124,46 @@ def fresh_adapter(args, accelerator, transformer, layers: list[str]) -> list[tor
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
-def make_objective(args, asked: Asked, phase: str) -> losses.Objective:
+def make_objective(args, prepared: Prepared, phase: str) -> losses.Objective:
     """Return what the phase learns: of the image, of the base's own trajectories, or of both."""
-    timesteps, first = asked.schedule[phase], asked.first_step[phase]
+    answers, steps, drawn = prepared.answers, prepared.steps, prepared.trajectories
     flow = trajectory = weights = None
     if args.loss == "trajectory":
-        taught, steps = asked.taught, slice(first, first + len(timesteps))
-        points = taught.starts[:, :, steps], taught.targets[:, :, steps]
-        trajectory = losses.Trajectory(*points, asked.captions, asked.train_call)
-        weights = losses.segment_weights(taught.lengths[steps], args.segment_weights)
+        places = steps.places(phase)
+        points = drawn.starts[:, :, places], drawn.targets[:, :, places]
+        trajectory = losses.Trajectory(*points, prepared.captions, answers.train_call)
+        weights = losses.segment_weights(drawn.lengths[places], args.segment_weights)
     if args.loss == "flow" or args.flow_weight:
         weight = args.flow_weight if args.loss == "trajectory" else 1.0
-        flow = losses.Flow(asked.latents, asked.noise_scale, asked.single_call, weight)
-    return losses.Objective(timesteps_to_sigmas(timesteps), flow, trajectory, weights)
+        flow = losses.Flow(prepared.latents, answers.noise_scale, answers.single_call, weight)
+    return losses.Objective(timesteps_to_sigmas(steps.phases[phase]), flow, trajectory, weights)
 
 
-def make_draws(args, accelerator, asked: Asked, phase: str) -> Draws:
+def make_draws(args, accelerator, prepared: Prepared, phase: str) -> Draws:
     """Return the random choices of the phase, other ones than the other phase's."""
     return Draws(
         seed=args.seed + PHASES.index(phase),
         mode=args.flow_timesteps_mode,
         micro_steps=args.max_train_steps * args.gradient_accumulation_steps,
-        timesteps=len(asked.schedule[phase]),
+        timesteps=len(prepared.steps.phases[phase]),
         timesteps_per_step=args.timesteps_per_step,
         batch_size=args.train_batch_size,
-        captions=len(asked.captions),
+        captions=len(prepared.captions),
         trajectories=args.num_trajectories,
-        sample_shape=asked.latents.shape[1:] if args.loss == "flow" or args.flow_weight else None,
+        sample_shape=prepared.latents.shape[1:] if args.loss == "flow" or args.flow_weight else None,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
 
 
 def train_phase(
-    args, accelerator, asked: Asked, recipe: Recipe, compared: dict, done: int = 0, checkpoint: dict | None = None
+    args,
+    accelerator,
+    prepared: Prepared,
+    recipe: Recipe,
+    compared: dict,
+    done: int = 0,
+    checkpoint: dict | None = None,
 ) -> Path | None:
     """Train one LoRA for --max_train_steps and leave it in the transformer.
 
@@ -166,12 +171,13 @@ def train_phase(
     steps were trained in earlier phases; `checkpoint` is one of this phase to go on from. Where a signal asked to
     stop, return the checkpoint that was written instead of going on.
     """
-    phase, transformer = recipe.phase, denoiser(asked.pipe)
-    parameters = fresh_adapter(args, accelerator, transformer, asked.layers)
+    phase, pipe, answers = recipe.phase, prepared.models.pipe, prepared.answers
+    transformer = denoiser(pipe)
+    parameters = fresh_adapter(args, accelerator, transformer, answers.layers)
     optimizer, lr_scheduler = make_optimizer(args, parameters)
-    model = PipelineVelocity(asked.pipe, asked.timestep_table, asked.takes_timesteps, asked.takes_batches)
+    model = PipelineVelocity(pipe, answers.timestep_table, answers.takes_timesteps, answers.takes_batches)
     model, optimizer = distribution.prepare(args, accelerator, model, parameters, optimizer)
-    objective, draws = make_objective(args, asked, phase), make_draws(args, accelerator, asked, phase)
+    objective, draws = make_objective(args, prepared, phase), make_draws(args, accelerator, prepared, phase)
     log = LossLog(phase, recipe.timesteps)
     state = TrainingState(transformer, ADAPTER, draws, optimizer, lr_scheduler, accelerator.scaler)
     step = 0
@@ -219,9 +225,9 @@ def train_phase(
     return None
 
 
-def save_phase(asked: Asked, folder: Path, recipe: Recipe) -> Path:
+def save_phase(prepared: Prepared, folder: Path, recipe: Recipe) -> Path:
     """Write the LoRA that was just trained, with its recipe; return the file's path."""
-    name, transformer = denoiser_name(asked.pipe.config), denoiser(asked.pipe)
+    name, transformer = denoiser_name(prepared.models.pipe.config), denoiser(prepared.models.pipe)
     return save_lora(transformer, ADAPTER, folder, recipe, name)
 
 
@@ -270,9 +276,9 @@ def train(args, accelerator, halves=None):
 
     repo_id = create_hub_repo(args) if args.push_to_hub and accelerator.is_main_process else None
     with trackers.begun(args, accelerator):
-        asked = prepare_pipeline(args, accelerator, image, captions, size)
-        args = asked.settings
-        recipes = {phase: make_recipe(args, asked, phase, size) for phase in asked.schedule}
+        prepared = prepare_pipeline(args, accelerator, image, captions, size)
+        args, answers = prepared.settings, prepared.answers
+        recipes = {phase: make_recipe(args, prepared, phase, size) for phase in prepared.steps.phases}
         settings = {
             phase: run_settings(args, recipe, base, learned, accelerator.num_processes)
             for phase, recipe in recipes.items()
@@ -281,22 +287,22 @@ def train(args, accelerator, halves=None):
         if args.resume_from_checkpoint:
             distribution.check_same(sorted(finished), {phase: found["step"] for phase, found in resume.items()})
         for checkpoint in resume.values():
-            check_lora(checkpoint["lora"], denoiser(asked.pipe), asked.layers, args.rank)
+            check_lora(checkpoint["lora"], denoiser(prepared.models.pipe), answers.layers, args.rank)
         if image is None:
             with faults.explained("the image that the base draws, to be trained on"):
-                image = ask_latents.decode(asked.vae, asked.latents.cpu(), asked.layout)
+                image = ask_latents.decode(prepared.models.vae, prepared.latents.cpu(), answers.layout)
     if accelerator.is_main_process:
         faults.sweep(output_dir)
         with faults.one_line_errors(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
-            if asked.taught is not None:
-                trajectories.save(output_dir, asked.taught)
+            if prepared.trajectories is not None:
+                trajectories.save(output_dir, prepared.trajectories)
             if halves is None:
                 save_picture(image, output_dir / "instance.png")
 
     logger.info("***** Running training *****")
     logger.info(f"  Phases = {', '.join(recipes)}, {args.max_train_steps} steps each")
-    logger.info(f"  Image = {size[1]}x{size[0]}, latents {tuple(asked.latents.shape)}")
+    logger.info(f"  Image = {size[1]}x{size[0]}, latents {tuple(prepared.latents.shape)}")
     logger.info(
         f"  Total batch size = {args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps}"
     )
@@ -310,7 +316,7 @@ def train(args, accelerator, halves=None):
                 continue
             logger.info(f"  {phase}: {timesteps}")
             done = number * args.max_train_steps
-            stopped = train_phase(args, accelerator, asked, recipe, settings[phase], done, resume.get(phase))
+            stopped = train_phase(args, accelerator, prepared, recipe, settings[phase], done, resume.get(phase))
             if stopped:
                 trackers.end(accelerator)
                 accelerator.end_training()
@@ -319,19 +325,21 @@ def train(args, accelerator, halves=None):
                 faults.leave(*(noted or [signal.SIGTERM]), hint=hint)
             if accelerator.is_main_process:
                 with faults.one_line_errors(output_dir):
-                    logger.info(f"Saved {save_phase(asked, folders[phase], with_run(recipe, settings[phase]))}")
+                    logger.info(f"Saved {save_phase(prepared, folders[phase], with_run(recipe, settings[phase]))}")
     if accelerator.check_trigger():  # after the last step
         hint = "its LoRAs are there; --resume_from_checkpoint latest writes the rest"
         faults.leave(*(noted or [signal.SIGTERM]), hint=hint)
-    if ADAPTER in getattr(denoiser(asked.pipe), "peft_config", ()):
-        denoiser(asked.pipe).unload_lora()  # the base is as it was
+    transformer = denoiser(prepared.models.pipe)
+    if ADAPTER in getattr(transformer, "peft_config", ()):
+        transformer.unload_lora()  # the base is as it was
+    del transformer  # the preview frees it
     accelerator.wait_for_everyone()
 
     if halves is not None:
         recipes, output_dir = halves.meet(accelerator, recipes), halves.output_dir
     preview = None
     if len(recipes) == 2 and (accelerator.is_main_process or distribution.is_sharded()):
-        preview = draw_preview(asked, recipes, output_dir, args.seed)
+        preview = draw_preview(prepared, recipes, output_dir, args.seed)
     if accelerator.is_main_process and recipes:
         with faults.one_line_errors(output_dir):
             if halves is not None:

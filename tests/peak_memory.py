@@ -69,7 +69,7 @@ def share(*pipelines: str) -> list[dict]:
     accelerator, found = Accelerator(), []
     for pipeline in pipelines:
         with watched() as samples:
-            transformer = distribution.load_transformer(accelerator, pipeline, torch.bfloat16, accelerator.device)
+            transformer = distribution.load_transformer(accelerator, pipeline, torch.bfloat16)
         sizes = [value.numel() * value.element_size() for value in transformer.parameters()]
         rows = [value.to_local() for value in transformer.parameters()]
         held = sum(value.numel() * value.element_size() for value in rows)

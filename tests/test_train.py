@@ -77,15 +77,15 @@ def assert_close(one: Path, other: Path, tolerance: float):
 
 @pytest.fixture
 def around_phase(monkeypatch):
-    """around_phase(look): look("before" | "after", asked, recipe) is called around the training of each phase."""
+    """around_phase(look): look("before" | "after", prepared, recipe) is called around the training of each phase."""
 
     def call(look):
         train_phase = train_glance_lora.train_phase
 
-        def watched(args, accelerator, asked, recipe, *rest):
-            look("before", asked, recipe)
-            train_phase(args, accelerator, asked, recipe, *rest)
-            look("after", asked, recipe)
+        def watched(args, accelerator, prepared, recipe, *rest):
+            look("before", prepared, recipe)
+            train_phase(args, accelerator, prepared, recipe, *rest)
+            look("after", prepared, recipe)
 
         monkeypatch.setattr(train_glance_lora, "train_phase", watched)
 
@@ -115,15 +115,15 @@ def base_weights(transformer) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def fixed_loss(asked, timesteps) -> float:
+def fixed_loss(prepared, timesteps) -> float:
     """Mean loss over four fixed noises at each timestep."""
-    model = PipelineVelocity(asked.pipe, **asked.train_call)
+    model = PipelineVelocity(prepared.models.pipe, **prepared.answers.train_call)
     generator = torch.Generator().manual_seed(123)
     losses = []
     for sigma in timesteps_to_sigmas(timesteps) * 4:
-        noise = torch.randn(asked.latents.shape, generator=generator)
-        velocity = model(add_noise(asked.latents, noise, sigma), sigma)
-        losses.append(flow_matching_loss(velocity, asked.latents, noise).item())
+        noise = torch.randn(prepared.latents.shape, generator=generator)
+        velocity = model(add_noise(prepared.latents, noise, sigma), sigma)
+        losses.append(flow_matching_loss(velocity, prepared.latents, noise).item())
     return sum(losses) / len(losses)
 
 
@@ -131,11 +131,11 @@ def fixed_loss(asked, timesteps) -> float:
 def test_training_moves_the_lora_and_nothing_else(base, train, around_phase):
     weights, losses, phases = {}, {}, []
 
-    def look(when, asked, recipe):
-        transformer, trained = asked.pipe.transformer, train_glance_lora.ADAPTER
+    def look(when, prepared, recipe):
+        transformer, trained = prepared.models.pipe.transformer, train_glance_lora.ADAPTER
         weights[recipe.phase, when] = base_weights(transformer)
         activate_adapter(transformer, None if when == "before" else trained)
-        losses[recipe.phase, when] = fixed_loss(asked, recipe.timesteps)
+        losses[recipe.phase, when] = fixed_loss(prepared, recipe.timesteps)
         activate_adapter(transformer, trained)
         phases.append(recipe.phase)
 
@@ -202,8 +202,8 @@ def test_a_list_far_from_the_models_own_is_warned_of(train, caplog):
 def test_bf16_trains_float32_lora_on_a_bf16_base(train, around_phase):
     dtypes = {}
 
-    def look(when, asked, recipe):
-        for name, parameter in asked.pipe.transformer.named_parameters():
+    def look(when, prepared, recipe):
+        for name, parameter in prepared.models.pipe.transformer.named_parameters():
             kind = "lora" if ".lora_" in name else "base"
             dtypes.setdefault((recipe.phase, when, kind), set()).add((parameter.dtype, parameter.requires_grad))
 
@@ -243,7 +243,7 @@ def test_training_sees_what_the_saved_lora_gives(dtype, pipelines, tmp_path):
 
 def test_fp16_run_is_finite(train, around_phase):
     dtypes = set()
-    around_phase(lambda when, asked, recipe: dtypes.add(asked.pipe.transformer.proj_out.weight.dtype))
+    around_phase(lambda when, prepared, recipe: dtypes.add(prepared.models.pipe.transformer.proj_out.weight.dtype))
     output = train(mixed_precision="fp16", phase="slow", learning_rate=1e-2)
     assert dtypes == {torch.float16}
     assert all(value.any() and value.isfinite().all() for value in lora(output).values())
@@ -323,7 +323,9 @@ def test_8bit_adam_moves_the_weights(train):
 
 def test_gradient_checkpointing_gives_the_same_lora(train, around_phase, tmp_path):
     switched = []
-    around_phase(lambda when, asked, recipe: switched.append(asked.pipe.transformer.is_gradient_checkpointing))
+    around_phase(
+        lambda when, prepared, recipe: switched.append(prepared.models.pipe.transformer.is_gradient_checkpointing)
+    )
     plain = train(output_dir=tmp_path / "plain")
     checkpointed = train(output_dir=tmp_path / "checkpointed", gradient_checkpointing=True)
     assert switched == [False] * 4 + [True] * 4
@@ -590,8 +592,8 @@ def test_one_phase_is_written_directly_into_the_output_folder(train):
 def test_lora_layers_are_those_asked_for(train, around_phase):
     adapted = set()
 
-    def look(when, asked, recipe):
-        layers = asked.pipe.transformer.named_modules()
+    def look(when, prepared, recipe):
+        layers = prepared.models.pipe.transformer.named_modules()
         adapted.update(name for name, module in layers if isinstance(module, LoraLayer))
 
     around_phase(look)

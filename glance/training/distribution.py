@@ -177,8 +177,8 @@ def load_transformer(
 def shard(transformer: torch.nn.Module, weights: dict, device: torch.device, reshard_after_forward: bool) -> None:
     """Give each process its rows of the first process's `weights`, one parameter after the other.
 
-    `transformer` is on the meta device; `weights` are all of its parameters and buffers by name, {} on the others. Each block of
-    the transformer, those by which LoRA layers are named, is made whole when it computes.
+    `transformer` is on the meta device; `weights` are all of its parameters and buffers by name, {} on the others. A
+    block, of those by which LoRA layers are named, is made whole when it computes.
     """
     dtypes = broadcast_object_list([{name: value.dtype for name, value in weights.items()}])[0]
     for name, parameter in transformer.named_parameters():

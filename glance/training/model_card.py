@@ -1,4 +1,4 @@
-"""What is written beside the LoRAs: a picture, the model card; and the upload of it all to the hub."""
+"""What is written beside the LoRAs? The preview, the model card; and how does all of it get onto the hub?"""
 
 import dataclasses
 import json
@@ -34,18 +34,21 @@ def pictures(phases: int) -> list[str]:
     return ["instance.png", "glance.png"][:phases]
 
 
-def draw_preview(asked, recipes: dict[str, Recipe], output_dir: Path, seed: int) -> Image.Image:
-    """The caption in ten steps, with the LoRA files just written; the VAE follows when the transformer has gone.
-    FloatingPointError where the latents or the pixels are not finite."""
-    pipe, device = asked.pipe, asked.pipe._execution_device
+def draw_preview(prepared, recipes: dict[str, Recipe], output_dir: Path, seed: int) -> Image.Image:
+    """Return the caption's picture with the LoRA files just written, drawn as infer_glance.py does.
+
+    The transformer is freed, then the VAE decodes. FloatingPointError where latents or pixels are not finite.
+    """
+    models, answers = prepared.models, prepared.answers
+    pipe, device = models.pipe, models.pipe._execution_device
     parts = [denoiser_name(pipe.config), *ask.further_denoisers(pipe)]
     for part in parts[1:]:
-        setattr(pipe, part, asked.load_transformer(part=part))
+        setattr(pipe, part, models.load_transformer(part=part))
     for phase in recipes:
         load_lora(pipe, output_dir / phase / WEIGHT_NAME, phase)
-    schedule = dataclasses.replace(schedule_of(recipes), timestep_table=asked.timestep_table)
+    schedule = dataclasses.replace(schedule_of(recipes), timestep_table=answers.timestep_table)
     inference = glance_inference(pipe, schedule)
-    with inference as kwargs, ask.plain_call(pipe, asked.call) as call:
+    with inference as kwargs, ask.plain_call(pipe, answers.preview_call) as call:
         generator = torch.Generator().manual_seed(seed)
         with torch.compiler.set_stance("force_eager"):  # one picture is not worth compiling for
             latents = ask_latents.loop_points(pipe, **call, **kwargs, generator=generator)[-1]
@@ -53,15 +56,17 @@ def draw_preview(asked, recipes: dict[str, Recipe], output_dir: Path, seed: int)
         setattr(pipe, part, None)
     release_memory()
     with faults.explained("the preview was not written, the LoRAs are"):
-        return ask_latents.decode(asked.vae and asked.vae.to(device), latents, asked.layout)
+        vae = None if models.vae is None else models.vae.to(device)
+        return ask_latents.decode(vae, latents, answers.layout)
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
+    """Write it as PNG, whole or not at all."""
     replace_file(path, lambda temporary: image.save(temporary, format="PNG"))
 
 
 def write_model_card(args, directory: Path, recipes: list[Recipe], caption: str) -> None:
-    """README.md in the output folder: what was trained, how to use it, the pictures."""
+    """Write README.md into the output folder: what was trained, how to use it, the pictures."""
     rows = "\n".join(
         f"| {recipe.phase} | {', '.join(f'{timestep:.4f}' for timestep in recipe.timesteps)} | "
         f"{', '.join(f'{own:.3f} {before:+.3f}' for own, before in recipe.coefficients or ()) or 'Euler'} |"
@@ -122,7 +127,7 @@ def create_hub_repo(args) -> str:
 
 
 def push_to_hub(output_dir: Path, repo_id: str, phases: list[str]) -> None:
-    """Upload what the run has made, and nothing else that lies there; raise InputError where the hub takes it not."""
+    """Upload what the run has made, and nothing else that lies there; raise InputError where the hub refuses it."""
     loras = [f"{phase}/{WEIGHT_NAME}" for phase in phases] if len(phases) == 2 else [WEIGHT_NAME]
     files = [CARD, *pictures(len(phases)), *loras]
     try:

@@ -47,16 +47,19 @@ class Trajectories:
     targets: torch.Tensor  # the same shape: the velocities that lead from each of them to the next
 
 
+def check_can_draw(pipe) -> None:
+    """Raise InputError where the pipeline guides with a second model, which training does not load."""
+    if further_denoisers(pipe):
+        raise InputError(
+            f"{type(pipe).__name__} guides with a second model, which training does not load, so it cannot draw; give "
+            "an image, --loss flow, --grid glance or even, --solver euler"
+        )
+
+
 class Teacher:
     """The base as it draws with all its steps, to be learned from."""
 
     def __init__(self, pipe, base_timesteps: list[float], timestep_table, call: dict):
-        """Raise InputError where the pipeline guides with a second model, which training does not load."""
-        if further_denoisers(pipe):
-            raise InputError(
-                f"{type(pipe).__name__} guides with a second model, which training does not load, so it cannot draw; "
-                "give an image, --loss flow, --grid glance or even, --solver euler"
-            )
         self.pipe, self.timesteps, self.call = pipe, base_timesteps, call
         self.timestep_table = timestep_table
         self.sigmas = [*timesteps_to_sigmas(base_timesteps), 0.0]

@@ -1,0 +1,117 @@
+"""Which steps does a run train? So many of the base's own, or those that are given, shared out to the phases.
+
+The numbers of steps in the settings may be None, "as the base has them"; here they become numbers.
+"""
+
+from dataclasses import dataclass
+
+from accelerate.logging import get_logger
+
+from glance.ask.schedule import ask_timesteps, has_own_steps
+from glance.ask.velocity import ask_velocity_shares
+from glance.command_line import Settings
+from glance_utils import InputError, derive_timesteps, grid_positions, most_positions
+
+
+logger = get_logger(__name__)
+
+BASE_STEPS, STEPS = 50, 10  # unless flags or the base say otherwise
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps that are trained, and where each phase begins among those of both."""
+
+    grid: str | None  # how they were picked from the base's own; None where they were given
+    phases: dict[str, list[float]]  # the timesteps (0..1000, descending) of each phase that is trained
+    first: dict[str, int]  # the index of each phase's first step
+    coefficients: list[list[float]] | None = None  # a fitted solver's, [a, c] for each step of both phases
+
+    def places(self, phase: str) -> slice:
+        """Return where the phase's steps are among those of both."""
+        return slice(self.first[phase], self.first[phase] + len(self.phases[phase]))
+
+    def coefficients_of(self, phase: str) -> list[list[float]] | None:
+        """Return the fitted solver's coefficients for the steps of this phase."""
+        return self.coefficients and self.coefficients[self.places(phase)]
+
+
+def pick_steps(
+    custom: dict[str, list[float] | None],
+    base_timesteps: list[float],
+    positions: list[int],
+    grid: str | None,
+    coefficients: list[list[float]] | None = None,
+) -> Steps:
+    """Return the phases that `custom` names, with its lists or, where there is None, the base's own at `positions`."""
+    derived = derive_timesteps(base_timesteps, positions)
+    phases = {phase: timesteps or derived[phase] for phase, timesteps in custom.items()}
+    return Steps(grid, phases, {"slow": 0, "fast": len(derived["slow"])}, coefficients)
+
+
+def choose_counts(args, pipe, grid: str, walked: int, own: bool) -> int:
+    """Return how many steps Glance keeps of the base's, which walked so many when it was asked.
+
+    `own`: a base that ships its own few steps walks those whatever is asked; they are its schedule. InputError where
+    that is not what the flags say, or where it has too few for them.
+    """
+    this, count = f"this {type(pipe).__name__} has its own {walked} steps", args.num_inference_steps
+    if args.num_base_steps not in (None, walked):
+        raise InputError(f"--num_base_steps {args.num_base_steps}: {this}, whatever is asked; leave it out")
+    usual = most_positions(grid, min(STEPS, max(2, -(-walked // 2))), walked)
+    count = count or (usual if own or args.flow_custom_timesteps else STEPS)
+    most = most_positions(grid, count, walked)
+    if most < count:
+        if own:
+            few = f"{usual}, at most {most}" if most > usual else f"{usual}"
+            found, mend = f"{this}, which", f"--num_inference_steps {few}"
+        else:
+            found, mend = f"--num_base_steps: {walked} steps", f"more, or --num_inference_steps {most} at most"
+        raise InputError(f"{found} are too few for {count} distinct ones on the {grid} grid; give {mend}")
+    if count == 1 and "fast" in args.custom_timesteps:
+        raise InputError(f"{this}, which leave the fast phase none; give --phase slow")
+    if own:
+        logger.info(f"{this[0].upper()}{this[1:]}, whatever is asked; {count} of them are kept")
+    return count
+
+
+def choose_steps(args: Settings, pipe, call: dict) -> tuple[Settings, list[float], Steps]:
+    """Return the settings with the numbers of steps that this base has, all of its timesteps, and those to train.
+
+    --grid auto needs the base's trajectory: until that is drawn, it is the even grid. InputError where the base has
+    too few steps for the flags.
+    """
+    asked_for = args.num_base_steps or BASE_STEPS
+    base_timesteps, own = ask_timesteps(pipe, asked_for, **call), has_own_steps(pipe, asked_for, **call)
+    walked, grid = len(base_timesteps), "even" if args.grid == "auto" else args.grid
+    count = choose_counts(args, pipe, grid, walked, own)
+    positions = grid_positions(grid, count, walked)
+    settings = args.replace(num_base_steps=walked, num_inference_steps=count)
+    picked_by = None if args.flow_custom_timesteps else args.grid
+    steps = pick_steps(args.custom_timesteps, base_timesteps, positions, picked_by)
+    if args.flow_custom_timesteps:
+        warn_of_distance(steps.phases, derive_timesteps(base_timesteps, positions))
+    return settings, base_timesteps, steps
+
+
+def warn_of_distance(phases: dict[str, list[float]], derived: dict[str, list[float]]) -> None:
+    """Warn of given timesteps that are more than 10 off the model's own."""
+    for phase, timesteps in phases.items():
+        distance = max(abs(given - own) for given, own in zip(timesteps, derived[phase]))
+        if len(timesteps) == len(derived[phase]) and distance > 10:
+            texts = ",".join(f"{timestep:.4f}" for timestep in derived[phase])
+            logger.warning(
+                f"--flow_custom_timesteps: {phase} is up to {distance:.0f} timesteps off this model's own: {texts}"
+            )
+
+
+def warn_of_shares(pipe, phases: dict[str, list[float]], timestep_table, single_call: dict) -> None:
+    """Warn of timesteps at which the pipeline takes less than the velocity that its model predicts."""
+    for phase, timesteps in phases.items():
+        shares = ask_velocity_shares(pipe, timesteps, timestep_table, **single_call)
+        for timestep, share in zip(timesteps, shares):
+            if share < 0.99:
+                logger.warning(
+                    f"{phase}: at timestep {timestep:.1f} this pipeline takes only {share:.2f} of the velocity to the "
+                    "image that its model predicts; give --flow_custom_timesteps that end above"
+                )
