@@ -297,13 +297,15 @@ def seed(text: str) -> int:
 
 
 def json_object(text: str) -> dict:
-    """An argparse type: a JSON object."""
+    """An argparse type: a JSON object of arguments that have no flag of their own."""
     try:
         value = json.loads(text)
     except RecursionError:
         raise argparse.ArgumentTypeError("it is nested too deeply") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as '{{\"max_sequence_length\": 256}}'")
+    if "guidance_scale" in value:  # else training would hear this one, and inference the flag's
+        raise argparse.ArgumentTypeError("guidance_scale has a flag of its own; give --guidance_scale")
     return value
 
 

@@ -307,6 +307,7 @@ TRAINING = {
     "argument is the batch": ({"pipeline_kwargs": '{"num_images_per_prompt": 2}'}, "'num_images_per_prompt'"),
     "argument is the callback": ({"pipeline_kwargs": '{"callback_on_step_end": 1}'}, "'callback_on_step_end'"),
     "argument has a flag": ({"pipeline_kwargs": '{"height": 64}'}, "'height'"),
+    "guidance has a flag": ({"pipeline_kwargs": '{"guidance_scale": 2}'}, "give --guidance_scale"),
     "argument of a wrong type": ({"pipeline_kwargs": '{"max_sequence_length": 9999}'}, "max_sequence_length"),
     # output and checkpoints
     "output below a file": ({"output_dir": "{bad}/file/output"}, "file/output"),

@@ -122,6 +122,13 @@ def refuse(capsys, base, pair, output, match, **settings) -> None:
     assert exit.value.code == 2 and re.search(match, line) and not output.exists()
 
 
+def as_flags(extra: dict) -> dict:
+    """Further arguments of a pipeline's call as the command line takes them."""
+    own = {key: value for key, value in extra.items() if key == "guidance_scale"}
+    rest = {key: value for key, value in extra.items() if key not in own}
+    return own | ({"pipeline_kwargs": json.dumps(rest)} if rest else {})
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_needs_more_than_a_prompt_is_refused(name, pair, tmp_path, capsys):
     base, match = REFUSED[name]
@@ -135,8 +142,7 @@ def test_what_needs_more_than_a_prompt_is_refused(name, pair, tmp_path, capsys):
         for key, value in pipeline_kwargs.items()
         if key in inspect.signature(pipeline_class.__call__).parameters
     }
-    extra = {"pipeline_kwargs": json.dumps(extra)} if extra else {}
-    refuse(capsys, tmp_path / name, pair, tmp_path / "output", match, resolution=size, **extra)
+    refuse(capsys, tmp_path / name, pair, tmp_path / "output", match, resolution=size, **as_flags(extra))
 
 
 @pytest.mark.parametrize("scheduler", ["SCMScheduler", "FlowMapEulerDiscreteScheduler", "EulerDiscreteScheduler"])
@@ -243,7 +249,7 @@ def test_family(name, pair, infer, tmp_path, monkeypatch):
 
     # Trained and inferred by the command line
     defaults = {"pretrained_model_name_or_path": base, "instance_image": pair, "output_dir": tmp_path / "output"}
-    defaults |= {"pipeline_kwargs": json.dumps(extra)} if extra else {}
+    defaults |= as_flags(extra)
     moments = watch(monkeypatch.setattr)
     settings = {"resolution": size, "max_train_steps": 6, "learning_rate": 1e-2, "no-gradient_checkpointing": None}
     output = run_train(defaults, settings)
