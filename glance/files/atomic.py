@@ -1,4 +1,7 @@
-"""A file is written whole or not at all, and an old one stays until the new one is there."""
+"""How is a file written whole or not at all, the old one staying until the new one is there?
+
+Whatever a run writes passes here, so the order of writing, flushing and renaming is for all of it.
+"""
 
 import contextlib
 import os
@@ -10,7 +13,8 @@ def replace_file(path: Path, write) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
-        os.umask(umask := os.umask(0))
+        umask = os.umask(0)  # it can only be read by setting it
+        os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # safetensors makes its files readable by their owner alone
         with temporary.open("r+b") as file:  # Windows flushes none that is open to read alone
             os.fsync(file.fileno())  # the name must not be there before the content, should the machine go down

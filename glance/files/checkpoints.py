@@ -1,5 +1,8 @@
-"""What a run can go on from: output_dir/checkpoint-N/training_state.pt, N counting the steps of all phases, and the
-LoRAs of the phases that it finished."""
+"""What can a run go on from? output_dir/checkpoint-N/training_state.pt, N counting the steps of all phases, and the
+LoRAs of the phases that it finished.
+
+A new flag is compared unless it is put into NOT_COMPARED, with the reason why it cannot change what a LoRA learns.
+"""
 
 import contextlib
 import dataclasses
@@ -46,14 +49,18 @@ NOT_DRAWN = {
 
 
 def find_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
-    """(N, folder) of every checkpoint, lowest N first; a folder without a state is none: its run was killed."""
+    """Return (N, folder) of every checkpoint, lowest N first; a folder without a state is none: its run was killed."""
     matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
     return sorted((int(match[1]), path) for match, path in matches if match and (path / STATE_NAME).exists())
 
 
 def save_checkpoint(output_dir: str | Path, state: dict, step: int, limit: int | None) -> Path:
-    """Write `state` beside and rename it, then drop the oldest checkpoints beyond `limit`; OSError if it cannot be."""
-    folder, content = Path(output_dir) / f"checkpoint-{step}", io.BytesIO()
+    """Write `state` to checkpoint-`step`, whole or not at all, and then drop the oldest checkpoints beyond `limit`.
+
+    Return its folder; raise OSError where it cannot be written.
+    """
+    folder = Path(output_dir) / f"checkpoint-{step}"
+    content = io.BytesIO()
     torch.save(state, content)  # into memory: of a full disk torch says neither that it is full nor that it is a disk
     folder.mkdir(exist_ok=True)
     try:
@@ -72,8 +79,8 @@ def save_checkpoint(output_dir: str | Path, state: dict, step: int, limit: int |
 def load_checkpoint(name: str | None, output_dir: str | Path) -> dict | None:
     """Return the state in the checkpoint folder `name`, or in the newest of `output_dir` where it is "latest".
 
-    None where nothing is to be resumed, or where "latest" finds no checkpoint. InputError where a folder is named, or
-    found, that holds no sound state.
+    Return None where nothing is to be resumed, or where "latest" finds no checkpoint. Raise InputError where a folder
+    is named, or found, that holds no sound state.
     """
     if not name:
         return None
@@ -99,7 +106,7 @@ def load_checkpoint(name: str | None, output_dir: str | Path) -> dict | None:
 
 
 def plain(settings: dict) -> dict:
-    """Return the settings as JSON knows them, 4.0 as 4: what is equal is then written alike."""
+    """Return the settings as JSON has them, 4.0 as 4: equal values are then written alike."""
 
     def number(text: str) -> int | float:
         return int(value) if (value := float(text)).is_integer() else value
@@ -132,36 +139,41 @@ def is_finished(recipe: Recipe, settings: dict, folder: Path) -> bool:
         return False
 
 
-def said(value) -> str:
+def unquoted(value) -> str:
+    """Return `shown` without the quotes around a text."""
     return shown(value).strip("'")
 
 
 def check_flags(saved: dict, now: dict) -> None:
-    """Do check_settings for what is known before the base is loaded; `now` is run_settings without a recipe.
+    """Raise check_settings' errors for what is set before the base is loaded; `now` is run_settings without a recipe.
 
     What is left to the base is None in it, but for --grid auto.
     """
-    known = {key: value for key, value in now.items() if value is not None and key != "grid"}
-    check_settings({key: value for key, value in saved.items() if key in known}, known)
+    set_before = {key: value for key, value in now.items() if value is not None and key != "grid"}
+    check_settings({key: value for key, value in saved.items() if key in set_before}, set_before)
 
 
 def check_settings(saved: dict, now: dict) -> None:
     """Raise InputError where a checkpoint was made with other settings than this run's."""
     for key in sorted(now.keys() ^ saved.keys()):
         raise InputError(
-            f"--resume_from_checkpoint: another version wrote it, which compares other settings ({said(key)}); go on "
-            "with that one, or leave --resume_from_checkpoint out to start anew"
+            f"--resume_from_checkpoint: another version wrote it, which compares other settings ({unquoted(key)}); go "
+            "on with that one, or leave --resume_from_checkpoint out to start anew"
         )
     for key, value in sorted(now.items(), key=lambda item: item[0] != "base_model"):  # another has another schedule
         if saved[key] != value:
             raise InputError(
-                f"--resume_from_checkpoint: its {key} is {said(saved[key])}, this run's is {said(value)}; use the same"
+                f"--resume_from_checkpoint: its {key} is {unquoted(saved[key])}, this run's is {unquoted(value)}; use "
+                "the same"
             )
 
 
 def check_lora(lora: dict, transformer: torch.nn.Module, layers: list[str], rank: int) -> None:
-    """InputError where a checkpoint's LoRA has not just the tensors that this run trains, or values that are no
-    numbers. The settings may be right all the same: a checkpoint is a file that anyone may have written."""
+    """Raise InputError where a checkpoint's LoRA is not just the tensors that this run trains, all of them finite.
+
+    They are float32, (rank, in) and (out, rank) for each of `layers`. The settings may be right all the same: a
+    checkpoint is a file that anyone may have written.
+    """
     shapes = {}
     for layer in layers:
         module = transformer.get_submodule(layer)
@@ -174,9 +186,10 @@ def check_lora(lora: dict, transformer: torch.nn.Module, layers: list[str], rank
         which = f"lacks {name}" if name in shapes else f"has {shown(name)}, which this run does not train"
         raise InputError(f"{of_checkpoint} {which}; name an older checkpoint")
     for name, tensor in lora.items():
-        found = (tensor.dtype, *tensor.shape) if isinstance(tensor, torch.Tensor) else (type(tensor).__name__,)
-        if found != (needed := (torch.float32, *shapes[name])):
-            raise InputError(f"{of_checkpoint}'s {name} is {found}, this run's is {needed}; name an older checkpoint")
+        form = (tensor.dtype, *tensor.shape) if isinstance(tensor, torch.Tensor) else (type(tensor).__name__,)
+        needed = (torch.float32, *shapes[name])
+        if form != needed:
+            raise InputError(f"{of_checkpoint}'s {name} is {form}, this run's is {needed}; name an older checkpoint")
         if not tensor.isfinite().all():
             raise InputError(f"{of_checkpoint}'s {name} holds values that are not finite; name an older checkpoint")
 
@@ -184,9 +197,9 @@ def check_lora(lora: dict, transformer: torch.nn.Module, layers: list[str], rank
 def find_resume(
     args, settings: dict[str, dict], recipes: dict[str, Recipe], folders: dict[str, Path], state: dict | None
 ) -> tuple[set, dict]:
-    """Return the phases that need no training, and by phase the checkpoint to begin from, {} or one.
+    """Return the phases that need no training, and by phase the checkpoint to begin from, none or one.
 
-    InputError where the checkpoint, or the LoRAs that "latest" finds without one, are of another run.
+    Raise InputError where the checkpoint, or the LoRAs that "latest" finds without one, are of another run.
     """
     latest = args.resume_from_checkpoint == "latest"
     finished = {phase for phase in recipes if latest and is_finished(recipes[phase], settings[phase], folders[phase])}
@@ -207,20 +220,21 @@ def find_resume(
 
 
 def check_unfinished(args, folders: dict[str, Path], finished: set) -> None:
-    """Raise InputError where "latest" found no checkpoint of the phases in these folders, but what is another run's.
+    """Raise InputError where "latest" found no checkpoint of the phases in these folders, but another run's files.
 
-    Else they start anew, so that one command line serves a job that is restarted.
+    Otherwise they start anew, so that one command line serves a job that is restarted.
     """
-    latest, home = "--resume_from_checkpoint latest:", Path(args.output_dir)
+    latest, output_dir = "--resume_from_checkpoint latest:", Path(args.output_dir)
     for phase, folder in folders.items():
-        other = home.parent if args.parallel_phases else home / phase
-        if find_checkpoints(other):
-            how = "leave --parallel_phases out" if args.parallel_phases else "give --parallel_phases"
-            raise InputError(f"{latest} {other} holds the checkpoints; {how}, as the run did that wrote them")
+        # Where a run with, or without, --parallel_phases would have put them.
+        elsewhere = output_dir.parent if args.parallel_phases else output_dir / phase
+        if find_checkpoints(elsewhere):
+            remedy = "leave --parallel_phases out" if args.parallel_phases else "give --parallel_phases"
+            raise InputError(f"{latest} {elsewhere} holds the checkpoints; {remedy}, as the run did that wrote them")
         if not finished and (folder / WEIGHT_NAME).exists():
             raise InputError(
                 f"{latest} the LoRA in {folder} is of another run, with other settings; name another --output_dir, or "
                 "leave --resume_from_checkpoint out to write over it"
             )
     if folders and not finished:
-        logger.info(f"{latest} {home} holds nothing to go on from; starting anew")
+        logger.info(f"{latest} {output_dir} holds nothing to go on from; starting anew")

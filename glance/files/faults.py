@@ -1,4 +1,7 @@
-"""What may go wrong from outside: signals, a second run on the same folder, a disk that takes no more."""
+"""What may go wrong from outside, and how does a run meet it? Signals, a second run on its folder, a full disk.
+
+Another cause from outside belongs here; what is wrong with an input is said where that input is read.
+"""
 
 import contextlib
 import re
@@ -32,7 +35,7 @@ def leave(number: int, frame=None, hint: str | None = "not while training, so no
 
 @contextlib.contextmanager
 def signals_handled(handler=leave):
-    """SIGINT and SIGTERM call handler(number, frame) inside; outside the main thread they stay as they are."""
+    """Call handler(number, frame) inside upon SIGINT or SIGTERM; outside the main thread they stay as they are."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -46,7 +49,7 @@ def signals_handled(handler=leave):
 
 @contextlib.contextmanager
 def signals_noted(note):
-    """The first SIGINT or SIGTERM calls note() and is in the list that is yielded; a second ends the run at once."""
+    """Yield a list for the first SIGINT or SIGTERM, which also calls note(); a second one ends the run at once."""
     noted = []
 
     def handler(number, frame):
@@ -71,10 +74,10 @@ def check_writable(directory: str | Path, name: str) -> None:
 
 @contextlib.contextmanager
 def locked(output_dir: str | Path):
-    """Hold the folder for this run, making it; InputError where another run does.
+    """Lock the folder for this run, making it; raise InputError where another run holds it, or it cannot be written.
 
-    The system lets go of the lock when the process dies, however it dies. A folder that is empty afterwards and was
-    made here is taken away again.
+    The system releases the lock when the process dies, however it dies. A folder that is empty afterwards and was made
+    here is removed again.
     """
     path = Path(output_dir).absolute() / ".lock"
     made = [parent for parent in path.parents if not parent.exists()]
@@ -115,7 +118,7 @@ def sweep(output_dir: Path) -> None:
 
 @contextlib.contextmanager
 def one_line_errors(output_dir: str | Path):
-    """Turn what the disk refuses into an InputError that says which checkpoint is left."""
+    """Turn an OSError inside into an InputError that says which checkpoint is left."""
     try:
         yield
     except OSError as error:
@@ -129,7 +132,7 @@ def one_line_errors(output_dir: str | Path):
 def explained(
     label: str, hint: str = "try --mixed_precision bf16 or no; weights of the base may hold such numbers too"
 ):
-    """Yield the label; a FloatingPointError inside then names the picture by it, and what to try."""
+    """Yield the label; raise a FloatingPointError inside again with it, as the picture's name, and what to try."""
     try:
         yield label
     except FloatingPointError as error:

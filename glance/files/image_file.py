@@ -1,4 +1,7 @@
-"""Any image file as what a run learns from: its first picture, upright and in 8-bit sRGB."""
+"""What picture is in an image file? The first, upright and in 8-bit sRGB.
+
+Each way in which a file can mean other colours or another side up has its function here; none guesses in silence.
+"""
 
 import io
 import logging
@@ -33,8 +36,10 @@ SRGB_CHROMATICITY = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)  # white, 
 
 
 def read_image(file: Path | io.BytesIO, name: str) -> Image.Image:
-    """The first picture of a file, upright, RGB in sRGB, alpha over white; InputError, with that name, where it cannot
-    be read, is too small or its numbers can mean several things."""
+    """Return the first picture of a file, upright, RGB in sRGB, alpha over white.
+
+    Raise InputError, with that name, where it cannot be read, is too small or its numbers can mean several things.
+    """
     try:
         with warnings.catch_warnings(action="ignore"):  # Pillow's, of 90 to 180 million pixels: that can be a photo
             with Image.open(file, formats=FORMATS) as opened:
@@ -53,7 +58,7 @@ def read_image(file: Path | io.BytesIO, name: str) -> Image.Image:
 
 
 def upright(image: Image.Image, name: str) -> Image.Image:
-    """A loaded image in sRGB and as its EXIF data turns it; as it is stored where those cannot be read."""
+    """Return a loaded image in sRGB, turned as its EXIF data says; as it is stored where those cannot be read."""
     orientation = interoperability = None
     try:
         exif = image.getexif()
@@ -68,7 +73,7 @@ def upright(image: Image.Image, name: str) -> Image.Image:
 
 
 def to_srgb(image: Image.Image, name: str) -> Image.Image:
-    """RGB in sRGB, by the ICC profile or PNG's gamma where there is one; alpha is laid over white."""
+    """Return an image as RGB in sRGB, by its ICC profile or PNG's gamma if it has one; alpha is laid over white."""
     image, info = to_8_bits(image, name), image.info
     alpha = None
     if image.mode in ("La", "RGBa"):  # colours that were multiplied by alpha
@@ -88,17 +93,21 @@ def to_srgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """A grey image of 16 or 32 bits or of floats as one of 8 bits, others as they are.
+    """Return a grey image of 16 or 32 bits or of floats as one of 8 bits, others as they are.
 
-    Where the type does not say what white is, the range does: 1 for floats, 255 or 65535 for whole numbers. InputError
-    where that leaves a picture with nothing brighter than a sixteenth of white, or no picture at all.
+    Where the type does not say what white is, the range does: 1 for floats, 255 or 65535 for whole numbers. Raise
+    InputError where that leaves a picture with nothing brighter than a sixteenth of white, or no picture at all.
     """
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image)
     low, high = values.min(), values.max()  # NaN if one is
     whole = image.mode != "F" or (values == np.round(values)).all()
-    whites = (65535,) if image.mode.startswith("I;16") else (1,) * (image.mode == "F") + (255, 65535) * bool(whole)
+    if image.mode.startswith("I;16"):
+        whites = [65535]
+    else:
+        whites = [1] if image.mode == "F" else []
+        whites += [255, 65535] if whole else []
     white = next((white for white in whites if high <= white), None)
     if not low >= 0 or white is None or high < white / 16:
         raise InputError(
@@ -111,7 +120,7 @@ def to_8_bits(image: Image.Image, name: str) -> Image.Image:
 
 
 def through_profile(image: Image.Image, data: bytes, name: str) -> Image.Image:
-    """Convert by an ICC profile; as it is, with a warning, where the profile is broken or of another kind of image."""
+    """Convert by an ICC profile; warn and return the image as it is where that is broken or for other images."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
         space = profile.profile.xcolor_space
@@ -125,9 +134,12 @@ def through_profile(image: Image.Image, data: bytes, name: str) -> Image.Image:
 
 
 def through_gamma(image: Image.Image, info: dict, name: str) -> Image.Image:
-    """Convert by what a PNG file without a profile says of its colours; InputError for primaries other than sRGB's."""
-    own = info.get("chromaticity") if image.mode == "RGB" else None
-    if own and max(abs(a - b) for a, b in zip(own, SRGB_CHROMATICITY)) > 0.01:
+    """Convert by what a PNG file without a profile says of its colours.
+
+    Raise InputError for primaries other than sRGB's.
+    """
+    chromaticity = info.get("chromaticity") if image.mode == "RGB" else None
+    if chromaticity and max(abs(a - b) for a, b in zip(chromaticity, SRGB_CHROMATICITY)) > 0.01:
         raise InputError(f"{name}: its colours are not sRGB's (cHRM) and it has no ICC profile; save it as sRGB")
     gamma = info.get("gamma") or SRGB_GAMMA
     if abs(gamma - SRGB_GAMMA) < 0.02:

@@ -1,4 +1,7 @@
-"""One image and its caption: from a file, a folder, a SimpleTuner dataloader JSON or one row of a data set."""
+"""Which image and caption does a run learn from? A file, a folder, a SimpleTuner JSON or one row of a data set.
+
+A further source is one more of SOURCES and one more case in load_pair; what the sources hold is data from anyone.
+"""
 
 import argparse
 import io
@@ -20,8 +23,10 @@ SOURCES = ("instance_image", "instance_data_dir", "data_backend_config", "datase
 
 
 def one_image_in(directory: str, below: bool = False) -> Path:
-    """The one file in a folder, or also below it, that is named as an image; hidden ones are none, as macOS writes
-    ._a.png beside a.png."""
+    """Return the one file in a folder, or also `below` it, that is named as an image.
+
+    Hidden files do not count, as macOS writes ._a.png beside a.png. Raise InputError where there is not just one.
+    """
     if not os.path.isdir(directory):  # False, too, for a name that is too long
         raise InputError(f"{directory}: no such folder; it should hold one image and its caption")
 
@@ -42,7 +47,7 @@ def one_image_in(directory: str, below: bool = False) -> Path:
 
 
 def find_backend(args: argparse.Namespace) -> dict:
-    """The entry of a SimpleTuner dataloader JSON, looked for as given, then beside the --config file."""
+    """Return the entry of a SimpleTuner dataloader JSON, looked for as given, then beside the --config file."""
     path = Path(args.data_backend_config)
     if not os.path.exists(path) and args.config:
         path = Path(args.config).parent / path.name
@@ -50,7 +55,10 @@ def find_backend(args: argparse.Namespace) -> dict:
 
 
 def read_dataset_row(args: argparse.Namespace) -> tuple[io.BytesIO, str]:
-    """The image file of a data set's row, and its caption or --instance_prompt."""
+    """Return the image file of a data set's row, and its caption or --instance_prompt.
+
+    Raise InputError where the data set, the column or the row is not there or cannot be read.
+    """
     import datasets  # a second of imports
     import fsspec
 
@@ -83,7 +91,7 @@ def read_dataset_row(args: argparse.Namespace) -> tuple[io.BytesIO, str]:
 
 
 def caption_in(value, args: argparse.Namespace) -> str:
-    """The caption that a data set's row holds, of several the first; InputError where it is no text."""
+    """Return the caption that a data set's row holds, of several the first; raise InputError where it is no text."""
     name = f"--caption_column {args.caption_column}"
     if isinstance(value, list) and value and all(isinstance(text, str | None) for text in value):
         captions = [text for text in value if text and text.strip()]
@@ -93,23 +101,26 @@ def caption_in(value, args: argparse.Namespace) -> str:
             )
         value = captions[0] if captions else ""
     if not isinstance(value, str):
-        found = "nothing" if value is None else type(value).__name__
+        content = "nothing" if value is None else type(value).__name__
         raise InputError(
-            f"{name}: row {args.dataset_index} holds {found}, not text; name a column of texts, or give "
+            f"{name}: row {args.dataset_index} holds {content}, not text; name a column of texts, or give "
             "--instance_prompt"
         )
     return check_text(value, name)
 
 
 def chosen_size(args: argparse.Namespace, resolution: int | None = None) -> tuple[int, int]:
-    """(height, width) in pixels."""
+    """Return (height, width) in pixels, as asked for or 1024x1024."""
     resolution = resolution or args.resolution or 1024
     return args.height or resolution, args.width or resolution
 
 
 def load_pair(args: argparse.Namespace) -> tuple[Image.Image | None, str, tuple[int, int]]:
-    """The image, cropped to (height, width), its caption and that size; None for an image where --instance_prompt
-    stands alone, which the base can draw; InputError where the caption is missing too."""
+    """Return the image, cropped to (height, width) in pixels, its caption and that size.
+
+    The image is None where --instance_prompt stands alone: the base can draw it. Raise InputError where there are
+    several sources, no readable image or no caption.
+    """
     given = [name for name in SOURCES if getattr(args, name)]
     if not given and args.instance_prompt and args.instance_prompt.strip():
         return None, args.instance_prompt.strip(), chosen_size(args)

@@ -1,4 +1,7 @@
-"""LoRA files: diffusers' format, alpha folded in, the recipe in the header."""
+"""How is a LoRA file written, and loaded so that nothing of it is lost? diffusers' format, the recipe in its header.
+
+A file that was written before must stay readable; how other trainers write theirs is lora_forms' business.
+"""
 
 import json
 from pathlib import Path
@@ -20,16 +23,17 @@ from glance_utils import InputError, adapted_layers, denoiser, replaced, strengt
 def load_lora(pipe: DiffusionPipeline, path: str | Path, adapter: str) -> None:
     """Load a LoRA file of any form that read_lora reads into the denoiser, under this name, active.
 
-    Raises InputError where the file does not fit, or not just its layers hold just its values afterwards.
+    Raise InputError where the file does not fit, or where the layers do not hold exactly its values afterwards.
     """
     model = with_adapters(denoiser(pipe))
     if adapter in getattr(model, "peft_config", {}):
         raise InputError(f"an adapter {adapter!r} is loaded already; unload it first, or choose another name")
-    lora, own_place = read_lora(pipe, Path(path)), BaseTunerLayer._get_base_layer_device_and_dtype
+    lora = read_lora(pipe, Path(path))
+    peft_place = BaseTunerLayer._get_base_layer_device_and_dtype
 
     def place(layer, base_layer):
-        """peft puts an adapter into its layer's dtype, but 8 bits are for storing the base alone."""
-        device, dtype = own_place(layer, base_layer)
+        """Return an adapter's device and dtype: its layer's, as in peft, but 8 bits only ever store the base."""
+        device, dtype = peft_place(layer, base_layer)
         return device, model.dtype if dtype == torch.float8_e4m3fn else dtype
 
     with replaced(BaseTunerLayer, "_get_base_layer_device_and_dtype", place):
@@ -49,16 +53,16 @@ def load_lora(pipe: DiffusionPipeline, path: str | Path, adapter: str) -> None:
 
 
 def check_loaded(model: torch.nn.Module, adapter: str, lora: dict[str, torch.Tensor]) -> None:
-    """Raise InputError where the model's adapter of this name is not just these tensors: some loaders leave some out.
+    """Raise InputError where the model's adapter of this name is not exactly these tensors: loaders leave some out.
 
     `lora` has the names that read_lora and peft.get_peft_model_state_dict give.
     """
-    found = get_peft_model_state_dict(model, adapter_name=adapter)
-    for name in sorted(found.keys() ^ lora.keys()):
+    state = get_peft_model_state_dict(model, adapter_name=adapter)
+    for name in sorted(state.keys() ^ lora.keys()):
         what = "was left out" if name in lora else "is not in the file"
         raise InputError(f"loading the LoRA {adapter!r}: {name} {what}; is this peft's or diffusers' tested version?")
     for name, value in lora.items():
-        loaded = found[name].detach()
+        loaded = state[name].detach()
         if loaded.is_meta:  # offloaded: its values are with the hooks
             continue
         if not loaded.isfinite().all():
@@ -68,11 +72,11 @@ def check_loaded(model: torch.nn.Module, adapter: str, lora: dict[str, torch.Ten
 
 
 def save_lora(transformer, adapter: str, directory: str | Path, recipe: Recipe, prefix: str = "transformer") -> Path:
-    """Write one adapter as `directory`/pytorch_lora_weights.safetensors and return the path.
+    """Write one adapter as `directory`/pytorch_lora_weights.safetensors, float32, and return the path.
 
-    `prefix` is the transformer's name in its pipeline, with which diffusers' keys begin.
-    alpha / rank is folded into lora_B, so the file has alpha = rank: every loader, whether it reads alpha or not,
-    applies the strength that was trained. The recipe goes into the header under "glance".
+    `prefix` is the transformer's name in its pipeline, with which diffusers' keys begin. alpha / rank is
+    folded into lora_B, so the file has alpha = rank: every loader, whether it reads alpha or not, applies the strength
+    that was trained. The recipe goes into the header under "glance". Raise OSError where it cannot be written.
     """
     config = transformer.peft_config[adapter]
     state = {}
@@ -93,8 +97,10 @@ def save_lora(transformer, adapter: str, directory: str | Path, recipe: Recipe, 
 
 
 def _ordered(content: bytes) -> bytes:
-    """A safetensors file with its header's keys in order; safetensors writes metadata in a random one, and the same
-    run should give the same file."""
+    """Return a safetensors file with its header's keys in order.
+
+    safetensors writes metadata in a random order, and the same run should give the same file.
+    """
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)

@@ -1,4 +1,7 @@
-"""The tensors of a LoRA file, in whatever form trainers write it: under the model's own names, every one checked."""
+"""Which tensors does a LoRA file hold, under the model's own names, in whatever form a trainer wrote it?
+
+Every tensor is checked: a file is data from anyone. A further trainer's names belong in the tables on top.
+"""
 
 import contextlib
 import json
@@ -55,14 +58,14 @@ def read_lora(pipe: DiffusionPipeline, path: Path) -> dict[str, torch.Tensor]:
 
     The names may be those of diffusers, with its prefix or without, of peft, or of whatever other trainer diffusers'
     own converter for this pipeline reads. Strengths other than 1, from .alpha tensors or peft's settings, are folded
-    into lora_B in float32. Raises InputError for any file that is not just a LoRA of this model.
+    into lora_B in float32. Raise InputError for any file that is not just a LoRA of this model.
     """
     names = LayerNames(pipe)
     tensors, config = _read_file(path, names)
     scaled, alphas = _fold_strength(path, tensors, config, names)
     try:
         lora = _in_our_names(path, scaled, names)
-    except InputError:  # by diffusers' converter, which takes alphas too; or it is as it was said first
+    except InputError:  # perhaps diffusers' converter reads it, which takes alphas too; if not, the first error stands
         if (lora := _converted(pipe, path, scaled, alphas, names)) is None:
             raise
     _check_lora(path, lora, names)
@@ -73,7 +76,7 @@ def read_lora(pipe: DiffusionPipeline, path: Path) -> dict[str, torch.Tensor]:
 
 
 class LayerNames:
-    """A denoiser's layers as files name them: by its own names, with underscores for points, and wrapped."""
+    """A denoiser's layers by the names that files use: its own, with underscores for points, and wrapped."""
 
     def __init__(self, pipe: DiffusionPipeline):
         self.model, self.component = denoiser(pipe), denoiser_name(pipe.config)
@@ -86,7 +89,7 @@ class LayerNames:
         self.wrappers = {f"{self.component}.": "diffusers'"} | WRAPPERS
 
     def find(self, name: str) -> str | None:
-        """The model's own name of the layer that a file names so; None where it has none."""
+        """Return the model's own name of the layer that a file calls `name`; None where it has no such layer."""
         while name not in self.names:
             wrapper = self.wrapper(name)
             if wrapper is None:
@@ -95,14 +98,19 @@ class LayerNames:
         return self.names[name]
 
     def wrapper(self, name: str) -> str | None:
+        """Return the wrapper that the name begins with, such as "diffusion_model."."""
         return next((wrapper for wrapper in self.wrappers if name.startswith(wrapper)), None)
 
 
 def _read_file(path: Path, names: LayerNames) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors, and peft's settings: those in the header, or in the file that peft writes beside its own."""
+    """Return the file's tensors, and peft's settings from its header or from the file that peft writes beside its own.
+
+    Raise InputError where it cannot be read, or holds other than the finite tensors of LoRAs of the denoiser.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            header, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error}); get an intact one") from None
     for name, tensor in tensors.items():
@@ -117,24 +125,24 @@ def _read_file(path: Path, names: LayerNames) -> tuple[dict[str, torch.Tensor], 
         is_float = tensor.is_floating_point() or name.endswith(".alpha")  # which may be a whole number
         if not is_float or not tensor.float().isfinite().all():
             raise InputError(f"{path}: {shown(name)} holds values that are not finite numbers; get an intact file")
-    where, text = "lora_adapter_metadata", header.get("lora_adapter_metadata", "{}")
+    source, text = "lora_adapter_metadata", header.get("lora_adapter_metadata", "{}")
     beside = Path(path).with_name("adapter_config.json")
     if text == "{}" and any(name.startswith("base_model.model.") for name in tensors):
         with contextlib.suppress(OSError):  # where it is missing, other loaders take alpha = rank as well
-            where, text = beside.name, beside.read_text(encoding="utf-8", errors="replace")
+            source, text = beside.name, beside.read_text(encoding="utf-8", errors="replace")
     try:
         config = {key.removeprefix(f"{names.component}."): value for key, value in json.loads(text).items()}
     except (AttributeError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: its {where} is not a JSON object ({error})") from None
-    if where == beside.name:
+        raise InputError(f"{path}: its {source} is not a JSON object ({error})") from None
+    if source == beside.name:
         for key in ("auto_mapping", "task_type", "revision"):  # of the class and the task that it was trained in
             config.pop(key, None)
-    check_config(f"{path}: its {where}", config)
+    check_config(f"{path}: its {source}", config)
     return tensors, config
 
 
-def check_config(where: str, config: dict) -> None:
-    """Raise InputError where peft's settings of a file say more than names, ranks and strengths."""
+def check_config(source: str, config: dict) -> None:
+    """Raise InputError, with their `source`, where peft's settings say more than names, ranks and strengths."""
     default = LoraConfig().to_dict()
     for key, value in config.items():
         fits = value == default.get(key) or key in CONFIG_KEYS or (key, value) == ("init_lora_weights", "gaussian")
@@ -147,16 +155,17 @@ def check_config(where: str, config: dict) -> None:
             )
         if not fits:
             raise InputError(
-                f"{where} has {shown(key)} {shown(value)}; a LoRA needs r, lora_alpha and target_modules alone"
+                f"{source} has {shown(key)} {shown(value)}; a LoRA needs r, lora_alpha and target_modules alone"
             )
 
 
 def _is_strength(key: str, value) -> bool:
+    """Return whether a setting's value can be a rank ("r") or an alpha: above 0, at most 65536."""
     return is_number(value, 65536) and value > 0 and (key != "r" or type(value) is int)
 
 
 def _of_layer(patterns: dict, layer: str, usual):
-    """The value of the first pattern, the end of a layer's name or with ^ the whole, that fits this one."""
+    """Return the value of the first pattern that fits the layer's name, its end or with ^ all of it; else `usual`."""
     for pattern, value in patterns.items():
         name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
         if layer == name or pattern[0] != "^" and layer.endswith(f".{name}"):
@@ -165,19 +174,26 @@ def _of_layer(patterns: dict, layer: str, usual):
 
 
 def _fold_strength(path: Path, tensors: dict, config: dict, names: LayerNames) -> tuple[dict, dict]:
-    """(tensors without .alpha, lora_B multiplied with the strength that the file tells; of each .alpha the rank)."""
-    scaled, alphas, ranks, scales = {}, {}, {}, {}
+    """Return the tensors without .alpha, lora_B times the file's strength, and by name for each .alpha its rank.
+
+    Raise InputError where the file contradicts itself on a rank or a strength.
+    """
+    scaled, alphas = {}, {}
+    ranks, scales = {}, {}  # by layer, as the file names it
     for name, tensor in tensors.items():
-        found = TENSOR.fullmatch(name)
-        if found and PARTS[found["part"]] == "lora_A" and tensor.ndim > 1 and len(tensor):
-            ranks[found["layer"]] = len(tensor)
+        match = TENSOR.fullmatch(name)
+        if match and PARTS[match["part"]] == "lora_A" and tensor.ndim > 1 and len(tensor):
+            ranks[match["layer"]] = len(tensor)
     for layer, rank in ranks.items():
-        own, alpha = names.find(layer) or layer, tensors.get(f"{layer}.alpha")
-        told = _of_layer(config.get("rank_pattern", {}), own, config.get("r", rank))
-        if told != rank:
-            raise InputError(f"{path}: {layer} has rank {rank}, but its settings say {told}; get an intact file")
-        strength = _of_layer(config.get("alpha_pattern", {}), own, config.get("lora_alpha", rank))
-        scales[layer] = strength / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        model_name = names.find(layer) or layer
+        alpha = tensors.get(f"{layer}.alpha")
+        config_rank = _of_layer(config.get("rank_pattern", {}), model_name, config.get("r", rank))
+        if config_rank != rank:
+            raise InputError(
+                f"{path}: {layer} has rank {rank}, but its settings say {config_rank}; get an intact file"
+            )
+        config_alpha = _of_layer(config.get("alpha_pattern", {}), model_name, config.get("lora_alpha", rank))
+        scales[layer] = config_alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         if alpha is not None:
             if alpha.numel() != 1 or alpha.item() <= 0:
                 raise InputError(f"{path}: {layer}.alpha is no number above 0; get an intact file")
@@ -188,35 +204,38 @@ def _fold_strength(path: Path, tensors: dict, config: dict, names: LayerNames) -
                 )
             scales[layer] = alpha.item() / rank
     for name, tensor in tensors.items():
-        found = TENSOR.fullmatch(name)
+        match = TENSOR.fullmatch(name)
         if name.endswith(".alpha"):
             layer = name.removesuffix(".alpha")
             if layer not in ranks:
                 raise InputError(f"{path}: it holds {shown(name)} without a LoRA of this layer; get an intact file")
             alphas[name] = torch.tensor(float(ranks[layer]))
-        elif found and PARTS[found["part"]] == "lora_B" and scales.get(found["layer"], 1) != 1:
-            scaled[name] = tensor.float() * scales[found["layer"]]
+        elif match and PARTS[match["part"]] == "lora_B" and scales.get(match["layer"], 1) != 1:
+            scaled[name] = tensor.float() * scales[match["layer"]]
         else:
             scaled[name] = tensor
     return scaled, alphas
 
 
 def _in_our_names(path: Path, tensors: dict, names: LayerNames) -> dict[str, torch.Tensor]:
-    """The tensors by the model's own names; InputError for what is no part of a LoRA, or of a layer it lacks."""
+    """Return the tensors by the model's own names.
+
+    Raise InputError for one that is no part of a LoRA, or of a layer that the model lacks.
+    """
     lora = {}
     for name, tensor in tensors.items():
-        found = TENSOR.fullmatch(name)
-        part = found and (PARTS[found["part"]], found["kind"] or "weight")
-        if part not in WHOLE or (found["kind"] is None and part[0] != "lora_magnitude_vector"):
+        match = TENSOR.fullmatch(name)
+        part = match and (PARTS[match["part"]], match["kind"] or "weight")
+        if part not in WHOLE or (match["kind"] is None and part[0] != "lora_magnitude_vector"):
             raise InputError(
                 f"{path}: {shown(name)} of shape {tuple(tensor.shape)} is no part of a LoRA; get an intact file"
             )
-        layer = names.find(found["layer"])
+        layer = names.find(match["layer"])
         if layer is None:
             writer = names.wrappers.get(names.wrapper(name), "diffusers'")
             hint = f" (the name is {writer}; save it with diffusers' names)" if writer != "diffusers'" else ""
             kind = type(names.model).__name__
-            raise InputError(f"{path}: it adapts {shown(found['layer'])}, which {kind} here does not have{hint}")
+            raise InputError(f"{path}: it adapts {shown(match['layer'])}, which {kind} here does not have{hint}")
         if not isinstance(module := names.layers[layer], torch.nn.Linear):
             kind = type(module).__name__
             raise InputError(f"{path}: it adapts {shown(layer)}, a {kind}; only linear layers' LoRAs are read")
@@ -228,9 +247,10 @@ def _in_our_names(path: Path, tensors: dict, names: LayerNames) -> dict[str, tor
 
 
 def _converted(pipe, path: Path, tensors: dict, alphas: dict, names: LayerNames) -> dict[str, torch.Tensor] | None:
-    """What diffusers' converter for this pipeline makes of a file with other names; None if it does not read it all.
+    """Return a file with other names as diffusers' converter for this pipeline reads it; None if it does not read all.
 
-    It may leave out what it does not know. So it first converts tensors that hold their own number: all must arrive.
+    A converter may leave out what it does not know. So it first converts tensors that hold their own number: all must
+    arrive.
     """
     convert = getattr(type(pipe), "lora_state_dict", None)
     try:
@@ -251,16 +271,16 @@ def _check_lora(path: Path, lora: dict[str, torch.Tensor], names: LayerNames) ->
     """Raise InputError where a LoRA's tensors do not fit their layers or each other."""
     if not lora:
         raise InputError(f"{path}: it holds no LoRA; get an intact file")
-    ranks, further = {}, {}
+    ranks, further = {}, {}  # by layer and "A" or "B"; by other part the layers that have it
     for name, tensor in lora.items():
         layer, part = re.fullmatch(r"(.+)\.(lora_.+)", name).groups()
         shape, module = tuple(tensor.shape), names.layers[layer]
         if len(shape) != (2 if part in ("lora_A.weight", "lora_B.weight") else 1) or 0 in shape:
             raise InputError(f"{path}: {name} of shape {shape} is no part of a LoRA; get an intact file")
         is_down = part == "lora_A.weight"
-        found, needed = (shape[1], module.in_features) if is_down else (shape[0], module.out_features)
-        if found != needed:
-            raise InputError(f"{path}: {name} is for width {found}, but this base has {needed}")
+        width, needed = (shape[1], module.in_features) if is_down else (shape[0], module.out_features)
+        if width != needed:
+            raise InputError(f"{path}: {name} is for width {width}, but this base has {needed}")
         if len(shape) == 2:
             ranks.setdefault(layer, {})[part[5]] = shape[0 if is_down else 1]
         else:
@@ -271,6 +291,6 @@ def _check_lora(path: Path, lora: dict[str, torch.Tensor], names: LayerNames) ->
             raise InputError(
                 f"{path}: {layer} has rank {rank.get('A')} in lora_A and {rank.get('B')} in lora_B; get an intact file"
             )
-        for part, those in further.items():
-            if layer not in those:
+        for part, layers_with_it in further.items():
+            if layer not in layers_with_it:
                 raise InputError(f"{path}: {layer} has no {part}, as others have; get an intact file")

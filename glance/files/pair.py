@@ -1,6 +1,7 @@
 """Which Slow- and Fast-LoRA is inference asked for, where are they, and do they fit each other and the base?
 
-Nothing is loaded here: the files are found, and what they say of themselves is read and compared.
+Nothing is loaded here: the files are found, and what they say of themselves is read and compared. A further condition
+on two files belongs into recipe.check_pair, one on the files and the base into check_base.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ def find_loras(args) -> dict[str, Path]:
 def with_base(args: cli.Settings, paths: dict[str, Path]) -> cli.Settings:
     """Return the settings with the base that the LoRA files name, where the command line names none.
 
-    InputError where they name none either, or one that cannot be found.
+    Raise InputError where they name none either, or one that cannot be found.
     """
     if args.pretrained_model_name_or_path:
         return args
@@ -72,7 +73,8 @@ def with_base(args: cli.Settings, paths: dict[str, Path]) -> cli.Settings:
 def read_recipes(args, paths: dict[str, Path]) -> tuple[Recipe, Schedule | None]:
     """Return what both files say, checked against each other and the base: the recipe, and the steps of both.
 
-    Of files that were not trained here that is NO_RECIPE, and None where no timesteps are given.
+    Files that were not trained here have NO_RECIPE, and no steps (None) unless --flow_custom_timesteps gives them.
+    Raise InputError where the files do not go together.
     """
     recipes = {phase: read_recipe(path, required=False) for phase, path in paths.items()}
     silent = [str(paths[phase]) for phase, recipe in recipes.items() if recipe is None]

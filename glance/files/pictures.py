@@ -1,4 +1,7 @@
-"""Pictures as files: whether one can be written, asked before it is drawn; and --compare's, with labels."""
+"""Can a picture be written, asked before it is drawn, and how does --compare put several into one?
+
+What a kind of file can hold is asked of Pillow, not listed here. The layout of a comparison may be changed freely.
+"""
 
 import bisect
 import io
@@ -49,12 +52,12 @@ def check_output(output: Path, names: list[Path], size: tuple[int, int] | None) 
 
 
 def _kind(path: Path) -> str | None:
-    """What Pillow calls the kind of file that a name says, such as PNG; None where it knows none."""
+    """Return Pillow's word for the kind of file that a name says, such as PNG; None where it knows none."""
     return Image.registered_extensions().get(path.suffix.lower())
 
 
 def _can_be_written(kind: str, size: tuple[int, int]) -> bool:
-    """Whether Pillow writes such a picture and, where it reads that kind, gets the same size back: some shrink it."""
+    """Return whether Pillow writes such a picture and, if it reads it, gets the same size back: some shrink it."""
     if kind == "JPEG" and max(size) > JPEG_LIMIT:
         return False
     buffer = io.BytesIO()
@@ -78,7 +81,7 @@ def _check_name(path: Path) -> None:
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a picture, whole or not at all; InputError where the disk refuses."""
+    """Write a picture, whole or not at all; raise InputError where it cannot be written."""
     kind = _kind(path)
     image = image.convert("RGB") if kind == "JPEG" else image  # some draw RGBA
     try:
@@ -92,19 +95,21 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 
 def comparison_size(picture: tuple[int, int], columns: int, rows: int) -> tuple[int, int]:
-    """Width and height of a comparison of pictures of this width and height, all in pixels."""
-    (width, height), count = _shown_size(picture), rows
-    return columns * (width + GAP) + GAP, count * (height + 3 * LINE + GAP) + GAP
+    """Return (width, height) of a comparison of pictures of this (width, height), all in pixels."""
+    width, height = _shown_size(picture)
+    return columns * (width + GAP) + GAP, rows * (height + 3 * LINE + GAP) + GAP
 
 
 def _shown_size(picture: tuple[int, int]) -> tuple[int, int]:
+    """Return (width, height) of a picture in a comparison, where small ones are enlarged."""
     scale = max(1, round(LEAST_WIDTH / picture[0]))
     return scale * picture[0], scale * picture[1]
 
 
 def draw_row(row: list[tuple], prompt: str) -> Image.Image:
-    """A comparison of one prompt: its (label, image, seconds, model calls) beside each other."""
-    size, font = row[0][1].size, ImageFont.load_default(16)
+    """Return a comparison of one prompt: its (label, image, seconds, model calls) beside each other."""
+    size = row[0][1].size
+    font = ImageFont.load_default(16)
     width, height = _shown_size(size)
     canvas = Image.new("RGB", comparison_size(size, len(row), 1), "white")
     draw = ImageDraw.Draw(canvas)
@@ -118,7 +123,7 @@ def draw_row(row: list[tuple], prompt: str) -> Image.Image:
 
 
 def _shortened(text: str, font, width: int) -> str:
-    """The text on one line, as much of it as fits into so many pixels."""
+    """Return the text on one line, as much of it as fits into `width` pixels."""
     text = " ".join(text.split())[:width]  # no letter is less than a pixel wide
     if font.getlength(text) <= width:
         return text
@@ -127,7 +132,7 @@ def _shortened(text: str, font, width: int) -> str:
 
 
 def stack_rows(rows: list[Image.Image]) -> Image.Image:
-    """One comparison of several, below each other."""
+    """Return several comparisons as one picture, below each other."""
     canvas = Image.new("RGB", (max(row.width for row in rows), sum(row.height - GAP for row in rows) + GAP), "white")
     top = 0
     for row in rows:

@@ -18,7 +18,7 @@ HEADER_LIMIT = 16 * 2**20  # bytes; that of a LoRA on every layer of the largest
 
 
 def shown(value) -> str:
-    """What a file says, for an error message: on one line, without control characters, not too long."""
+    """Return a value for an error message: on one line, without control characters, not too long."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -42,7 +42,7 @@ def are_timesteps(value) -> bool:
 
 
 def are_coefficients(value) -> bool:
-    """Of a fitted solver, [a, c] for each step; near [1, 0], which is Euler's."""
+    """Return whether it is None or a fitted solver's [a, c] for each step; [1, 0] would be Euler's."""
     return value is None or (
         isinstance(value, list)
         and len(value) <= 1000
@@ -63,7 +63,7 @@ def checked(fits, **default):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a LoRA file says of itself: what infer_glance.py must do as training did, and where the LoRA comes from.
+    """A LoRA file's account of itself: what infer_glance.py must do as training did, and where the LoRA comes from.
 
     A field with a default is one that files of earlier versions lack, and what they mean by it. As JSON a recipe has
     the fields in this order.
@@ -88,9 +88,9 @@ class Recipe:
     run: str | None = checked(lambda value: value is None or is_text(value), default=None)  # digest of all settings
 
     def as_dict(self) -> dict:
-        """Return it as a file says it; a recipe whose run is not known says nothing of it."""
-        said = {part.name: getattr(self, part.name) for part in fields(self)}
-        return {name: value for name, value in said.items() if name != "run" or value is not None}
+        """Return the fields as a file has them; `run` is left out where it is not known."""
+        entries = {part.name: getattr(self, part.name) for part in fields(self)}
+        return {name: value for name, value in entries.items() if name != "run" or value is not None}
 
     def to_json(self) -> str:
         return json.dumps(
@@ -101,9 +101,10 @@ class Recipe:
     def from_json(cls, text: str) -> "Recipe":
         """Return the recipe, every field checked. Raise KeyError for one that is missing; TypeError, ValueError,
         OverflowError or RecursionError for one that is wrong."""
-        said, values = json.loads(text), {}
+        entries = json.loads(text)
+        values = {}
         for part in fields(cls):
-            value = said[part.name] if part.default is MISSING else said.get(part.name, part.default)
+            value = entries[part.name] if part.default is MISSING else entries.get(part.name, part.default)
             if not part.metadata["fits"](value):
                 raise ValueError(f"{part.name} {shown(value)}")
             values[part.name] = value
@@ -114,7 +115,7 @@ class Recipe:
         return cls(**values)
 
 
-# What two files of other trainers say: nothing, so that all is left to flags and the pipeline.
+# Stands for the recipe of files from other trainers, which have none: all is left to the flags and the pipeline.
 NO_RECIPE = Recipe(
     phase="",
     timesteps=[],
@@ -133,7 +134,7 @@ NO_RECIPE = Recipe(
 
 
 def read_header(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file; InputError where it is none."""
+    """Return the metadata of a safetensors file; raise InputError where it is none."""
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -146,9 +147,9 @@ def read_header(path: str | Path) -> dict[str, str]:
 
 
 def read_recipe(path: str | Path, required: bool = True) -> Recipe | None:
-    """Return the recipe stored with a LoRA file, every entry checked; InputError names what is missing or wrong.
+    """Return the recipe stored with a LoRA file, checked; raise InputError for an entry that is missing or wrong.
 
-    A file that was not written here has none: an InputError too, or None if not `required`.
+    A file that was not written here has none: raise InputError too, or return None if it is not `required`.
     """
     header = read_header(path)
     if "glance" not in header:
@@ -189,9 +190,9 @@ def check_pair(recipes: dict[str, Recipe], paths: dict[str, Path]) -> None:
 
 
 def schedule_of(recipes: dict[str, Recipe]) -> Schedule:
-    """Return the steps of a pair, by phase, one after the other: all of a Schedule that files know.
+    """Return a pair's Schedule as far as files hold it: the timesteps by phase, and the solver's coefficients.
 
-    What the model is told there, and how guidance is switched off, is asked of the pipeline.
+    The model's timesteps, and how guidance is switched off, are asked of the pipeline.
     """
     fitted = [recipe.coefficients for recipe in recipes.values()]
     phases = {phase: recipe.timesteps for phase, recipe in recipes.items()}

@@ -1,4 +1,7 @@
-"""SimpleTuner's dataloader JSON, by its documentation: the entry that holds the image, its caption and its size."""
+"""Which image, caption and size does a SimpleTuner dataloader JSON mean, by SimpleTuner's documentation?
+
+What Glance can follow is in the tables on top; a key that would change what is learned is refused, not overlooked.
+"""
 
 import json
 import logging
@@ -49,8 +52,10 @@ def refusal(key: str, value, hint: str) -> InputError:
 
 
 def read_backend(path: str | Path) -> dict:
-    """The one enabled entry of images, its null keys left out; InputError where there is none or several, or where it
-    asks for what Glance does not do."""
+    """Return the one enabled entry of images, without its null keys.
+
+    Raise InputError where there is none or several, or where it asks for what Glance does not do.
+    """
     try:
         entries = json.loads(read_text(path, "--data_backend_config "), object_pairs_hook=unique_pairs)
     except (ValueError, RecursionError) as error:
@@ -106,8 +111,10 @@ def check_supported(entry: dict, keys: Iterable[str]) -> None:
 
 
 def directory_of(entry: dict) -> str:
-    """The folder that holds the image, in itself or below; the guide "Glance-style single-sample LoRA" calls it
-    image_dir."""
+    """Return the folder that holds the image, in itself or below; raise InputError where none is named.
+
+    The guide "Glance-style single-sample LoRA" calls it image_dir.
+    """
     given = {entry[key] for key in ("instance_data_dir", "image_dir") if key in entry}
     if len(given) != 1 or "" in given:
         raise InputError(
@@ -118,9 +125,10 @@ def directory_of(entry: dict) -> str:
 
 
 def side_of(entry: dict) -> int | None:
-    """The side in pixels of the square that `resolution` means, None where it is not given.
+    """Return the side in pixels of the square that `resolution` means; None where it is not given.
 
-    Of an area in megapixels, 1.0 is 1024x1024; SimpleTuner rounds the sides to multiples of 64.
+    Of an area in megapixels, 1.0 is 1024x1024; SimpleTuner rounds the sides to multiples of 64. Raise InputError where
+    it is no whole number of pixels from 16 to MAX_SIDE.
     """
     if "resolution" not in entry:
         return None
@@ -138,7 +146,7 @@ def side_of(entry: dict) -> int | None:
 
 
 def caption_of(entry: dict, image: Path) -> str:
-    """The image's caption by the entry's strategy: the text beside it unless another is named."""
+    """Return the image's caption by the entry's strategy: the text beside it unless another is named."""
     prompt, strategy = entry.get("instance_prompt", "").strip(), entry.get("caption_strategy", "textfile")
     only = strategy == "instanceprompt" or entry.get("only_instance_prompt")
     if (only or entry.get("prepend_instance_prompt")) and not prompt:
@@ -158,26 +166,28 @@ def caption_of(entry: dict, image: Path) -> str:
 
 
 def check_shape(entry: dict, width: int, height: int) -> None:
-    """InputError where SimpleTuner would leave out an image of this size in pixels, or would not make of it the square
-    around its center."""
-    found, ratio = f"the image is {width}x{height}", width / height
+    """Raise InputError where SimpleTuner would leave out an image of this size in pixels, or would not crop it to the
+    square around its center."""
+    size_text, ratio = f"the image is {width}x{height}", width / height
     kind = entry.get("resolution_type", "pixel_area")
     size = {"pixel": min(width, height), "pixel_area": math.sqrt(width * height), "area": width * height / 1e6}[kind]
     if size < entry.get("minimum_image_size", 0):
-        raise refusal("minimum_image_size", entry["minimum_image_size"], f"{found}, which this leaves out")
+        raise refusal("minimum_image_size", entry["minimum_image_size"], f"{size_text}, which this leaves out")
     for key, fits in {
         "minimum_aspect_ratio": ratio >= entry.get("minimum_aspect_ratio", ratio),
         "maximum_aspect_ratio": ratio <= entry.get("maximum_aspect_ratio", ratio),
     }.items():
         if not fits:
-            raise refusal(key, entry[key], f"{found}, which this leaves out")
+            raise refusal(key, entry[key], f"{size_text}, which this leaves out")
     target = entry.get("target_downsample_size", entry.get("resolution"))
     if target != entry.get("resolution") and size > entry.get("maximum_image_size", math.inf):
-        raise refusal("target_downsample_size", target, f"{found}; Glance scales it to the resolution and no further")
+        raise refusal(
+            "target_downsample_size", target, f"{size_text}; Glance scales it to the resolution and no further"
+        )
     square = {"crop": (True,), "crop_aspect": ("square",), "crop_style": ("center", "centre")}
     for key, supported in square.items():
         if entry.get(key, supported[0]) not in supported and round(ratio, 2) != 1:
             hint = "Glance crops to the size that is asked for, around the center"
-            raise refusal(key, entry[key], f"{found}, and {hint}; crop it yourself, or give --height and --width")
+            raise refusal(key, entry[key], f"{size_text}, and {hint}; crop it yourself, or give --height and --width")
     if entry.get("crop_aspect") == "random":
         raise refusal("crop_aspect", "random", 'Glance learns from one size; give "square"')
