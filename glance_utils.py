@@ -1,4 +1,7 @@
-"""Glance's parts, to import or to copy: the schedule, the losses, the ten-step sampler, LoRA files.
+"""Glance in one file, to import or to copy: lists of timesteps, the losses, the sampler, the hand-off of two LoRAs.
+
+It needs torch, diffusers and peft, and nothing else of this project. What only the pipeline knows (its schedule, its
+latents' layout, its velocity) is asked of it in glance/ask/, which with this file trains on any pipeline.
 
 Notation (Glance, arXiv 2512.02899, and rectified flow as in diffusers' FlowMatchEulerDiscreteScheduler):
 
@@ -7,8 +10,6 @@ Notation (Glance, arXiv 2512.02899, and rectified flow as in diffusers' FlowMatc
     noisy      (1 - sigma) * latents + sigma * noise
     velocity   what the model predicts; its target is noise - latents
     Euler      x_next = x + (sigma_next - sigma) * velocity
-
-What only the pipeline knows (its schedule, its latents' layout, its velocity) is asked of it in glance/ask/.
 """
 
 import contextlib
@@ -112,8 +113,8 @@ def parse_timesteps(text: str, name: str = "--flow_custom_timesteps") -> list[li
 
 
 def grid_positions(grid: str, count: int, base_steps: int) -> list[int]:
-    """Which `count` of the model's own steps to keep, 0-based: "glance" is the published grid, scaled where it is not
-    ten of 50; "even" is every n-th."""
+    """Return which `count` of the model's own steps to keep, 0-based: "glance" is the published grid, scaled where it
+    is not ten of 50; "even" is every n-th."""
     if grid == "even":
         return [base_steps * index // count for index in range(count)]
     if grid != "glance":
@@ -142,7 +143,7 @@ def derive_timesteps(base_timesteps: list[float], positions: list[int] | None = 
 
 
 def timestep_order(num_timesteps: int, count: int, mode: str, generator: torch.Generator) -> torch.Tensor:
-    """Which timestep each of `count` training steps uses, int64 (count,).
+    """Return which timestep each of `count` training steps uses, int64 (count,).
 
     "stratified": every round of `num_timesteps` steps visits each once, shuffled. "random": uniform with replacement;
     in half of all 60-step runs it draws one of five timesteps at least twice as often as another.
@@ -154,31 +155,27 @@ def timestep_order(num_timesteps: int, count: int, mode: str, generator: torch.G
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The flow-matching loss
+# The losses: flow matching's, and the trajectory's, which is velocity_loss to the slope of segment_slopes
 
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Point at noise level sigma on the straight path from latents (B, ...) to noise (B, ...), in float32."""
+    """Return the point at noise level sigma on the straight path from latents (B, ...) to noise (B, ...), float32."""
     sigma = sigma if isinstance(sigma, torch.Tensor) else float(sigma)
     return (1 - sigma) * latents.float() + sigma * noise.float()
 
 
 def flow_matching_loss(velocity: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """mean((velocity - (noise - latents))**2) in float32, the same weight for every sigma."""
+    """Return mean((velocity - (noise - latents))**2) in float32, the same weight for every sigma."""
     return velocity_loss(velocity, noise.float() - latents.float())
 
 
 def velocity_loss(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """mean((velocity - target)**2) in float32."""
+    """Return mean((velocity - target)**2) in float32."""
     return F.mse_loss(velocity.float(), target.float())
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The trajectory loss: velocity_loss to the slope with which one step lands where the model's many small ones do
-
-
 def segment_slopes(points: list[torch.Tensor], sigmas: list[float]) -> list[torch.Tensor]:
-    """The velocities whose Euler steps lead from each of the latents, at `sigmas`, to the next; one fewer."""
+    """Return the velocities whose Euler steps lead from each of the latents, at `sigmas`, to the next; one fewer."""
     return [(end - start) / (low - high) for start, end, high, low in zip(points, points[1:], sigmas, sigmas[1:])]
 
 
@@ -187,7 +184,7 @@ def segment_slopes(points: list[torch.Tensor], sigmas: list[float]) -> list[torc
 
 
 def component_class(kind: tuple[str, str]) -> type:
-    """The class that a pipeline's config names for a component, as (library, class).
+    """Return the class that a pipeline's config names for a component, as (library, class).
 
     The config comes with the weights and importing runs code, so only diffusers, transformers and what this process
     has imported itself are looked in (diffusers' own rule).
@@ -203,7 +200,7 @@ def component_class(kind: tuple[str, str]) -> type:
 
 
 def denoiser_name(config: dict) -> str | None:
-    """Which of a pipeline's components denoises: the first by name whose forward takes a timestep, None if none does.
+    """Return which of a pipeline's components denoises: the first by name whose forward takes a timestep, or None.
 
     `config` is the content of a model_index.json, or a pipeline's own `config`, which is the same.
     """
@@ -216,12 +213,12 @@ def denoiser_name(config: dict) -> str | None:
 
 
 def denoiser(pipe: DiffusionPipeline) -> torch.nn.Module:
-    """The model that predicts the velocity, a transformer in nearly every pipeline."""
+    """Return the model that predicts the velocity, a transformer in nearly every pipeline."""
     return getattr(pipe, denoiser_name(pipe.config))
 
 
 def counts_image(scheduler) -> bool:
-    """Whether its sigmas are the image's share, 1 - sigma: they ascend, and the model predicts latents - noise."""
+    """Return whether its sigmas are the image's share, 1 - sigma: they ascend, the model predicts latents - noise."""
     return bool(scheduler.config.get("invert_sigmas"))
 
 
@@ -286,7 +283,7 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
         self._begin_at(begin_index)
 
     def index_for_timestep(self, timestep, schedule_timesteps=None) -> int:
-        """The first of the steps whose timestep is nearest: some are told alike, and some pipelines round them."""
+        """Return the first of the steps whose timestep is nearest: some are alike, and some pipelines round them."""
         return int((self.timesteps.float() - torch.as_tensor(timestep).to(self.timesteps)).abs().argmin())
 
     def scale_noise(self, sample, timestep, noise=None):
@@ -305,11 +302,11 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
         index = self.step_index
         timestep = self.timesteps[index]  # some pipelines round it to an integer
         if self.config.coefficients is not None:
-            (own, share), velocity = self.config.coefficients[index], model_output.float()
-            before = self.velocities.get(index - 1)
-            if before is None:  # the first step that is executed: Euler's, unless it is the schedule's first as well
-                own, before = 1.0 if share else own, 0.0
-            model_output = (own * velocity + share * before).to(model_output.dtype)
+            (a, c), velocity = self.config.coefficients[index], model_output.float()
+            previous = self.velocities.get(index - 1)
+            if previous is None:  # the first step that is executed: Euler's, unless it is the schedule's first as well
+                a, previous = 1.0 if c else a, 0.0
+            model_output = (a * velocity + c * previous).to(model_output.dtype)
             self.velocities = {step: self.velocities[step] for step in {index - 1} & set(self.velocities)}
             self.velocities[index] = velocity
         result = super().step(model_output, timestep, sample, *args, **kwargs)
