@@ -31,7 +31,8 @@ def as_script(hint: str, parse: Callable[[], Settings] | None = None) -> Setting
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    sys.stdout.reconfigure(errors="backslashreplace")  # a caption that the terminal cannot show ends no run
+    if sys.stdout:  # a caption that the terminal cannot show ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return parse and parse()
     except argparse.ArgumentError as error:

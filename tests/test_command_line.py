@@ -134,3 +134,13 @@ def test_nothing_writes_to_settings(tmp_path):
             settings.replace(sede=1)
         other = settings.replace(seed=7)
         assert isinstance(other, Settings) and vars(other) == before | {"seed": 7} and vars(settings) == before
+
+
+def test_output_that_nobody_can_show_ends_no_run():
+    """Neither a terminal without the letters of a caption nor one that is closed."""
+    code = "from glance import start; start.as_script('', None); print('红 ring')"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    for redirection, shown in (("", "\\u7ea2 ring\n"), (">&-", "")):
+        command = ["bash", "-c", f'"$0" -c "$1" {redirection}', sys.executable, code]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+        assert (done.returncode, done.stdout, done.stderr) == (0, shown, "")
