@@ -1,4 +1,7 @@
-"""LoRAs inside a denoiser: which of its layers they adapt, and how they compute while they are trained."""
+"""Which of a denoiser's layers does a LoRA adapt, and how does it compute, in training and when it is fused?
+
+The layers of a new architecture belong in the two expressions below; no model is named here.
+"""
 
 import contextlib
 import re
@@ -20,8 +23,11 @@ FEED_FORWARD = re.compile(r"(ff\w*|feed_forward\w*|\w*mlp)\..+")
 
 
 def lora_layers(transformer, names: str | None = None) -> list[str]:
-    """Full names of the linear layers in the transformer's blocks to adapt: by default DEFAULT_LAYERS, or those that
-    end in one of the comma-separated `names`. InputError lists candidates where nothing matches."""
+    """Return the full names of the linear layers in the transformer's blocks that a LoRA adapts.
+
+    These are DEFAULT_LAYERS, or those that end in one of the comma-separated `names`. Raise InputError, which lists
+    the candidates, where nothing matches.
+    """
     linear = {
         name: module
         for name, module in transformer.named_modules()
@@ -42,7 +48,7 @@ def lora_layers(transformer, names: str | None = None) -> list[str]:
 
 
 def _is_default(name: str, module: torch.nn.Linear) -> bool:
-    """Whether a LoRA adapts this layer by default; the output of an MLP is the layer that makes it narrow again."""
+    """Return whether a LoRA adapts this layer by default; an MLP's output layer is the one that narrows it again."""
     in_block = name.split(".", 1)[1]
     if re.search(rf"(^|\.){FEED_FORWARD.pattern}$", in_block):
         return module.in_features > module.out_features
@@ -50,7 +56,7 @@ def _is_default(name: str, module: torch.nn.Linear) -> bool:
 
 
 def with_adapters(transformer):
-    """The transformer itself, with diffusers' LoRA methods mixed in where its class lacks them."""
+    """Return the transformer itself, with diffusers' LoRA methods mixed in where its class lacks them."""
     if not isinstance(transformer, PeftAdapterMixin):
         kind = type(transformer)
         transformer.__class__ = type(kind.__name__, (kind, PeftAdapterMixin), {"__module__": kind.__module__})
@@ -69,6 +75,7 @@ def compute_as_saved(transformer) -> None:
 
 
 def _forward_as_saved(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
+    """Return the layer's output (..., out) for x (..., in), the active LoRAs added in x's dtype."""
     result = layer.base_layer(x)
     for name in [] if layer.disable_adapters else layer.active_adapters:
         if name in layer.lora_A:
@@ -83,7 +90,8 @@ def fused_adapters(transformer):
     """Yield a function like `activate_adapter` that adds the LoRA to the base's own weights: then it costs no time.
 
     Each is added to a copy of the base's weights, never to what another left: afterwards the base is as it was, to
-    the bit. It takes the memory of the adapted layers once more. Adapters that are active act beside it.
+    the bit. It takes the memory of the adapted layers once more. Adapters that are active act beside it. Raise
+    InputError for adapters that cannot be added to the weights.
     """
     layers = adapted_layers(transformer)
     for layer in layers:

@@ -1,4 +1,7 @@
-"""Load the frozen base so that it fits: quantized while it is read, offloaded by groups, straight onto its device."""
+"""How is the frozen base loaded so that it fits? Quantized while it is read, offloaded by groups, onto its device.
+
+Ways to load it, and corrections of what the libraries do to a frozen model, may be added; nothing here trains.
+"""
 
 import contextlib
 import functools
@@ -16,15 +19,15 @@ from glance.ask.pipeline import find_denoiser, loading, read_model_index
 from glance_utils import InputError, replaced
 
 
-def identify(path: str, revision: str | None = None, **where) -> str:
+def identify(path: str, revision: str | None = None, **load_kwargs) -> str:
     """Return what tells the base at `path` from every other one: "NAME at COMMIT" of a hub id, "files DIGEST" of a
     folder.
 
     A folder is known by what its components' files hold, wherever it lies and however it was copied: all of a file up
-    to 4 MB, of a larger one 1,024 parts of 4 kB, evenly spaced, which leave no large tensor out. InputError where
-    there is no pipeline.
+    to 4 MB, of a larger one 1,024 parts of 4 kB, evenly spaced, which leave no large tensor out. Raise InputError
+    where there is no pipeline.
     """
-    components = read_model_index(path, revision=revision, **where)
+    components = read_model_index(path, revision=revision, **load_kwargs)
     folder = Path(path)
     if not folder.is_dir():
         cached = try_to_load_from_cache(path, "model_index.json", revision=revision)  # it was just read
@@ -44,15 +47,17 @@ def identify(path: str, revision: str | None = None, **where) -> str:
 
 
 def quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """bitsandbytes' config where it does the work: 4-bit NormalFloat, computing in `dtype`, or LLM.int8()."""
+    """Return the config for bitsandbytes' 4-bit NormalFloat, computing in `dtype`, or LLM.int8(); None for others."""
     if quantization == "nf4":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    return BitsAndBytesConfig(load_in_8bit=True) if quantization == "int8" else None
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return None
 
 
 @contextlib.contextmanager
 def bitsandbytes_on_any_device(device: torch.device):
-    """bitsandbytes computes on CPUs too; diffusers' check for a GPU is from before it did."""
+    """Let diffusers load bitsandbytes' layers onto a CPU inside; its check for a GPU is from before they could."""
     with contextlib.ExitStack() as stack:
         if device.type == "cpu":
             for quantizer in (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer):
@@ -67,17 +72,18 @@ def load_transformer(
     quantization: str = "none",
     group_offload: bool = False,
     part: str | None = None,
-    **where,
+    **load_kwargs,
 ) -> torch.nn.Module:
-    """The denoiser of the pipeline at `path`, or another `part` of its class, frozen: shard by shard onto `device`.
+    """Load the denoiser of the pipeline at `path`, or another `part` of its class, frozen, by shards onto `device`.
 
     nf4 and int8 are bitsandbytes' layers, made as the shards are read; fp8 keeps the linear layers' weights in
     float8_e4m3 and computes in `dtype` (diffusers' layerwise casting). With `group_offload` the weights stay in host
-    memory and visit the device a layer at a time, the next one on its way while this one computes.
+    memory and visit the device a layer at a time, the next one on its way while this one computes. Raise InputError
+    where it cannot be loaded, or where the two are asked for together.
     """
     check_combination(quantization, group_offload)
     target = torch.device("cpu") if group_offload or quantization == "fp8" else device
-    name, kind = find_denoiser(path, **where)
+    name, kind = find_denoiser(path, **load_kwargs)
     with loading(path), bitsandbytes_on_any_device(target):
         transformer = kind.from_pretrained(
             path,
@@ -86,7 +92,7 @@ def load_transformer(
             quantization_config=quantization_config(quantization, dtype),
             device_map={"": target},
             use_safetensors=True,
-            **where,
+            **load_kwargs,
         )
     transformer.requires_grad_(False)
     if quantization == "nf4":
@@ -106,21 +112,27 @@ def load_transformer(
 
 @functools.cache
 def forget_frozen_inputs() -> None:
-    """bitsandbytes keeps each 8-bit layer's input where checkpointing cannot see it; a frozen weight needs none."""
+    """Let bitsandbytes' 8-bit layers drop their input, which a frozen weight's backward does not need.
+
+    They keep it where gradient checkpointing cannot see it.
+    """
     for kind in (MatMul8bitLt, MatMul8bitFp):
 
-        def forward(ctx, *args, own=kind.forward, kind=kind):
-            output = own(ctx, *args)
+        def forward(ctx, *args, original=kind.forward, kind=kind):
+            output = original(ctx, *args)
             if not ctx.needs_input_grad[1]:
-                ctx.A, ctx.tensors = None, (None, None, None)
+                ctx.A = None
+                ctx.tensors = (None, None, None)
             return output
 
         kind.forward = staticmethod(forward)
 
 
 def group_offload_arguments(device: torch.device) -> dict:
-    """Layer by layer, the next one copied while this one computes; its memory is not given to another before the
-    device is done with it, backward pass included."""
+    """Return diffusers' arguments for offload layer by layer, the next one copied while this one computes.
+
+    A layer's memory is not given to another before the device is done with it, backward pass included.
+    """
     streams = device.type == "cuda"
     arguments = {"onload_device": device, "offload_device": torch.device("cpu"), "offload_type": "leaf_level"}
     return arguments | {"use_stream": streams, "record_stream": streams}
@@ -129,7 +141,7 @@ def group_offload_arguments(device: torch.device) -> dict:
 def enable_gradient_checkpointing(transformer: torch.nn.Module) -> None:
     """Keep each block's input alone and compute the block again for its gradients.
 
-    The same as diffusers' default but for keyword arguments, which some of its models give and that does not take.
+    This is diffusers' default but for keyword arguments, which some of its models give and the default does not take.
     """
 
     def checkpointed(block, *args, **kwargs):
@@ -139,7 +151,7 @@ def enable_gradient_checkpointing(transformer: torch.nn.Module) -> None:
 
 
 def compile_blocks(transformer: torch.nn.Module) -> None:
-    """Compile the blocks that repeat, once for all of them; InputError where the model does not name them."""
+    """Compile the blocks that repeat, once for all of them; raise InputError where the model does not name them."""
     try:
         transformer.compile_repeated_blocks()
     except ValueError as error:
@@ -147,6 +159,7 @@ def compile_blocks(transformer: torch.nn.Module) -> None:
 
 
 def check_combination(quantization: str, group_offload: bool) -> None:
+    """Raise InputError where quantization and group offload are asked for together."""
     if group_offload and quantization != "none":
         raise InputError(
             f"--enable_group_offload moves full weights; it does not go with --quantization {quantization}: "

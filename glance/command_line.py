@@ -1,4 +1,4 @@
-"""The command line of the scripts: one-line errors, and a --config file whose keys are the flags.
+"""How is a script's command line read? With one-line errors, and a --config file whose keys are the flags.
 
 What is wrong with what the user wrote is an argparse.ArgumentError here: glance_utils' InputError would import torch,
 and a mistyped flag is answered before. `run` ends both in the same line. Only the standard library and yaml are
@@ -25,14 +25,14 @@ SWITCH_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": Fal
 
 
 def mistake(message: str) -> argparse.ArgumentError:
-    """Return what is raised where something that the user wrote cannot be used: one line that says how to mend it."""
+    """Return the error for something that the user wrote and that cannot be used: a line that says how to mend it."""
     return argparse.ArgumentError(None, message)
 
 
 class Settings:
-    """The flags' values as attributes, and what is made of them; `vars` gives all of them.
+    """The flags' values, and those derived from them, as attributes; `vars` gives all of them.
 
-    Frozen: what knows better returns others, by `replace`.
+    They are frozen: a function that changes some returns new settings, by `replace`.
     """
 
     def __init__(self, values: dict):
@@ -52,21 +52,22 @@ class Settings:
 
 
 def check_unique(keys: list) -> None:
-    """Raise ValueError where a key is there twice, of which the last would win unseen."""
+    """Raise ValueError where a key is there twice: the last would win unseen."""
     for key in keys:
         if keys.count(key) > 1:
             raise ValueError(f"the key {str(key)[:100]!r} is there twice; keep one")
 
 
 def unique_pairs(pairs: list[tuple]) -> dict:
-    """A JSON object in which each key is there once."""
+    """Return a JSON object's pairs as a dict; raise ValueError where a key is there twice."""
     check_unique([key for key, _ in pairs])
     return dict(pairs)
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML in its version 1.2: of plain words only true, false, null and decimal, 0o or 0x numbers are no text. PyYAML
-    follows version 1.1, where no, 2024-01-01, 12:30:45 and 010 are not what they say.
+    """A loader of YAML 1.2, where all plain words are text but true, false, null and decimal, 0o or 0x numbers.
+
+    PyYAML follows version 1.1, which reads no, 2024-01-01, 12:30:45 and 010 as other things than these texts.
 
     Each key is there once, and there are no aliases, by which a few lines could stand for gigabytes.
     """
@@ -106,7 +107,7 @@ for kind in ("int", "float"):
 
 
 class TextLoader(PlainLoader):
-    """The same, but numbers, true and false as they are written."""
+    """A PlainLoader that leaves numbers, true and false as they are written."""
 
 
 for kind in ("int", "float", "bool"):
@@ -114,9 +115,11 @@ for kind in ("int", "float", "bool"):
 
 
 def read_settings(path: str) -> dict:
-    """A --config file's settings by key: text as written (JSON's true and false are bool), None, lists of these, and
-    mappings, whose values have the types that YAML 1.2 or JSON gives them. ArgumentError
-    where it holds anything else."""
+    """Return a --config file's settings by key.
+
+    A value is text as written (JSON's true and false are bool), None, a list of these, or a mapping, whose values have
+    the types that YAML 1.2 or JSON gives them. Raise ArgumentError where the file holds anything else.
+    """
     text = read_text(path, "--config ")
     try:
         if path.lower().endswith(".json"):
@@ -134,7 +137,7 @@ def read_settings(path: str) -> dict:
 
 
 def check_text(text: str, name: str, most: int = 10_000) -> str:
-    """The text itself, or ArgumentError where it is longer than people write or holds what they do not."""
+    """Return the text; raise ArgumentError where it has more than `most` characters, or control characters."""
     if len(text) > most:
         raise mistake(f"{name}: {len(text)} characters; at most {most} are read, so shorten it")
     for position, letter in enumerate(text):
@@ -144,7 +147,7 @@ def check_text(text: str, name: str, most: int = 10_000) -> str:
 
 
 def read_text(path: str | Path, name: str = "", most: int = 10_000) -> str:
-    """Return a file's text without its BOM; ArgumentError where it is not UTF-8 of at most `most` letters."""
+    """Return a file's text without its BOM; raise ArgumentError where it is not UTF-8 of at most `most` characters."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read(most + 1)
@@ -159,14 +162,14 @@ def read_text(path: str | Path, name: str = "", most: int = 10_000) -> str:
 
 
 def read_caption(path: Path) -> str:
-    """The caption in an image's text file; ArgumentError where there is none."""
+    """Return the caption in an image's text file; raise ArgumentError where there is none."""
     if not os.path.exists(path):
         raise mistake(f"{path}: no caption there; write one, or give --instance_prompt")
     return read_text(path, "caption ")
 
 
 def as_text(value) -> str:
-    """A setting of a config file as the command line would have it; ValueError where it is no text, number or word."""
+    """Return a config file's value as the command line has it; raise ValueError where it is no text or number."""
     if isinstance(value, bool):
         return str(value).lower()
     if not isinstance(value, str):
@@ -175,7 +178,7 @@ def as_text(value) -> str:
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Say the default of flags that take a value and have one."""
+    """A formatter that adds the default of flags that take a value and have one."""
 
     def _get_help_string(self, action):
         silent = action.nargs == 0 or action.default in (None, argparse.SUPPRESS, {})
@@ -229,7 +232,7 @@ class Parser(argparse.ArgumentParser):
         return arguments
 
     def _arguments_of(self, flag: str, action: argparse.Action, value) -> list[str]:
-        """What stands on the command line for this value of a config file; ValueError where nothing does."""
+        """Return the command line's words for this value of a config file; raise ValueError where there are none."""
         if value is None:
             return []
         if action.nargs == 0:  # a switch
@@ -237,7 +240,9 @@ class Parser(argparse.ArgumentParser):
             if on is None:
                 raise ValueError(f"is {value!r}; it takes true or false")
             off = "--no-" + flag.removeprefix("--")
-            return [flag] if on else [off] if off in self._option_string_actions else []
+            if on:
+                return [flag]
+            return [off] if off in self._option_string_actions else []
         if isinstance(value, dict) and action.type is json_object:
             return [f"{flag}={json.dumps(value)}"]
         items = [as_text(item) for item in (value if isinstance(value, list) else [value])]
@@ -249,7 +254,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(kind: type, most: float | None = None):
-    """An argparse type: a finite number above 0, an int at most a million or `most`."""
+    """Return an argparse type: a finite number above 0, an int at most a million or `most`."""
     most = most or (10**6 if kind is int else sys.float_info.max)
 
     def convert(text: str):
@@ -263,26 +268,26 @@ def positive(kind: type, most: float | None = None):
 
 
 def finite(text: str) -> float:
-    """An argparse type: a number."""
+    """Return a finite number; an argparse type."""
     if not math.isfinite(float(text)):
         raise argparse.ArgumentTypeError(f"{text} is not finite")
     return float(text)
 
 
 def count(text: str) -> int:
-    """An argparse type: a whole number, 0 or above."""
+    """Return a whole number from 0 to a million; an argparse type."""
     if not 0 <= int(text) <= 10**6:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and {10**6}")
     return int(text)
 
 
 def comma_separated(text: str) -> str:
-    """An argparse type: text that a config file may also give as a list."""
+    """Return the text, which a config file may also give as a list; an argparse type."""
     return text
 
 
 def one_or_two(text: str) -> dict[str, float]:
-    """An argparse type: one number for both phases or SLOW,FAST, as {"slow": ..., "fast": ...}."""
+    """Return one number for both phases, or SLOW,FAST, as {"slow": ..., "fast": ...}; an argparse type."""
     values = [float(value) for value in text.split(",")]
     if len(values) > 2 or not all(map(math.isfinite, values)):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor SLOW,FAST")
@@ -290,14 +295,14 @@ def one_or_two(text: str) -> dict[str, float]:
 
 
 def seed(text: str) -> int:
-    """An argparse type: what torch.Generator.manual_seed takes, with room for a few more."""
+    """Return a seed for torch.Generator.manual_seed, with room for a few after it; an argparse type."""
     if abs(int(text)) >= 2**63:
         raise argparse.ArgumentTypeError(f"{text} is too large; seeds have 63 bits")
     return int(text)
 
 
 def json_object(text: str) -> dict:
-    """An argparse type: a JSON object of arguments that have no flag of their own."""
+    """Return a JSON object of arguments that have no flag of their own; an argparse type."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -310,7 +315,7 @@ def json_object(text: str) -> dict:
 
 
 def read_prompts(path: str | None) -> list[str]:
-    """The lines of a --prompts_file that say something, [] where none is given."""
+    """Return the lines of a --prompts_file that are not blank, [] without one; raise ArgumentError for no line."""
     if not path:
         return []
     # Of what str.splitlines takes for ends of lines, some are part of a prompt, as U+2028.
@@ -324,12 +329,12 @@ def read_prompts(path: str | None) -> list[str]:
 
 
 def load_arguments(args: argparse.Namespace) -> dict:
-    """Which files of the base are meant, as diffusers' from_pretrained takes it."""
+    """Return which files of the base are meant, as arguments of diffusers' from_pretrained."""
     return {key: value for key in ("revision", "variant") if (value := getattr(args, key))}
 
 
 def set_up_logging() -> None:
-    """Our own messages, and only the errors of the libraries: a pipeline repeats its advice at every step."""
+    """Show our own messages, and only the errors of the libraries: a pipeline repeats its advice at every step."""
     import diffusers
     import transformers
 
@@ -342,11 +347,12 @@ def set_up_logging() -> None:
 
 
 def say_error(error: Exception) -> None:
+    """Write the error in one line, as argparse would."""
     sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
 
 
 def run(main) -> None:
-    """Call main(); what the user can mend ends in one line and exit code 2, a run that diverged in one line and 1."""
+    """Call main(); end with one line and exit code 2 for what the user can mend, with 1 for a run that diverged."""
     from glance_utils import InputError
 
     try:

@@ -1,4 +1,7 @@
-"""What every script does before it imports the libraries, which takes seconds and is not silent."""
+"""What does every script do before it imports the libraries, which takes seconds and is not silent?
+
+Only the standard library and command_line may be imported here: --help and a mistyped flag are answered by them.
+"""
 
 import argparse
 import logging
@@ -12,15 +15,16 @@ from glance.command_line import Settings, say_error
 
 
 def say_stopped(number: int, hint: str) -> None:
+    """Write in one line which signal ended the script, and the hint."""
     sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped by {signal.Signals(number).name}; {hint}\n")
 
 
 def as_script(hint: str, parse: Callable[[], Settings] | None = None) -> Settings | None:
-    """Return what `parse` makes of the command line; --help or a mistake there ends the process at once.
+    """Return the settings that `parse` reads off the command line; --help or a mistake there ends the process at once.
 
-    From here on Ctrl-C ends it in one line, with this hint, and the libraries speak of errors alone: bitsandbytes,
-    which peft imports, asks for a package that is not needed, and says at every layer that it casts; transformers asks
-    for torchvision while it is imported.
+    From here on Ctrl-C ends it in one line, with this hint, and the libraries log errors only. Otherwise bitsandbytes,
+    which peft imports, asks for a package that is not needed and reports every layer that it casts, and transformers
+    asks for torchvision while it is imported.
     """
 
     def leave(number, frame):
@@ -34,7 +38,7 @@ def as_script(hint: str, parse: Callable[[], Settings] | None = None) -> Setting
     if sys.stdout:  # a caption that the terminal cannot show ends no run
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return parse and parse()
+        return parse() if parse else None
     except argparse.ArgumentError as error:
         say_error(error)
         sys.exit(2)
