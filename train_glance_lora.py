@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
 import contextlib
 import functools
-import hashlib
 import signal
 from pathlib import Path
 
@@ -36,36 +35,21 @@ from glance import base as load_base
 from glance import command_line as cli
 from glance.adapters import compute_as_saved
 from glance.ask import latents as ask_latents
-from glance.ask import pipeline as ask
 from glance.ask.velocity import PipelineVelocity
 from glance.files import faults
-from glance.files.checkpoints import (
-    check_flags,
-    check_lora,
-    find_resume,
-    load_checkpoint,
-    run_settings,
-    save_checkpoint,
-    with_run,
-)
+from glance.files.checkpoints import save_checkpoint, with_run
 from glance.files.instance_data import load_pair
 from glance.files.lora import save_lora
-from glance.files.recipe import Recipe
 from glance.training import distribution, losses, trackers, trajectories
 from glance.training.draw_command import draw_command
 from glance.training.draws import Draws
 from glance.training.log import LossLog, check_finite
 from glance.training.model_card import create_hub_repo, draw_preview, push_to_hub, save_picture, write_model_card
 from glance.training.optimizer import TrainingState, make_optimizer
+from glance.training.phases import Phase, find_source, folders, plan_phases
 from glance.training.prepare import Prepared, dry_run, prepare_pipeline
 from glance.training.settings import complete
-from glance_utils import (
-    PHASES,
-    __version__,
-    denoiser,
-    denoiser_name,
-    timesteps_to_sigmas,
-)
+from glance_utils import PHASES, denoiser, denoiser_name, timesteps_to_sigmas
 
 
 logger = get_logger(__name__)
@@ -78,37 +62,11 @@ def parse_args(argv: list[str] | None = None) -> cli.Settings:
     return complete(flags.parse(argv))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Training
-
-
-def make_recipe(args, prepared: Prepared, phase: str, size: tuple[int, int]) -> Recipe:
-    """Return what infer_glance.py needs to know of a LoRA, stored in the header of its file."""
-    pipe, steps = prepared.models.pipe, prepared.steps
-    own = ask.accepted_arguments(pipe).get("guidance_scale")
-    return Recipe(
-        phase=phase,
-        timesteps=steps.phases[phase],
-        base_model=args.pretrained_model_name_or_path,
-        pipeline=type(pipe).__name__,
-        height=size[0],
-        width=size[1],
-        guidance_scale=own.default if args.guidance_scale is None and own is not None else args.guidance_scale,
-        pipeline_kwargs=args.pipeline_kwargs,
-        num_base_steps=args.num_base_steps,
-        grid=steps.grid,
-        coefficients=steps.coefficients_of(phase),
-        guidance=args.guidance,
-        loss=args.loss,
-        max_train_steps=args.max_train_steps,
-        rank=args.rank,
-        version=__version__,
-    )
-
-
 def fresh_adapter(args, accelerator, transformer, layers: list[str]) -> list[torch.nn.Parameter]:
-    """Add a float32 LoRA, or start the one that is there again: both phases train in the same one, so that nothing
-    is compiled twice. Returns its parameters."""
+    """Return the parameters of a float32 LoRA on these layers, as at the beginning of a phase.
+
+    Both phases train in the same adapter, which is added once, so that nothing is compiled twice.
+    """
     if not hasattr(transformer, "peft_config"):
         transformer.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=layers), ADAPTER)
         for parameter in transformer.parameters():
@@ -156,51 +114,41 @@ def make_draws(args, accelerator, prepared: Prepared, phase: str) -> Draws:
     )
 
 
-def train_phase(
-    args,
-    accelerator,
-    prepared: Prepared,
-    recipe: Recipe,
-    compared: dict,
-    done: int = 0,
-    checkpoint: dict | None = None,
-) -> Path | None:
+def train_phase(args, accelerator, prepared: Prepared, phase: Phase) -> Path | None:
     """Train one LoRA for --max_train_steps and leave it in the transformer.
 
-    `compared` are the settings that its checkpoints must have in common with a run that goes on from them; `done`
-    steps were trained in earlier phases; `checkpoint` is one of this phase to go on from. Where a signal asked to
-    stop, return the checkpoint that was written instead of going on.
+    Where a signal asked to stop, return the folder of the checkpoint that was written instead of going on.
     """
-    phase, pipe, answers = recipe.phase, prepared.models.pipe, prepared.answers
-    transformer = denoiser(pipe)
+    name, timesteps, answers = phase.recipe.phase, phase.recipe.timesteps, prepared.answers
+    pipe, transformer = prepared.models.pipe, denoiser(prepared.models.pipe)
     parameters = fresh_adapter(args, accelerator, transformer, answers.layers)
     optimizer, lr_scheduler = make_optimizer(args, parameters)
     model = PipelineVelocity(pipe, answers.timestep_table, answers.takes_timesteps, answers.takes_batches)
     model, optimizer = distribution.prepare(args, accelerator, model, parameters, optimizer)
-    objective, draws = make_objective(args, prepared, phase), make_draws(args, accelerator, prepared, phase)
-    log = LossLog(phase, recipe.timesteps)
+    objective, draws = make_objective(args, prepared, name), make_draws(args, accelerator, prepared, name)
+    log = LossLog(name, timesteps)
     state = TrainingState(transformer, ADAPTER, draws, optimizer, lr_scheduler, accelerator.scaler)
     step = 0
-    if checkpoint is not None:
-        step = checkpoint["step"]
-        state.restore(checkpoint, step * args.gradient_accumulation_steps)
+    if phase.checkpoint is not None:
+        step = phase.checkpoint["step"]
+        state.restore(phase.checkpoint, step * args.gradient_accumulation_steps)
     distribution.copy_from_first(accelerator, parameters)
 
     hidden = not accelerator.is_local_main_process
-    with tqdm(total=args.max_train_steps, initial=step, desc=phase, disable=hidden) as progress:
+    with tqdm(total=args.max_train_steps, initial=step, desc=name, disable=hidden) as progress:
         for draw in draws:
-            timesteps = [recipe.timesteps[position] for position in draw.positions]
+            chosen = [timesteps[position] for position in draw.positions]
             with accelerator.accumulate(model):
                 loss, by_timestep = losses.step_losses(model, objective, draw)
                 by_timestep = accelerator.gather(by_timestep.detach()[None]).mean(0).tolist()
                 mean_loss = log.add(draw.positions, by_timestep)
-                check_finite(mean_loss, "loss", phase, step + 1, max(timesteps))
+                check_finite(mean_loss, "loss", name, step + 1, max(chosen))
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     distribution.average_gradients(accelerator, parameters)
                     norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                     if norm is not None and accelerator.scaler is None:  # fp16's scaler leaves such a step out
-                        check_finite(float(norm), "gradients' norm", phase, step + 1, max(timesteps))
+                        check_finite(float(norm), "gradients' norm", name, step + 1, max(chosen))
                 optimizer.step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
@@ -208,27 +156,53 @@ def train_phase(
             step += 1
             lr_scheduler.step()
             progress.update()
-            shown = ",".join(f"{timestep:.0f}" for timestep in timesteps)
+            shown = ",".join(f"{timestep:.0f}" for timestep in chosen)
             progress.set_postfix(loss=f"{mean_loss:.4f}", timestep=shown, refresh=False)
-            trackers.log(accelerator, log.newest | {"lr": lr_scheduler.get_last_lr()[0]}, done + step)
+            total = phase.steps_before + step
+            trackers.log(accelerator, log.newest | {"lr": lr_scheduler.get_last_lr()[0]}, total)
             stop = accelerator.check_trigger()  # on every process, where a signal reached any
             due = args.checkpointing_steps and step % args.checkpointing_steps == 0
             if (stop or due) and accelerator.is_main_process:
-                content = state.content() | {"settings": compared, "step": step}
+                content = state.content() | {"settings": phase.compared, "step": step}
                 with faults.one_line_errors(args.output_dir):
-                    folder = save_checkpoint(args.output_dir, content, done + step, args.checkpoints_total_limit)
+                    folder = save_checkpoint(args.output_dir, content, total, args.checkpoints_total_limit)
                 logger.info(f"Saved {folder}")
             if stop:
-                return Path(args.output_dir) / f"checkpoint-{done + step}"
-    logger.info(f"  {phase}: mean loss {log.means()}")
+                return Path(args.output_dir) / f"checkpoint-{total}"
+    logger.info(f"  {name}: mean loss {log.means()}")
     accelerator.free_memory()
     return None
 
 
-def save_phase(prepared: Prepared, folder: Path, recipe: Recipe) -> Path:
-    """Write the LoRA that was just trained, with its recipe; return the file's path."""
+def train_phases(args, accelerator, prepared: Prepared, phases: list[Phase]) -> None:
+    """Train every phase that is not finished and write its LoRA; end the process where a signal asked to stop."""
+    # DeepSpeed's optimizer is in parts, which no checkpoint holds: there a signal ends the run at once.
+    resumable = not distribution.is_deepspeed(accelerator)
     name, transformer = denoiser_name(prepared.models.pipe.config), denoiser(prepared.models.pipe)
-    return save_lora(transformer, ADAPTER, folder, recipe, name)
+    with faults.signals_noted(accelerator.set_trigger) if resumable else contextlib.nullcontext([]) as noted:
+        for phase in phases:
+            if phase.finished:
+                logger.info(f"  {phase.recipe.phase}: finished before")
+                continue
+            timesteps = ", ".join(f"{timestep:.4f}" for timestep in phase.recipe.timesteps)
+            logger.info(f"  {phase.recipe.phase}: {timesteps}")
+            stopped = train_phase(args, accelerator, prepared, phase)
+            if stopped:
+                trackers.end(accelerator)
+                accelerator.end_training()
+                distribution.leave()
+                hint = f"go on with --resume_from_checkpoint {stopped}" if accelerator.is_main_process else None
+                faults.leave(*(noted or [signal.SIGTERM]), hint=hint)
+            if accelerator.is_main_process:
+                recipe = with_run(phase.recipe, phase.compared)
+                with faults.one_line_errors(args.output_dir):
+                    logger.info(f"Saved {save_lora(transformer, ADAPTER, phase.folder, recipe, name)}")
+    if accelerator.check_trigger():  # after the last step
+        hint = "its LoRAs are there; --resume_from_checkpoint latest writes the rest"
+        faults.leave(*(noted or [signal.SIGTERM]), hint=hint)
+    if ADAPTER in getattr(transformer, "peft_config", ()):
+        transformer.unload_lora()  # the base is as it was
+    accelerator.wait_for_everyone()
 
 
 def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
@@ -259,38 +233,23 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
 
 
 def train(args, accelerator, halves=None):
-    """The whole run, or its half with --parallel_phases, in an output folder that no other run writes to."""
+    """Do the whole run, or with --parallel_phases its half, in an output folder that no other run writes to."""
     image, caption, size = load_pair(args)
     captions = [caption, *(prompt for prompt in cli.read_prompts(args.prompts_file) if prompt != caption)]
-    content = [b"" if image is None else image.tobytes(), *(text.encode() for text in captions)]
-    learned = hashlib.sha256(b"\0".join(content)).hexdigest()
-    base = load_base.identify(args.pretrained_model_name_or_path, **cli.load_arguments(args))
-    state = load_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    if state is not None:
-        check_flags(state["settings"], run_settings(args, None, base, learned, accelerator.num_processes))
-    output_dir = Path(args.output_dir)
-    phases = args.custom_timesteps
-    folders = {phase: output_dir / phase if len(phases) == 2 else output_dir for phase in phases}
-    for folder in folders.values():
+    source = find_source(args, accelerator.num_processes, image, captions)
+    for folder in folders(args).values():
         faults.check_writable(folder, "--output_dir")
 
     repo_id = create_hub_repo(args) if args.push_to_hub and accelerator.is_main_process else None
     with trackers.begun(args, accelerator):
         prepared = prepare_pipeline(args, accelerator, image, captions, size)
-        args, answers = prepared.settings, prepared.answers
-        recipes = {phase: make_recipe(args, prepared, phase, size) for phase in prepared.steps.phases}
-        settings = {
-            phase: run_settings(args, recipe, base, learned, accelerator.num_processes)
-            for phase, recipe in recipes.items()
-        }
-        finished, resume = find_resume(args, settings, recipes, folders, state)
-        if args.resume_from_checkpoint:
-            distribution.check_same(sorted(finished), {phase: found["step"] for phase, found in resume.items()})
-        for checkpoint in resume.values():
-            check_lora(checkpoint["lora"], denoiser(prepared.models.pipe), answers.layers, args.rank)
+        args = prepared.settings
+        phases = plan_phases(args, accelerator.num_processes, prepared, source, size)
         if image is None:
             with faults.explained("the image that the base draws, to be trained on"):
-                image = ask_latents.decode(prepared.models.vae, prepared.latents.cpu(), answers.layout)
+                layout = prepared.answers.layout
+                image = ask_latents.decode(prepared.models.vae, prepared.latents.cpu(), layout)
+    output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
         faults.sweep(output_dir)
         with faults.one_line_errors(output_dir):
@@ -300,40 +259,13 @@ def train(args, accelerator, halves=None):
             if halves is None:
                 save_picture(image, output_dir / "instance.png")
 
+    recipes = {phase.recipe.phase: phase.recipe for phase in phases}
+    batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     logger.info("***** Running training *****")
     logger.info(f"  Phases = {', '.join(recipes)}, {args.max_train_steps} steps each")
     logger.info(f"  Image = {size[1]}x{size[0]}, latents {tuple(prepared.latents.shape)}")
-    logger.info(
-        f"  Total batch size = {args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps}"
-    )
-    # DeepSpeed's optimizer is in parts, which no checkpoint holds: there a signal ends the run at once.
-    resumable = not distribution.is_deepspeed(accelerator)
-    with faults.signals_noted(accelerator.set_trigger) if resumable else contextlib.nullcontext([]) as noted:
-        for number, (phase, recipe) in enumerate(recipes.items()):
-            timesteps = ", ".join(f"{timestep:.4f}" for timestep in recipe.timesteps)
-            if phase in finished:
-                logger.info(f"  {phase}: finished before")
-                continue
-            logger.info(f"  {phase}: {timesteps}")
-            done = number * args.max_train_steps
-            stopped = train_phase(args, accelerator, prepared, recipe, settings[phase], done, resume.get(phase))
-            if stopped:
-                trackers.end(accelerator)
-                accelerator.end_training()
-                distribution.leave()
-                hint = f"go on with --resume_from_checkpoint {stopped}" if accelerator.is_main_process else None
-                faults.leave(*(noted or [signal.SIGTERM]), hint=hint)
-            if accelerator.is_main_process:
-                with faults.one_line_errors(output_dir):
-                    logger.info(f"Saved {save_phase(prepared, folders[phase], with_run(recipe, settings[phase]))}")
-    if accelerator.check_trigger():  # after the last step
-        hint = "its LoRAs are there; --resume_from_checkpoint latest writes the rest"
-        faults.leave(*(noted or [signal.SIGTERM]), hint=hint)
-    transformer = denoiser(prepared.models.pipe)
-    if ADAPTER in getattr(transformer, "peft_config", ()):
-        transformer.unload_lora()  # the base is as it was
-    del transformer  # the preview frees it
-    accelerator.wait_for_everyone()
+    logger.info(f"  Total batch size = {batch}")
+    train_phases(args, accelerator, prepared, phases)
 
     if halves is not None:
         recipes, output_dir = halves.meet(accelerator, recipes), halves.output_dir

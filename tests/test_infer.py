@@ -102,9 +102,9 @@ def deltas(transformer, adapter) -> dict[str, torch.Tensor]:
 def test_files_load_in_stock_diffusers_at_the_trained_strength(base, factor, train, pipelines, monkeypatch):
     trained_deltas, train_phase = {}, train_glance_lora.train_phase
 
-    def watched(args, accelerator, prepared, recipe, *rest):
-        train_phase(args, accelerator, prepared, recipe, *rest)
-        trained_deltas[recipe.phase] = deltas(prepared.models.pipe.transformer, train_glance_lora.ADAPTER)
+    def watched(args, accelerator, prepared, phase):
+        train_phase(args, accelerator, prepared, phase)
+        trained_deltas[phase.recipe.phase] = deltas(prepared.models.pipe.transformer, train_glance_lora.ADAPTER)
 
     monkeypatch.setattr(train_glance_lora, "train_phase", watched)
     folder = train(base, lora_alpha=4 * factor, rank=4, learning_rate=1e-2, max_train_steps=2)

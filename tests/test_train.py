@@ -82,10 +82,10 @@ def around_phase(monkeypatch):
     def call(look):
         train_phase = train_glance_lora.train_phase
 
-        def watched(args, accelerator, prepared, recipe, *rest):
-            look("before", prepared, recipe)
-            train_phase(args, accelerator, prepared, recipe, *rest)
-            look("after", prepared, recipe)
+        def watched(args, accelerator, prepared, phase):
+            look("before", prepared, phase.recipe)
+            train_phase(args, accelerator, prepared, phase)
+            look("after", prepared, phase.recipe)
 
         monkeypatch.setattr(train_glance_lora, "train_phase", watched)
 

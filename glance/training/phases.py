@@ -1,0 +1,113 @@
+"""Which phases does a run train, into which folders, and from where does each begin?"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from glance import base as load_base
+from glance import command_line as cli
+from glance.ask import pipeline as ask
+from glance.command_line import Settings
+from glance.files.checkpoints import check_flags, check_lora, find_resume, load_checkpoint, run_settings
+from glance.files.recipe import Recipe
+from glance.training import distribution
+from glance.training.prepare import Prepared
+from glance_utils import __version__, denoiser
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a run learns from, by its content, so that a resumed run can be told from another one."""
+
+    base: str  # base.identify's
+    learned: str  # SHA-256 of the image's pixels and the captions
+    checkpoint: dict | None  # that --resume_from_checkpoint names, or the newest
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One LoRA to train."""
+
+    recipe: Recipe
+    folder: Path  # where its file is written
+    compared: dict  # the settings that its checkpoints have in common with a run that goes on from them
+    steps_before: int  # that earlier phases were trained
+    finished: bool  # an earlier run has written it
+    checkpoint: dict | None  # to go on from
+
+
+def folders(args: Settings) -> dict[str, Path]:
+    """Return where each phase's LoRA is written: a folder of its own where both are trained."""
+    output_dir, phases = Path(args.output_dir), args.custom_timesteps
+    return {phase: output_dir / phase if len(phases) == 2 else output_dir for phase in phases}
+
+
+def find_source(args: Settings, num_processes: int, image: Image.Image | None, captions: list[str]) -> Source:
+    """Return what the run learns from; InputError where the checkpoint to resume is another run's, as far as flags say
+    before the base is loaded."""
+    content = [b"" if image is None else image.tobytes(), *(text.encode() for text in captions)]
+    learned = hashlib.sha256(b"\0".join(content)).hexdigest()
+    base = load_base.identify(args.pretrained_model_name_or_path, **cli.load_arguments(args))
+    checkpoint = load_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    if checkpoint is not None:
+        check_flags(checkpoint["settings"], run_settings(args, None, base, learned, num_processes))
+    return Source(base, learned, checkpoint)
+
+
+def make_recipe(args, prepared: Prepared, phase: str, size: tuple[int, int]) -> Recipe:
+    """Return what infer_glance.py needs to know of a LoRA, stored in the header of its file."""
+    pipe, steps = prepared.models.pipe, prepared.steps
+    own = ask.accepted_arguments(pipe).get("guidance_scale")
+    return Recipe(
+        phase=phase,
+        timesteps=steps.phases[phase],
+        base_model=args.pretrained_model_name_or_path,
+        pipeline=type(pipe).__name__,
+        height=size[0],
+        width=size[1],
+        guidance_scale=own.default if args.guidance_scale is None and own is not None else args.guidance_scale,
+        pipeline_kwargs=args.pipeline_kwargs,
+        num_base_steps=args.num_base_steps,
+        grid=steps.grid,
+        coefficients=steps.coefficients_of(phase),
+        guidance=args.guidance,
+        loss=args.loss,
+        max_train_steps=args.max_train_steps,
+        rank=args.rank,
+        version=__version__,
+    )
+
+
+def plan_phases(
+    args: Settings, num_processes: int, prepared: Prepared, source: Source, size: tuple[int, int]
+) -> list[Phase]:
+    """Return the phases in the order in which they are trained; `size` is (height, width) in pixels.
+
+    InputError where the checkpoint, or what lies in the output folder, is of another run, or where the processes find
+    different ones.
+    """
+    phases = prepared.steps.phases
+    recipes = {phase: make_recipe(args, prepared, phase, size) for phase in phases}
+    compared = {
+        phase: run_settings(args, recipe, source.base, source.learned, num_processes)
+        for phase, recipe in recipes.items()
+    }
+    finished, checkpoints = find_resume(args, compared, recipes, folders(args), source.checkpoint)
+    if args.resume_from_checkpoint:
+        steps = {phase: checkpoint["step"] for phase, checkpoint in checkpoints.items()}
+        distribution.check_same(sorted(finished), steps)
+    for checkpoint in checkpoints.values():
+        check_lora(checkpoint["lora"], denoiser(prepared.models.pipe), prepared.answers.layers, args.rank)
+    return [
+        Phase(
+            recipes[phase],
+            folders(args)[phase],
+            compared[phase],
+            number * args.max_train_steps,
+            phase in finished,
+            checkpoints.get(phase),
+        )
+        for number, phase in enumerate(phases)
+    ]
