@@ -56,7 +56,7 @@ EXAMPLE_LAYERS += "attn.to_add_out,ff.net.0.proj,ff.net.2,ff_context.net.0.proj,
 
 
 def flux_vae(args) -> AutoencoderKL:
-    """The directory's VAE, or one of FLUX's shape with random weights."""
+    """Return the directory's VAE, or one of FLUX's shape with random weights, frozen, on --device."""
     if args.shape:
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -75,7 +75,7 @@ def flux_vae(args) -> AutoencoderKL:
 
 
 def transformer_inputs(pipe, call) -> dict:
-    """What the prompt's encoding gives the transformer."""
+    """Return the transformer's arguments that come from the prompt's encoding."""
     batch = call["num_images_per_prompt"]
     prompt, pooled, ids = pipe.encode_prompt(
         prompt=call["prompt"],
@@ -91,7 +91,7 @@ def transformer_inputs(pipe, call) -> dict:
 
 
 def bare_step(args, pipe, call, latents):
-    """Loss and gradients at (noisy, sigma) from a transformer call written by hand, as FluxPipeline makes it."""
+    """Return a function of (noise, sigma): loss and gradients from a transformer call by hand, as in FluxPipeline."""
     inputs, dtype, device = transformer_inputs(pipe, call), pipe.transformer.dtype, latents.device
     side = args.resolution // pipe.vae_scale_factor // 2
     inputs["img_ids"] = FluxPipeline._prepare_latent_image_ids(len(latents), side, side, device, dtype)
@@ -123,12 +123,13 @@ def pipeline_step(model, latents):
 
 
 def add_example_adapter(transformer, rank: int) -> None:
+    """Add a LoRA on the layers that the example adapts, initialised as it is there."""
     lora = {"r": rank, "lora_alpha": rank, "target_modules": EXAMPLE_LAYERS.split(",")}
     transformer.add_adapter(LoraConfig(**lora, init_lora_weights="gaussian"))
 
 
 def example_step(args, pipe, call, vae, cache_latents: bool):
-    """A function that does what one step of diffusers' example does."""
+    """Return a function that does what one step of diffusers' example does, and returns the loss."""
     transformer, dtype, device = pipe.transformer, shapes.DTYPES[args.dtype], args.device
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
@@ -178,7 +179,7 @@ def example_step(args, pipe, call, vae, cache_latents: bool):
 
 
 def dry_step(model, latents):
-    """The pipeline around a transformer that computes nothing."""
+    """Return a function that runs the pipeline around a transformer that computes nothing."""
 
     def step():
         with ask.replaced(model.transformer, "forward", lambda hidden_states, **inputs: (hidden_states,)):

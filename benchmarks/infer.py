@@ -36,7 +36,7 @@ from glance_utils import PHASES, activate_adapter, derive_timesteps, glance_infe
 
 
 def add_loras(transformer, rank: int) -> None:
-    """Both adapters with small random weights, none active."""
+    """Add both adapters with small random weights, none active."""
     lora = {"r": rank, "lora_alpha": rank, "target_modules": lora_layers(transformer)}
     for phase in PHASES:
         transformer.add_adapter(LoraConfig(**lora, init_lora_weights=False), phase)

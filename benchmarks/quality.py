@@ -69,7 +69,7 @@ from glance.files import faults  # noqa: E402
 from glance.files.atomic import replace_file  # noqa: E402
 from glance.files.instance_data import load_pair  # noqa: E402
 from glance.files.recipe import read_recipe  # noqa: E402
-from glance_utils import MAX_SIDE, InputError, denoiser, first_line, replaced  # noqa: E402  # noqa: E402
+from glance_utils import MAX_SIDE, InputError, denoiser, first_line, replaced  # noqa: E402
 
 
 logger = logging.getLogger(__name__)
@@ -83,14 +83,15 @@ VALIDATION = 64  # of the demo's 256 held-out captions; the 96 after them are re
 
 @torch.no_grad()
 def measure(bench: Bench, settings: dict) -> dict:
-    """All numbers of a row."""
+    """Return all numbers of a row, by the names of quality_numbers.COLUMNS and of the scorers."""
     work_per_call = bench.work_per_call
     with loaded(bench, settings.get("lora")):
         finals = {name: draw(bench, settings, name) for name in bench.sets if name != "validation"}
         seconds = []
         clock = time.process_time if bench.args.device == "cpu" else time.perf_counter  # a CPU may be shared
         for _ in range(3):
-            bench.counter.calls, bench.counter.products, start = 0, 0, clock()
+            bench.counter.calls = bench.counter.products = 0
+            start = clock()
             draw(bench, settings, "reported", count=1)
             seconds.append(clock() - start)
     numbers = {"calls": bench.counter.calls, "work": bench.counter.products / work_per_call}
@@ -109,16 +110,19 @@ def measure(bench: Bench, settings: dict) -> dict:
     drawn = VaeImageProcessor.numpy_to_pil(images.permute(0, 2, 3, 1).numpy()) if bench.scorers else []
     numbers |= {name: statistics.fmean(scorer(drawn, captions)) for name, scorer in bench.scorers.items()}
     if "lora" not in settings:
-        asked = settings.get("grid") == "auto" or "solver" in settings
-        numbers["spent"] = bench.trajectory[1] if asked else 0
+        needs_trajectory = settings.get("grid") == "auto" or "solver" in settings
+        numbers["spent"] = bench.trajectory[1] if needs_trajectory else 0
     return numbers
 
 
 @contextlib.contextmanager
 def counted_forwards(kind: type):
-    """Counts samples that pass models of this class, also in pipelines that are made inside: those with gradients
-    as "trained", others as "drawn". What has a shape and no content is not counted."""
-    forward, spent = kind.forward, {"trained": 0, "drawn": 0}
+    """Yield a count of the samples that pass models of this class inside, also in pipelines that are made there.
+
+    Those with gradients count as "trained", others as "drawn"; tensors with a shape and no content do not count.
+    """
+    forward = kind.forward
+    spent = {"trained": 0, "drawn": 0}
 
     @functools.wraps(forward)
     def count(model, *args, **kwargs):
@@ -132,11 +136,12 @@ def counted_forwards(kind: type):
 
 
 def train(bench: Bench, settings: dict, rate: float, seed: int) -> tuple[str, dict]:
-    """(folder of the trained pair, model calls spent); a pair that is there is not trained again.
+    """Train a pair, unless it is there, and return its folder and the model calls spent.
 
     Runs that differ in their rate alone share the trajectories that the base drew for the first.
     """
-    args, key = bench.args, [settings["train"], settings.get("phases"), seed]
+    args = bench.args
+    key = [settings["train"], settings.get("phases"), seed]
     runs = Path(args.output_dir, "loras", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16])
     folder = runs / f"{rate:g}"
     if (folder / "spent.json").exists():
@@ -171,13 +176,14 @@ def measure_trained(bench: Bench, results: dict, row: Row) -> None:
 
     for rate in row.settings["rates"] if len(row.settings["rates"]) > 1 else ():
         entry = finished(bench, results, settings | {"validated": rate}, functools.partial(validate, rate))
-        rates[rate], tuning = entry["error"], tuning + BACKWARD * entry["trained"] + (0 if tuning else entry["drawn"])
+        rates[rate] = entry["error"]
+        tuning += BACKWARD * entry["trained"] + (0 if tuning else entry["drawn"])  # they share what the base drew
     rate = min(rates, key=rates.get, default=row.settings["rates"][0])
 
     def report(seed: int) -> dict:
         folder, spent = train(bench, settings, rate, seed)
-        shown = {key: row.settings[key] for key in ("scales", "guided") if key in row.settings}
-        numbers = measure(bench, shown | {"lora": folder})
+        sampling = {key: row.settings[key] for key in ("scales", "guided") if key in row.settings}
+        numbers = measure(bench, sampling | {"lora": folder})
         numbers |= {"rate": rate, "spent": BACKWARD * spent["trained"] + spent["drawn"]}
         return numbers | ({"tuning": tuning} if rates else {})
 
@@ -186,7 +192,7 @@ def measure_trained(bench: Bench, results: dict, row: Row) -> None:
 
 
 def measure_row(bench: Bench, results: dict, row: Row) -> str | None:
-    """Measure it, unless it is there; or the reason why this script or this pipeline has no such row."""
+    """Measure a row, unless it is there; return the reason where this script or this pipeline has no such row."""
     if "train" in row.settings:
         try:
             train_glance_lora.parse_args(["--config", bench.args.train_config, *row.settings["train"]])
@@ -202,7 +208,7 @@ def measure_row(bench: Bench, results: dict, row: Row) -> str | None:
 
 
 def finished(bench: Bench, results: dict, settings: dict, measure, row: Row | None = None) -> dict:
-    """The numbers of these settings: those of results.json, or measured and written there."""
+    """Return the numbers of these settings: those of results.json, or measured now and written there."""
     for entry in results["rows"]:
         if entry["settings"] == settings:
             return entry["numbers"]
@@ -219,7 +225,7 @@ def finished(bench: Bench, results: dict, settings: dict, measure, row: Row | No
 
 
 def name_and_folder(text: str) -> tuple[str, str]:
-    """An argparse type: NAME=FOLDER."""
+    """Return (name, folder) of NAME=FOLDER; an argparse type."""
     name, _, folder = text.partition("=")
     if not folder:
         raise ValueError(text)
@@ -270,7 +276,10 @@ def parse_args(argv: list[str] | None = None):
 
 
 def captions_of(args) -> dict[str, list[str]]:
-    """The captions of each set, one a picture: reported ones, others to choose rates on, the training caption."""
+    """Return the captions of each set, one a picture: reported, to choose rates on, the training one, repeated ones.
+
+    Raise InputError where one would be trained on, or choose a rate, and be reported.
+    """
     if args.prompts_file:
         reported, further = cli.read_prompts(args.prompts_file), []
         half = len(reported) // 2 if args.train_config else len(reported)
@@ -291,13 +300,15 @@ def captions_of(args) -> dict[str, list[str]]:
 
 
 def load_scorers(args) -> dict:
+    """Return {name: function(images, prompts) -> list of floats} of --scorer and --clip."""
     scorers = {}
     for text in args.scorer:
         file, _, name = text.rpartition(":")
         if not Path(file).is_file():
             raise InputError(f"--scorer {text}: {file or 'it'} is no file; write FILE.py:function")
         spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
         scorers[name] = getattr(module, name)
     if args.clip:
         from transformers import CLIPModel, CLIPProcessor
@@ -341,8 +352,9 @@ def make_bench(args, sets: dict[str, list[str]]) -> Bench:
         scorers=load_scorers(args),
     )
     with contextlib.suppress(ValueError):  # captions that are not the demo's scenes have no judge
-        judged = len([scene_of(caption) for caption in sets["reported"]]) > 1
-        bench.judge = load_judge() if judged and args.height == args.width == RESOLUTION else None
+        scenes = [scene_of(caption) for caption in sets["reported"]]
+        if len(scenes) > 1 and args.height == args.width == RESOLUTION:
+            bench.judge = load_judge()
     return bench
 
 

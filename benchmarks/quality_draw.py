@@ -1,4 +1,7 @@
-"""How benchmarks/quality.py draws: one pipeline, and for each row's settings the call that makes its pictures."""
+"""How does benchmarks/quality.py draw? With one pipeline and, for each row's settings, the call for its pictures.
+
+A further kind of row is one more case in `prepared`; the noise of a picture must not depend on its row.
+"""
 
 import contextlib
 import dataclasses
@@ -36,7 +39,7 @@ SEEDS = {"reported": 9000, "validation": 1000, "training": 3000, "diversity": 70
 
 
 class Counter(infer_glance.Counter):
-    """Counts model calls, and multiplications of linear layers: a cache calls the model and leaves most of it out."""
+    """A counter of model calls and of linear layers' multiplications: a cache calls the model and skips most of it."""
 
     def __init__(self, pipe):
         super().__init__(pipe)
@@ -51,7 +54,7 @@ class Counter(infer_glance.Counter):
 
 @dataclass(eq=False)
 class Bench:
-    """The pipeline, what it said, and what is drawn with it."""
+    """A pipeline, its answers, the captions to draw and the scorers: what every row needs."""
 
     args: object
     pipe: diffusers.DiffusionPipeline
@@ -67,32 +70,33 @@ class Bench:
 
     @functools.cached_property
     def trajectory(self) -> tuple[list[torch.Tensor], int]:
-        """The walk of the training caption, with one noise, on which grid and solver are found; its model calls."""
+        """Return the base's trajectory of the training caption, for grid and solver, and its model calls."""
         calls, call = self.counter.calls, self.call | {"prompt": self.sets["training"][0]}
         points = grids.walk(self.pipe, self.timesteps, self.timestep_table, 0, **call)
         return points, self.counter.calls - calls
 
     @functools.cached_property
     def work_per_call(self) -> float:
-        """Multiplications of one whole model call."""
+        """Return the multiplications of one whole model call."""
         self.counter.calls = self.counter.products = 0
         draw(self, {"steps": 1, "grid": "even"}, "reported", count=1)
         return self.counter.products / self.counter.calls
 
     @functools.cached_property
     def teacher_pictures(self) -> torch.Tensor:
+        """Return the teacher's pictures of the reported captions, float32 (N, 3, H, W) in 0..1."""
         return pictures(self, teacher(self, "reported"))
 
 
 @functools.cache
 def teacher(bench: Bench, name: str) -> torch.Tensor:
-    """A set's final latents after all of the base's own steps."""
+    """Return a set's final latents (N, ...) after all of the base's own steps."""
     return draw(bench, {"steps": BASE_STEPS, "grid": "even"}, name)
 
 
 @functools.cache
 def sampler(bench: Bench, grid: str, steps: int, solver: str) -> tuple[list[float], list[list[float]] | None]:
-    """(timesteps, the fitted solver's coefficients or None), as training finds them on one trajectory of the base."""
+    """Return (timesteps, coefficients or None), as training finds them on one trajectory of the base."""
     if steps >= BASE_STEPS:
         return ask_timesteps(bench.pipe, steps, **bench.call), None
     points, sigmas = None, [*timesteps_to_sigmas(bench.timesteps), 0.0]
@@ -106,7 +110,7 @@ def sampler(bench: Bench, grid: str, steps: int, solver: str) -> tuple[list[floa
 
 @contextlib.contextmanager
 def prepared(bench: Bench, settings: dict):
-    """Set the pipeline up for one batch of a row: yields the call's arguments."""
+    """Yield the call's arguments for one batch of a row, the pipeline set up for it inside."""
     pipe, call, kwargs = bench.pipe, bench.call, {"num_inference_steps": settings.get("steps", BASE_STEPS)}
     with contextlib.ExitStack() as stack:
         if "scheduler" in settings:
@@ -138,10 +142,10 @@ def recipe_of(bench: Bench, folder: str) -> tuple[dict, Schedule]:
     recipes = {phase: read_recipe(lora_file(folder, phase), required=False) for phase in PHASES}
     if not all(recipes.values()):
         return bench.call, Schedule(derive_timesteps(bench.timesteps), bench.timestep_table)
-    own = recipes["slow"]
-    call = bench.call | own.pipeline_kwargs | {"height": own.height, "width": own.width}
-    call |= {} if own.guidance_scale is None else {"guidance_scale": own.guidance_scale}
-    call |= bench.single if own.guidance == "fold" else {}
+    recipe = recipes["slow"]
+    call = bench.call | recipe.pipeline_kwargs | {"height": recipe.height, "width": recipe.width}
+    call |= {} if recipe.guidance_scale is None else {"guidance_scale": recipe.guidance_scale}
+    call |= bench.single if recipe.guidance == "fold" else {}
     return call, dataclasses.replace(schedule_of(recipes), timestep_table=bench.timestep_table)
 
 
@@ -151,7 +155,7 @@ def lora_file(folder: str | Path, phase: str) -> Path:
 
 @contextlib.contextmanager
 def loaded(bench: Bench, folder: str | None):
-    """Both LoRAs of a folder in the pipeline."""
+    """Load both LoRAs of a folder into the pipeline, and unload them afterwards."""
     try:
         for phase in PHASES if folder else ():
             load_lora(bench.pipe, lora_file(folder, phase), phase)
@@ -162,7 +166,7 @@ def loaded(bench: Bench, folder: str | None):
 
 
 def draw(bench: Bench, settings: dict, name: str, count: int | None = None) -> torch.Tensor:
-    """Final latents (N, ...) of a set's captions, float32; picture i has the same noise in every row."""
+    """Return a set's final latents (N, ...), float32; picture i has the same noise in every row."""
     captions, parts = bench.sets[name][:count], []
     size = 1 if "cache" in settings else bench.args.batch_size  # a cache decides for its whole batch at once
     for start in tqdm(range(0, len(captions), size), desc=name, leave=False):
@@ -180,7 +184,7 @@ def draw(bench: Bench, settings: dict, name: str, count: int | None = None) -> t
 
 
 def pictures(bench: Bench, latents: torch.Tensor) -> torch.Tensor:
-    """Decoded, float32 (N, 3, H, W) in 0..1."""
+    """Return the pictures of final latents (N, ...), float32 (N, 3, H, W) in 0..1."""
     vae = getattr(bench.pipe, "vae", None)
-    parts = [ask_latents.decode_pixels(vae, one[None].to(bench.args.device), bench.layout) for one in latents]
+    parts = [ask_latents.decode_pixels(vae, final[None].to(bench.args.device), bench.layout) for final in latents]
     return VaeImageProcessor.denormalize(torch.cat(parts).float().cpu())

@@ -1,4 +1,7 @@
-"""The numbers of benchmarks/quality.py as functions of pictures, latents and features, and how they are shown."""
+"""How are the numbers of benchmarks/quality.py computed from pictures, latents and features, and how are they shown?
+
+Functions of tensors alone: a further number is one more of them, and one more of COLUMNS.
+"""
 
 import math
 import statistics
@@ -11,13 +14,13 @@ from glance.files.atomic import replace_file
 
 
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
-    """Decibels between pictures in 0..1, from the mean square over all; inf where they are equal."""
+    """Return the decibels between pictures in 0..1, from the mean square over all; inf where they are equal."""
     error = (images - reference).square().mean().item()
     return -10 * math.log10(error) if error else math.inf
 
 
 def frechet(features: torch.Tensor, reference: torch.Tensor) -> float:
-    """Frechet distance of two Gaussians with the means and covariances of features (N, D), as FID has it."""
+    """Return the Frechet distance of two Gaussians with means and covariances of features (N, D), as FID has it."""
     (mean, cov), (mean_r, cov_r) = ((x.mean(0), torch.cov(x.T)) for x in (features.double(), reference.double()))
     values, vectors = torch.linalg.eigh(cov)
     root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
@@ -26,7 +29,7 @@ def frechet(features: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def diversity(latents: torch.Tensor, seeds: int) -> float:
-    """Mean distance between pictures of one caption; latents (captions * seeds, ...)."""
+    """Return the mean distance between pictures of one caption; latents (captions * seeds, ...)."""
     groups = latents.reshape(-1, seeds, latents[0].numel()).double()
     return (
         torch.cdist(groups, groups, compute_mode="donot_use_mm_for_euclid_dist").sum()
@@ -36,7 +39,7 @@ def diversity(latents: torch.Tensor, seeds: int) -> float:
 
 
 def radial_power(images: torch.Tensor) -> torch.Tensor:
-    """Mean power of pictures (N, 3, H, W) at 0, 1, 2, ... cycles a picture, all directions together."""
+    """Return the mean power of pictures (N, 3, H, W) at 0, 1, 2, ... cycles a picture, all directions together."""
     gray = images.double().mean(1)
     power = torch.fft.fft2(gray - gray.mean((1, 2), keepdim=True)).abs().square().mean(0)
     vertical, horizontal = (size * torch.fft.fftfreq(size, dtype=torch.double).abs() for size in power.shape)
@@ -46,7 +49,7 @@ def radial_power(images: torch.Tensor) -> torch.Tensor:
 
 
 def fine_detail(images: torch.Tensor, reference: torch.Tensor) -> float:
-    """Power of the finer half of the frequencies against the reference's: below 1 is blurred, above is noisy."""
+    """Return the power of the finer half of the frequencies over the reference's: below 1 is blurred, above noisy."""
     half = min(images.shape[-2:]) // 4  # half of the highest frequency
     return (radial_power(images)[half : 2 * half].sum() / radial_power(reference)[half : 2 * half].sum()).item()
 
@@ -69,24 +72,26 @@ COLUMNS = {
 
 
 def by_name(results: dict, rows: list[Row]) -> dict[str, list[dict]]:
-    """{row's name: the numbers of its seeds}, in the rows' order, of those that are measured."""
-    found = {row.name: [] for row in rows}
+    """Return {row's name: the numbers of its seeds} of the rows that are measured, in the rows' order."""
+    numbers_of = {row.name: [] for row in rows}
     for entry in results["rows"]:
-        found.get(entry["name"], []).append(entry["numbers"])
-    return {name: numbers for name, numbers in found.items() if numbers}
+        numbers_of.get(entry["name"], []).append(entry["numbers"])
+    return {name: numbers for name, numbers in numbers_of.items() if numbers}
 
 
 def make_table(results: dict, rows: list[Row]) -> str:
-    """Markdown; means over seeds, and behind the errors half the range."""
-    found = by_name(results, rows)
-    extra = {key for numbers in found.values() for key in numbers[0]} - set(COLUMNS)
+    """Return the table as Markdown: means over seeds, and behind the errors half the range."""
+    measured = by_name(results, rows)
+    extra = {key for numbers in measured.values() for key in numbers[0]} - set(COLUMNS)
     columns = COLUMNS | {name: (name, "{:.4f}") for name in sorted(extra)}
-    columns = {key: column for key, column in columns.items() if any(key in numbers[0] for numbers in found.values())}
+    columns = {
+        key: column for key, column in columns.items() if any(key in numbers[0] for numbers in measured.values())
+    }
     lines = [["row", *(title for title, _ in columns.values())], ["---"] * (len(columns) + 1)]
-    for name, numbers in found.items():
+    for name, numbers in measured.items():
         line = [name]
         for key, (_, form) in columns.items():
-            values = [one[key] for one in numbers if key in one]
+            values = [of_seed[key] for of_seed in numbers if key in of_seed]
             text = form.format(statistics.fmean(values)) if values else ""
             if "error" in key and len(values) > 1:
                 text += f" ± {(max(values) - min(values)) / 2:.4f}"
@@ -96,26 +101,27 @@ def make_table(results: dict, rows: list[Row]) -> str:
 
 
 def plot(results: dict, rows: list[Row], path: Path) -> None:
-    """Error over full model calls, one series a kind; hollow without guidance."""
+    """Write a plot of the error over full model calls, one series a kind; hollow without guidance."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")
-    axes, found = figure.subplots(), by_name(results, rows)
-    kinds = list(dict.fromkeys(row.kind for row in rows if row.name in found))
+    axes = figure.subplots()
+    measured = by_name(results, rows)
+    kinds = list(dict.fromkeys(row.kind for row in rows if row.name in measured))
     for number, kind in enumerate(kinds):
         for guided in (True, False):
-            mine = [row for row in rows if row.kind == kind and row.settings.get("guided", True) is guided]
+            series = [row for row in rows if row.kind == kind and row.settings.get("guided", True) is guided]
             points = [
-                [statistics.fmean(one[key] for one in found[row.name]) for key in ("work", "error")]
-                for row in mine
-                if row.name in found
+                [statistics.fmean(of_seed[key] for of_seed in measured[row.name]) for key in ("work", "error")]
+                for row in series
+                if row.name in measured
             ]
             points = sorted(point for point in points if point[1] > 0)  # the teacher has no error
             if points:
                 color = colormaps["tab10"](number % 10)
-                line = "-" if all("train" not in row.settings for row in mine) else ""
+                line = "-" if all("train" not in row.settings for row in series) else ""
                 axes.plot(
                     *zip(*points),
                     marker="os^vDPX*"[number % 8],

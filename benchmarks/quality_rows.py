@@ -1,4 +1,7 @@
-"""What benchmarks/quality.py measures: every row of its table, as plain settings."""
+"""What does benchmarks/quality.py measure? Every row of its table, as plain settings.
+
+A row may be added anywhere; settings that change mean another row, which is measured anew.
+"""
 
 from typing import NamedTuple
 
@@ -7,6 +10,8 @@ BASE_STEPS = 50
 
 
 class Row(NamedTuple):
+    """One row of the table."""
+
     name: str
     kind: str  # the series in the plot
     settings: dict
@@ -73,7 +78,7 @@ CACHES += [
 
 
 def all_rows(args) -> list[Row]:
-    """Every row, in the table's order."""
+    """Return every row, in the table's order."""
     rows = [Row("base, 200 steps", "base, even", {"steps": 4 * BASE_STEPS, "grid": "even"})]
     for guided, end in ((True, ""), (False, ", no guidance")):
         steps_and_grids = [(steps, grid) for steps in (20, 10, 8, 4) for grid in ("glance", "even", "auto")]
@@ -101,6 +106,7 @@ def all_rows(args) -> list[Row]:
 
 
 def trained_rows() -> list[Row]:
+    """Return the rows of pairs that are trained for them."""
     rows = [Row("flow, as published", "flow LoRA", {"train": [], "rates": RATES[:1]})]
     rows.append(Row("flow, as published, no guidance", "flow LoRA", rows[0].settings | {"guided": False}))
     for kind, many in TRAINED.items():

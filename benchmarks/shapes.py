@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: pipelines to time, and how time, model FLOPs and memory are measured.
+"""Which pipelines do the benchmarks time, and how are time, model FLOPs and memory measured?
 
 A pipeline is loaded from a directory, or built at a named shape with random weights, without any download: its
 transformer is made on the device itself, what its text encoders would say is random, and it has no VAE.
@@ -72,7 +72,7 @@ SHAPES = {
 
 
 def parser(description: str) -> cli.Parser:
-    """The options that all benchmarks share."""
+    """Return a parser with the options that all benchmarks share."""
     parser = cli.Parser(description=description)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", help="a diffusers pipeline: folder or hub id")
@@ -94,6 +94,7 @@ def parser(description: str) -> cli.Parser:
 
 
 def parse(parser: cli.Parser, argv: list[str] | None = None):
+    """Return the options, shape and resolution filled in; raise InputError where they contradict each other."""
     args = parser.parse(argv)
     if args.pretrained_model_name_or_path and args.shape:
         raise InputError("give --pretrained_model_name_or_path or --shape, not both")
@@ -109,7 +110,7 @@ def parse(parser: cli.Parser, argv: list[str] | None = None):
 
 
 def make_pipeline(args) -> tuple[DiffusionPipeline, dict, torch.Tensor]:
-    """(pipeline as training has it, arguments of its call without guidance, latents (B, ...) float32)."""
+    """Return the pipeline as training has it, its call's arguments without guidance, and latents (B, ...) float32."""
     dtype = DTYPES[args.dtype]
     if args.shape:
         pipe = random_pipeline(args.shape, args.text_tokens, dtype, args.device)
@@ -141,6 +142,7 @@ def make_pipeline(args) -> tuple[DiffusionPipeline, dict, torch.Tensor]:
 
 
 def random_pipeline(shape: str, text_tokens: int, dtype: torch.dtype, device: str) -> DiffusionPipeline:
+    """Return a pipeline of one of SHAPES with random weights and prompts, without text encoders and VAE."""
     pipeline, transformer, config = SHAPES[shape]
     transformer = random_transformer(transformer, config, dtype, device)
     parts = dict.fromkeys(name for name in pipeline._get_signature_types() if name != "self")
@@ -153,14 +155,16 @@ def random_pipeline(shape: str, text_tokens: int, dtype: torch.dtype, device: st
         prompts, pooleds = prompt.repeat(num_images_per_prompt, 1, 1), pooled.repeat(num_images_per_prompt, 1)
         if pipeline is FluxPipeline:
             return prompts, pooleds, torch.zeros(text_tokens, 3, **random)
-        return (prompts, None) if pipeline is QwenImagePipeline else (prompts, prompts, pooleds, pooleds)
+        if pipeline is QwenImagePipeline:
+            return prompts, None
+        return prompts, prompts, pooleds, pooleds
 
     pipe.encode_prompt = encode_prompt  # as ask.remember_prompts leaves it, with the encoders freed
     return pipe
 
 
 def random_transformer(kind, config: dict, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """A transformer whose weights are made on the device, in `dtype`: no second copy of 20 billion anywhere."""
+    """Return a transformer whose weights are made on the device, in `dtype`: no second copy of 20 billion anywhere."""
     with init_empty_weights():
         transformer = kind(**config)
     generator = torch.Generator(device).manual_seed(0)
@@ -176,7 +180,7 @@ def random_transformer(kind, config: dict, dtype: torch.dtype, device: str) -> t
 
 
 def quantize(transformer, quantization: str) -> None:
-    """What glance.base.load_transformer does to a file's weights, for those that no file holds."""
+    """Quantize weights that no file holds as glance.base.load_transformer does those of a file."""
     if quantization == "fp8":
         return transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer.dtype)
     for name in [name for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)]:
@@ -194,7 +198,7 @@ def quantize(transformer, quantization: str) -> None:
 
 
 def loop_latents(pipe: DiffusionPipeline, **call) -> torch.Tensor:
-    """Random latents in the layout of the pipeline's loop, float32."""
+    """Return random latents (B, ...) in the layout of the pipeline's loop, float32."""
 
     def on_step(index, model_output, sample):
         raise ask.Answer(sample)
@@ -211,7 +215,7 @@ def loop_latents(pipe: DiffusionPipeline, **call) -> torch.Tensor:
 
 
 class CountFlops(TorchFunctionMode):
-    """Counts a forward pass: `linear` for products with weights (2 * parameters * tokens), `attention` for QK' and PV.
+    """A count of a forward's FLOPs: `linear` of weight products (2 * parameters * tokens), `attention` of QK' and PV.
 
     Counted where torch is called, so that a quantized layer or any attention backend counts alike.
     """
@@ -231,13 +235,14 @@ class CountFlops(TorchFunctionMode):
 
 
 def count_flops(forward) -> CountFlops:
+    """Return the count of forward(), which is called once, without gradients."""
     with torch.no_grad(), CountFlops() as counted:
         forward()
     return counted
 
 
 def training_flops(counted: CountFlops) -> int:
-    """Forward and backward without weight gradients of the frozen base: 4 * parameters * tokens plus attention."""
+    """Return the FLOPs of forward and backward without weight gradients: 4 * parameters * tokens plus attention."""
     return 2 * counted.linear + 3 * counted.attention
 
 
@@ -247,6 +252,7 @@ def synchronize(device: str) -> None:
 
 
 def seconds(function, args) -> float:
+    """Return the seconds that function() takes, by the clock that is asked for."""
     clock = time.process_time if args.process_time else time.perf_counter
     synchronize(args.device)
     start = clock()
@@ -256,7 +262,7 @@ def seconds(function, args) -> float:
 
 
 def in_turns(functions: dict, args) -> dict[str, list[float]]:
-    """Seconds of each function in each of --steps rounds; in turns, so that other work on the machine hits all."""
+    """Return the seconds of each function in each of --steps rounds, in turns: other work on the machine hits all."""
     for _ in range(args.warmup):
         for function in functions.values():
             function()
@@ -268,12 +274,12 @@ def in_turns(functions: dict, args) -> dict[str, list[float]]:
 
 
 def ratio(times: list[float], others: list[float]) -> float:
-    """Median over the rounds of the ratio within a round."""
+    """Return the median over the rounds of the ratio within a round."""
     return statistics.median(time / other for time, other in zip(times, others))
 
 
 def matmul_rate(args) -> float:
-    """FLOP/s of a square matrix product in --dtype, the median of nine."""
+    """Return the FLOP/s of a square matrix product in --dtype, the median of nine."""
     device, dtype = args.device, DTYPES[args.dtype]
     size = 8192 if device.startswith("cuda") else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -283,7 +289,7 @@ def matmul_rate(args) -> float:
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: what torch held on the accelerator at most, or this process's largest resident set on a CPU."""
+    """Return the most bytes that torch held on the accelerator, or this process's largest resident set on a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB

@@ -52,7 +52,8 @@ def glance_step(args, pipe, call, latents, layers: str | None = None):
     model = PipelineVelocity(pipe, **call)
     optimizer = accelerator.prepare_optimizer(optimizer)
     objective = Objective(list(SIGMAS), Flow(latents))
-    generator, done = torch.Generator().manual_seed(0), 0
+    generator = torch.Generator().manual_seed(0)
+    done = 0
 
     def step():
         nonlocal done
@@ -93,6 +94,7 @@ def main(argv: list[str] | None = None):
 
 
 def velocity_once(pipe, call, latents):
+    """Return the velocity (B, ...) of one call through the pipeline."""
     call = {name: value for name, value in call.items() if name != ask.batch_argument(pipe)}
     return PipelineVelocity(pipe, **call)(latents, 1.0)
 

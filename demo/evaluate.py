@@ -1,4 +1,4 @@
-"""What the judge says: how often all five attributes of a held-out scene are right.
+"""How often are all five attributes of a held-out scene right, by the judge?
 
     python demo/evaluate.py                          # real renders, and the demo model at 50 and 10 steps
     python demo/evaluate.py --lora output/demo       # and Glance, and the base on Glance's own timesteps
@@ -33,7 +33,7 @@ from glance_utils import PHASES, glance_inference
 
 
 def draw(pipe, scenes, guidance: float, **kwargs) -> torch.Tensor:
-    """One picture a scene, float32 (N, 3, H, W) in 0..1; picture i has the seed i."""
+    """Return one picture a scene, float32 (N, 3, H, W) in 0..1; picture i has the seed i."""
     pictures = []
     for first in range(0, len(scenes), 32):
         captions = [caption_of(scene) for scene in scenes[first : first + 32]]
@@ -70,12 +70,12 @@ def main():
     results = {}
 
     def row(name: str, model_calls: int, pictures) -> None:
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         right = judge.right(pictures(), scenes)
         results[name] = {"model_calls": model_calls, "all_right": right.all(1).float().mean().item()}
         results[name] |= dict(zip(ATTRIBUTES, right.float().mean(0).tolist()))
         numbers = " | ".join(f"{results[name][key]:.3f}" for key in ("all_right", *ATTRIBUTES))
-        print(f"| {name} | {model_calls} | {numbers} | {time.perf_counter() - begun:.0f} s |", flush=True)
+        print(f"| {name} | {model_calls} | {numbers} | {time.perf_counter() - start_time:.0f} s |", flush=True)
 
     print(f"| {args.num_captions} captions | model calls | all right | {' | '.join(ATTRIBUTES)} | time |")
     print("|---" * (4 + len(ATTRIBUTES)) + "|")

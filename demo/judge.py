@@ -17,7 +17,7 @@ JUDGE_FILE = Path(__file__).parent / "judge.safetensors"
 
 
 class Judge(nn.Module):
-    """Images (B, 3, 96, 96) in 0..1 -> one logits tensor (B, values) for each attribute."""
+    """A classifier: images (B, 3, 96, 96) in 0..1 -> one logits tensor (B, values) for each attribute."""
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -30,7 +30,7 @@ class Judge(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(128, len(values)) for values in ATTRIBUTES.values())
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 128): what a Frechet distance between two sets of pictures is computed on."""
+        """Return the features (B, 128) on which a Frechet distance between two sets of pictures is computed."""
         x = images * 2 - 1
         for convolution, norm in zip(self.convolutions, self.norms):
             x = F.silu(norm(convolution(x)))
@@ -42,7 +42,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def right(self, images: torch.Tensor, scenes: torch.Tensor) -> torch.Tensor:
-        """Which attributes are right, bool (B, 5); images (B, 3, 96, 96) in 0..1, scenes (B, 5)."""
+        """Return which attributes are right, bool (B, 5); images (B, 3, 96, 96) in 0..1, scenes (B, 5)."""
         return torch.stack([logits.argmax(1) for logits in self(images)], dim=1) == scenes
 
 

@@ -59,12 +59,12 @@ _CAPTION = re.compile(
 
 
 def all_scenes() -> torch.Tensor:
-    """Every scene there is, as attribute indices, int64 (3240, 5)."""
+    """Return every scene there is, as attribute indices, int64 (3240, 5)."""
     return torch.tensor(list(itertools.product(*(range(len(values)) for values in ATTRIBUTES.values()))))
 
 
 def split_scenes(held_out: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scenes to train on and the ones that training never sees; always the same split."""
+    """Return the scenes (N, 5) to train on and those that training never sees; always the same split."""
     scenes = all_scenes()
     scenes = scenes[torch.randperm(len(scenes), generator=torch.Generator().manual_seed(2512))]
     return scenes[held_out:], scenes[:held_out]
@@ -78,7 +78,7 @@ def caption_of(scene) -> str:
 
 
 def scene_of(caption: str) -> torch.Tensor:
-    """Attribute indices (5,) of a caption; raises ValueError where the words are not a scene."""
+    """Return the attribute indices (5,) of a caption; raise ValueError where the words are not a scene."""
     match = _CAPTION.fullmatch(caption.strip())
     if match is None:
         raise ValueError(f"{caption!r} is not a scene; write it like {caption_of((1, 0, 3, 3, 0))!r}")
@@ -86,7 +86,7 @@ def scene_of(caption: str) -> torch.Tensor:
 
 
 def _distance(shape: str, x: torch.Tensor, y: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-    """Signed distance to the outline, negative inside; y points down."""
+    """Return the signed distance to the outline, negative inside; y points down."""
     ax, ay = x.abs(), y.abs()
     if shape == "circle":
         return torch.hypot(x, y) - r

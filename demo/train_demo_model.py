@@ -59,7 +59,7 @@ def parse_args():
 
 
 def draw(scenes: torch.Tensor, count: int, generator: torch.Generator):
-    """`count` pictures of scenes drawn with replacement: (scenes (count, 5), images (count, 3, H, W) in 0..1)."""
+    """Return scenes (count, 5), drawn with replacement, and their pictures (count, 3, H, W) in 0..1."""
     chosen = scenes[torch.randint(len(scenes), (count,), generator=generator)]
     return chosen, render(chosen, generator)
 
@@ -72,7 +72,7 @@ def cosine(optimizer, steps: int, warmup: int = 200):
 
 
 def train_vae(args, scenes, path: Path) -> AutoencoderKL:
-    """An 8x autoencoder without quant convolutions, as FLUX has; scaling and shift are measured on its own latents."""
+    """Train an 8x autoencoder without quant convolutions, as FLUX has; scaling and shift are its own latents'."""
     if path.exists():
         return AutoencoderKL.from_pretrained(path)
     channels = (16, 32, 64, 64)
@@ -95,9 +95,8 @@ def train_vae(args, scenes, path: Path) -> AutoencoderKL:
     for step in progress:
         _, images = draw(scenes, 8, generator)
         images = images * 2 - 1
-        if (
-            step < 0.9 * args.vae_steps
-        ):  # crops are four times cheaper; whole pictures at the end settle the group norms
+        # Crops are four times cheaper; whole pictures at the end settle the group norms.
+        if step < 0.9 * args.vae_steps:
             top, left = torch.randint(RESOLUTION // 2, (2,), generator=generator).tolist()
             images = images[:, :, top : top + RESOLUTION // 2, left : left + RESOLUTION // 2]
         posterior = vae.encode(images.to(memory_format=torch.channels_last)).latent_dist
@@ -153,7 +152,7 @@ def tune_decoder(args, vae, scenes, path: Path) -> AutoencoderKL:
 
 
 def train_judge(args, path: Path) -> Judge:
-    """A classifier on clean, blurred and noisy renders, so that it judges the scene and not the sharpness."""
+    """Train a classifier on clean, blurred and noisy renders, so that it judges the scene and not the sharpness."""
     torch.manual_seed(args.seed)
     judge = Judge()
     generator = torch.Generator().manual_seed(args.seed + 1)
@@ -180,7 +179,7 @@ def train_judge(args, path: Path) -> Judge:
 
 
 def make_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """One token a word of the scenes' language; other words become <unk>."""
+    """Return a tokenizer with one token a word of the scenes' language; other words become <unk>."""
     words = sorted({word for scene in all_scenes() for word in re.findall(r"\w+", caption_of(scene))})
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -199,7 +198,7 @@ def make_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
 
 
 def make_pipeline(vae: AutoencoderKL) -> FluxPipeline:
-    """FLUX.1's architecture and scheduler configuration at a small size, with fresh weights."""
+    """Return FLUX.1's architecture and scheduler configuration at a small size, with fresh weights."""
     tokenizer, tokenizer_2 = make_tokenizer(TEXT_TOKENS), make_tokenizer(512)
     clip = CLIPTextModel(
         CLIPTextConfig(
@@ -254,7 +253,7 @@ def make_pipeline(vae: AutoencoderKL) -> FluxPipeline:
 
 
 def encode_scenes(vae, scenes, count, generator):
-    """`count` scenes as packed latents, the layout in which FLUX denoises: float32 (count, tokens, channels)."""
+    """Return scenes (count, 5) and their latents (count, tokens, channels) float32, packed as FLUX denoises them."""
     latents, chosen = [], []
     for _ in tqdm(range(count // 64), desc="latents"):
         drawn, images = draw(scenes, 64, generator)
@@ -267,7 +266,7 @@ def encode_scenes(vae, scenes, count, generator):
 
 
 def train_transformer(args, vae, scenes, work_dir: Path) -> FluxPipeline:
-    """Flow matching from noise, both text encoders trained along; a tenth of the captions is empty, for guidance."""
+    """Train by flow matching from noise, both text encoders along; a tenth of the captions is empty, for guidance."""
     torch.manual_seed(args.seed)
     pipe = make_pipeline(vae)
     generator = torch.Generator().manual_seed(args.seed + 2)
