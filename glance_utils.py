@@ -35,26 +35,27 @@ PUBLISHED_POSITIONS = (1, 3, 5, 7, 9, 11, 21, 31, 41, 50)
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message is one line and says how to mend it."""
+    """An error in what the user gave; its message is one line and says how to mend it."""
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message that is not blank, or the error's kind."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextlib.contextmanager
 def replaced(owner, name: str, value):
-    """Set an attribute of an object or a class and put things back as they were, its own attribute or none."""
-    nothing = object()
-    before = vars(owner).get(name, nothing)
+    """Set an attribute of an object or a class inside; afterwards it has its own again, or none."""
+    missing = object()
+    original = vars(owner).get(name, missing)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if before is nothing:
+        if original is missing:
             delattr(owner, name)
         else:
-            setattr(owner, name, before)
+            setattr(owner, name, original)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -68,10 +69,12 @@ def as_floats(values) -> list[float]:
 
 
 def timesteps_to_sigmas(timesteps: list[float]) -> list[float]:
+    """Return timesteps (0..1000) as sigmas (0..1)."""
     return [timestep / 1000 for timestep in as_floats(timesteps)]
 
 
 def sigmas_to_timesteps(sigmas: list[float]) -> list[float]:
+    """Return sigmas (0..1) as timesteps (0..1000)."""
     return [sigma * 1000 for sigma in as_floats(sigmas)]
 
 
@@ -92,7 +95,7 @@ def check_timesteps(timesteps: list[float], name: str = "timesteps") -> list[flo
 def parse_timesteps(text: str, name: str = "--flow_custom_timesteps") -> list[list[float]]:
     """Read "1000,979.2,957.5" or "SLOW LIST;FAST LIST" as one or two lists of timesteps (0..1000).
 
-    Values that are all <= 1 are sigmas and are converted. Raises InputError for a list that is empty, mixed, not
+    Values that are all <= 1 are sigmas and are converted. Raise InputError for a list that is empty, mixed, not
     finite, out of range or not descending, also across the two lists.
     """
     try:
@@ -138,7 +141,8 @@ def derive_timesteps(base_timesteps: list[float], positions: list[int] | None = 
             f"--num_base_steps: {len(base_timesteps)} steps are too few for {len(positions)} distinct ones on this "
             "grid; give more, or fewer --num_inference_steps"
         )
-    timesteps, half = as_floats(base_timesteps[position] for position in positions), -(-len(positions) // 2)
+    timesteps = as_floats(base_timesteps[position] for position in positions)
+    half = math.ceil(len(positions) / 2)
     return {"slow": timesteps[:half], "fast": timesteps[half:]}
 
 
@@ -223,9 +227,9 @@ def counts_image(scheduler) -> bool:
 
 
 class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
-    """Euler over a fixed list of sigmas, then 0. Whatever steps, sigmas or mu a pipeline requests are ignored.
+    """An Euler scheduler over a fixed list of sigmas, then 0; whatever steps, sigmas or mu a pipeline asks for.
 
-    With it requested and used sigmas are equal: a pipeline's own scheduler would shift `sigmas=` once more. Plain
+    With it the requested sigmas are those that are used: a pipeline's own scheduler would shift `sigmas=` again. Plain
     diffusers does the same with shift=1.0, use_dynamic_shifting=False, shift_terminal=None and `sigmas=`, in
     pipelines that take `sigmas`. It saves and loads as any scheduler does, the whole sampler in its config.
     """
@@ -243,12 +247,13 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
         invert_sigmas: bool = False,
         num_train_timesteps: int = 1000,
     ):
-        """`model_timesteps` are what the model is told where that is not 1000 * sigma; `before_step(index)` is called
-        before each step's model calls; `like` is a scheduler that may count the image's share instead of the noise's,
-        or timesteps to another number than 1000, which the last two arguments say as well; with `coefficients` [a, c]
-        for each step, it goes along a * velocity + c * the previous step's velocity.
+        """Walk `sigmas` (0..1, descending), one step each.
 
-        Raises InputError where `model_timesteps` or `coefficients` are not one for each sigma.
+        `model_timesteps` are what the model is told where that is not 1000 * sigma. `before_step(index)` is called
+        before each step's model calls. `like` is a scheduler that may count the image's share instead of the noise's,
+        or timesteps to another number than 1000, which the last two arguments say as well. With `coefficients`, [a, c]
+        for each step, a step goes along a * velocity + c * the previous step's velocity. Raise InputError where
+        `model_timesteps` or `coefficients` are not one for each sigma.
         """
         if like is not None:
             invert_sigmas = counts_image(like)
@@ -256,13 +261,15 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
         super().__init__(num_train_timesteps=num_train_timesteps, invert_sigmas=invert_sigmas)
         lists = {"sigmas": as_floats(sigmas), "model_timesteps": model_timesteps, "coefficients": coefficients}
         lists = {name: value if value is None else np.asarray(value, float).tolist() for name, value in lists.items()}
+        count = len(lists["sigmas"])
         for name, value in lists.items():
-            if value is not None and len(value) != (count := len(lists["sigmas"])):
+            if value is not None and len(value) != count:
                 raise InputError(f"{name}: {len(value)} of them for {count} sigmas; give one for each step")
         self.register_to_config(**lists)  # beside what the parent has registered
         self.init_noise_sigma = 1.0
         self.before_step = before_step
-        self.next_index, self.velocities = 0, {}
+        self.next_index = 0
+        self.velocities = {}  # by step, the newest two
 
     def _begin_at(self, index: int) -> None:
         """Note which step is the next to be executed, as soon as it is known."""
@@ -274,11 +281,11 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
         super().set_timesteps(sigmas=self.config.sigmas, device=device)
         if self.config.model_timesteps is not None:
             self.timesteps = torch.tensor(self.config.model_timesteps, dtype=torch.float32, device=device)
-        self.velocities = {}  # by step, the newest two
+        self.velocities = {}
         self._begin_at(0)
 
     def set_begin_index(self, begin_index: int = 0):
-        """Called by pipelines that leave the first steps out: those that begin with a picture."""
+        """Leave the first steps out, as pipelines do that begin with a picture."""
         super().set_begin_index(begin_index)
         self._begin_at(begin_index)
 
@@ -320,7 +327,7 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How a few steps are walked, as plain data, which dataclasses.asdict makes JSON of and Schedule(**...) reads.
+    """The plan of a few steps, as plain data, which dataclasses.asdict makes JSON of and Schedule(**...) reads.
 
     `phases` has the timesteps (0..1000, descending over all phases) under the name of the adapter that acts in them.
     `timestep_table` is what ask_timestep_table of glance/ask/schedule.py says of the pipeline: [timestep, what the
@@ -336,35 +343,41 @@ class Schedule:
 
     @property
     def timesteps(self) -> list[float]:
-        """All of them; InputError where they do not descend from at most 1000 to above 0."""
+        """Return the timesteps of all phases; raise InputError unless they descend from at most 1000 to above 0."""
         return check_timesteps([timestep for part in self.phases.values() for timestep in as_floats(part)])
 
     @property
     def phase_of_steps(self) -> list[str]:
+        """Return the name of each step's phase."""
         return [phase for phase, part in self.phases.items() for _ in as_floats(part)]
 
     def scheduler(self, like=None, before_step=None) -> FixedSigmaScheduler:
-        """Return the scheduler that walks it; `like` is the pipeline's own, before_step(index) is called before each
-        step's model calls. InputError where there are not as many coefficients as steps."""
+        """Return the scheduler that walks these steps; `like` is the pipeline's own.
+
+        before_step(index) is called before each step's model calls. Raise InputError where there are not as many
+        coefficients as steps.
+        """
         sigmas = timesteps_to_sigmas(self.timesteps)
-        told = model_timesteps(self.timestep_table, sigmas)
-        return FixedSigmaScheduler(sigmas, told, before_step, like, self.coefficients)
+        return FixedSigmaScheduler(
+            sigmas, model_timesteps(self.timestep_table, sigmas), before_step, like, self.coefficients
+        )
 
 
 def model_timesteps(timestep_table: list[list[float]] | None, sigmas: list[float]) -> list[float] | None:
     """Return what the model is told at `sigmas`, read off a Schedule's table; None where that is 1000 * sigma."""
     if timestep_table is None:
         return None
-    timesteps, told = zip(*timestep_table)
-    return np.interp(sigmas_to_timesteps(sigmas), timesteps, told).tolist()
+    timesteps, values = zip(*timestep_table)
+    return np.interp(sigmas_to_timesteps(sigmas), timesteps, values).tolist()
 
 
 def adapted_layers(model: torch.nn.Module) -> list[BaseTunerLayer]:
+    """Return the model's layers that have an adapter, active or not."""
     return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
 
 
 def strengths(layer: BaseTunerLayer) -> dict[str, float]:
-    """Return, by adapter, what it adds to this layer is multiplied with: alpha / rank times the user's scale."""
+    """Return by adapter the factor of what it adds to this layer: alpha / rank times the user's scale."""
     return getattr(layer, "scaling", {})
 
 
@@ -398,24 +411,24 @@ def check_adapters(transformer, names: list[str]) -> None:
 
 @contextlib.contextmanager
 def switchable_adapters(transformer, names: list[str], activate=activate_adapter):
-    """Yield switch(name, scale), which lets one of the adapters `names` act; afterwards all are as they were found.
+    """Yield switch(name, scale), which lets one of the adapters `names` act; afterwards all are as before.
 
     Put back, layer by layer, is which adapters are active, how strong, whether they are disabled and which train.
-    Further adapters that are active stay so all along. InputError where one of the names is not loaded, or one is
-    fused. `activate(transformer, name, scale, others)` does the switching.
+    Further adapters that are active stay so all along. Raise InputError where one of the names is not loaded, or one
+    is fused. `activate(transformer, name, scale, others)` does the switching.
     """
     check_adapters(transformer, names)
-    found, others = [], {}
+    states, others = [], {}
     for layer in adapted_layers(transformer):
         active, disabled = list(layer.active_adapters), layer.disable_adapters
         trains = {name: parameter.requires_grad for name, parameter in layer.named_parameters()}
-        found.append((layer, active, disabled, dict(strengths(layer)), trains))
+        states.append((layer, active, disabled, dict(strengths(layer)), trains))
         others[layer] = [] if disabled else [name for name in active if name not in names]
     try:
         activate_adapter(transformer, None, others=others)
         yield lambda name, scale: activate(transformer, name, scale, others)
     finally:
-        for layer, active, disabled, scaling, trains in found:
+        for layer, active, disabled, scaling, trains in states:
             layer.set_adapter(active)
             layer.enable_adapters(not disabled)
             strengths(layer).update({name: value for name, value in scaling.items() if name in strengths(layer)})
@@ -441,10 +454,12 @@ def glance_inference(
     Afterwards the scheduler and all adapters are as they were found. `activate` is what switches to an adapter:
     another one than activate_adapter is fused_adapters' of glance/adapters.py.
 
-    Raises InputError for names that are not loaded, and for a schedule that cannot be walked.
+    Raise InputError for names that are not loaded, and for a schedule that cannot be walked.
     """
     schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)
-    names, active, scales = schedule.phase_of_steps, None, scales or {}
+    names = schedule.phase_of_steps
+    scales = scales or {}
+    active = None
     if unknown := set(scales) - set(schedule.phases):
         phases = ", ".join(schedule.phases)
         raise InputError(f"scales: {', '.join(sorted(unknown))} is no phase; the phases are {phases}")

@@ -81,7 +81,10 @@ def complete(args: cli.Settings) -> cli.Settings:
 
 
 def published_timesteps(pipe: DiffusionPipeline, base_timesteps: list[float]) -> dict[str, list[float]]:
-    """The published ten of the base's own, for files that do not say theirs; InputError where it has too few."""
+    """Return the published ten of the base's own timesteps (0..1000), by phase, for files that do not say theirs.
+
+    Raise InputError where the base has too few.
+    """
     if most_positions("glance", 10, len(base_timesteps)) < 10:
         raise InputError(
             f"the LoRA files carry no recipe, and this {type(pipe).__name__} has its own {len(base_timesteps)} steps, "
@@ -97,9 +100,9 @@ def check_early(args, paths: dict[str, Path], call_of) -> None:
 
     Where the pipeline cannot be built or called so at all, only the real one can tell.
     """
-    base, where = args.pretrained_model_name_or_path, cli.load_arguments(args)
+    base, load_arguments = args.pretrained_model_name_or_path, cli.load_arguments(args)
     try:
-        pipe = estimate.load_without_weights(base, DTYPES[args.dtype], **where)
+        pipe = estimate.load_without_weights(base, DTYPES[args.dtype], **load_arguments)
     except InputError as error:
         if isinstance(error.__cause__, OSError):
             raise
@@ -109,11 +112,11 @@ def check_early(args, paths: dict[str, Path], call_of) -> None:
     try:
         ask.dry_step(pipe, **call)
     except InputError:
-        with contextlib.suppress(InputError):
+        try:
             ask.dry_step(pipe, prompt=call["prompt"])
-            call = None
-        if call is None:
-            raise
+        except InputError:  # not even the prompt alone: it is for want of weights
+            return
+        raise
 
 
 def check_parts(args, pipe: DiffusionPipeline, paths: dict[str, Path]) -> None:
@@ -125,16 +128,18 @@ def check_parts(args, pipe: DiffusionPipeline, paths: dict[str, Path]) -> None:
 
 
 def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> DiffusionPipeline:
-    """The base with both adapters loaded and none active; its transformer, the largest part, comes last."""
-    base, dtype, where = args.pretrained_model_name_or_path, DTYPES[args.dtype], cli.load_arguments(args)
+    """Load the base with both adapters, none of them active; its transformer, the largest part, comes last."""
+    base, dtype = args.pretrained_model_name_or_path, DTYPES[args.dtype]
+    load_arguments = cli.load_arguments(args)
     offload = args.enable_model_cpu_offload or args.enable_group_offload or args.enable_sequential_cpu_offload
     place = torch.device("cpu") if offload else device
-    pipe = ask.load_pipeline(base, dtype, vae_dtype=dtype, **where)
+    pipe = ask.load_pipeline(base, dtype, vae_dtype=dtype, **load_arguments)
     check_parts(args, pipe, paths)
-    name, further = ask.find_denoiser(base, **where)[0], ask.further_denoisers(pipe)
-    setattr(pipe, name, load_base.load_transformer(base, dtype, place, args.quantization, **where))
+    name, _ = ask.find_denoiser(base, **load_arguments)
+    further = ask.further_denoisers(pipe)
+    setattr(pipe, name, load_base.load_transformer(base, dtype, place, args.quantization, **load_arguments))
     for part in further:
-        setattr(pipe, part, load_base.load_transformer(base, dtype, place, part=part, **where))
+        setattr(pipe, part, load_base.load_transformer(base, dtype, place, part=part, **load_arguments))
     for phase, path in paths.items():
         load_lora(pipe, path, phase)
     activate_adapter(denoiser(pipe), None)
@@ -155,7 +160,7 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> Diffusi
 
 
 class Counter:
-    """Counts the samples that pass the model, so that guidance by a doubled batch counts as two model calls."""
+    """A counter of the samples that pass the model: guidance by a doubled batch is two model calls."""
 
     def __init__(self, pipe):
         self.calls = 0
@@ -167,9 +172,12 @@ class Counter:
 
 
 def timed(pipe, counter, call: dict, seed: int, **kwargs):
-    """One picture, its seconds and model calls; InputError where the pipeline refuses, FloatingPointError where what
-    becomes a picture is not finite."""
-    counter.calls, start = 0, time.perf_counter()
+    """Draw one picture; return it, its seconds and its model calls.
+
+    Raise InputError where the pipeline refuses, FloatingPointError where the latents or the pixels are not finite.
+    """
+    counter.calls = 0
+    start = time.perf_counter()
     kwargs |= {"generator": torch.Generator().manual_seed(seed), "output_type": "pil", "return_dict": False}
     with ask.refusals(pipe), ask_latents.finite_pictures(pipe):
         image = ask.first_picture(pipe(**call, **kwargs))
@@ -177,12 +185,15 @@ def timed(pipe, counter, call: dict, seed: int, **kwargs):
 
 
 def make_schedule(args, pipe, recipe: Recipe, schedule: Schedule | None, call: dict) -> Schedule:
-    """Return the steps that the files say, and what the pipeline says where they are silent."""
-    base_steps, folded = recipe.num_base_steps, (args.guidance or recipe.guidance) == "fold"
+    """Return the steps of the files, completed by the pipeline where these hold nothing."""
+    base_steps = recipe.num_base_steps
     if schedule is None:
         schedule = Schedule(published_timesteps(pipe, ask_timesteps(pipe, base_steps, **call)))
-    table, off = ask_timestep_table(pipe, base_steps, **call), ask_single_branch(pipe, **call) if folded else {}
-    return dataclasses.replace(schedule, timestep_table=table, guidance=off)
+    table = ask_timestep_table(pipe, base_steps, **call)
+    folded = (args.guidance or recipe.guidance) == "fold"
+    return dataclasses.replace(
+        schedule, timestep_table=table, guidance=ask_single_branch(pipe, **call) if folded else {}
+    )
 
 
 def compared_steps(args, pipe, schedule: Schedule, base_steps: int, call: dict) -> list[int]:
@@ -195,7 +206,7 @@ def compared_steps(args, pipe, schedule: Schedule, base_steps: int, call: dict) 
 
 
 def draw_job(args, pipe, counter, schedule: Schedule, base_steps: list[int], call: dict, seed: int) -> list[tuple]:
-    """[(label, picture, seconds, model calls)]: Glance's, after the base's in each of `base_steps`."""
+    """Return [(label, picture, seconds, model calls)]: Glance's, after the base's in each of `base_steps`."""
     row = []
     for count in base_steps:
         with faults.explained(f"base, {count} steps", what_to_try(args)) as label:
@@ -211,23 +222,24 @@ def draw_job(args, pipe, counter, schedule: Schedule, base_steps: list[int], cal
 
 
 def what_to_try(args) -> str:
-    """Against numbers that are not finite: another dtype than this run's."""
-    other = [f"--dtype {name}" for name in ("bfloat16", "float32") if name != args.dtype]
-    other = " or ".join(other) if args.dtype != "float32" else "other weights of the base, as these may hold some"
+    """Return advice against numbers that are not finite: another dtype than this run's."""
+    others = " or ".join(f"--dtype {name}" for name in ("bfloat16", "float32") if name != args.dtype)
+    advice = others if args.dtype != "float32" else "other weights of the base, as these may hold some"
     quantized = f" and --quantization {args.quantization}" if args.quantization != "none" else ""
-    return f"it was drawn in --dtype {args.dtype}{quantized}; try {other}"
+    return f"it was drawn in --dtype {args.dtype}{quantized}; try {advice}"
 
 
 def draw_all(
     args, state, pipe, schedule: Schedule, base_steps: list[int], calls: list[dict], jobs: list, files: list[Path]
 ) -> tuple[list, list]:
-    """This process's share of the jobs, each written as soon as it is drawn.
+    """Draw this process's share of the jobs, each written as soon as it is drawn.
 
-    Returns [(number, strip of the comparison or None, seconds, model calls)] and what was not finite, in words.
+    Return [(number, strip of the comparison or None, seconds, model calls)] and what was not finite, in words.
     """
-    counter, drawn, failed = Counter(pipe), [], []
-    with state.split_between_processes(list(range(len(jobs)))) as mine:
-        for number in tqdm(mine, desc="images", disable=not state.is_local_main_process):
+    counter = Counter(pipe)
+    drawn, failed = [], []
+    with state.split_between_processes(list(range(len(jobs)))) as numbers:
+        for number in tqdm(numbers, desc="images", disable=not state.is_local_main_process):
             try:
                 row = draw_job(args, pipe, counter, schedule, base_steps, calls[number], jobs[number][1])
             except FloatingPointError as error:
@@ -259,11 +271,14 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
     extra = recipe.pipeline_kwargs | args.pipeline_kwargs
     jobs = [(prompt, args.seed + image) for prompt in args.prompts for image in range(args.num_images)]
 
-    output, size = Path(args.output), (width, height) if width and height else None
+    output = Path(args.output)
+    size = (width, height) if width and height else None
     files = pictures.files_of(output, len(jobs), args.compare)
+    to_write = files
     if args.compare:
-        size = size and pictures.comparison_size(size, columns=3, rows=len(jobs))
-    pictures.check_output(output, files + [output] * args.compare, size)
+        to_write = [*files, output]
+        size = pictures.comparison_size(size, columns=3, rows=len(jobs)) if size else None
+    pictures.check_output(output, to_write, size)
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if args.enable_sequential_cpu_offload and state.device.type == "cpu":
         raise InputError("--enable_sequential_cpu_offload needs an accelerator; there is none, so leave it out")
