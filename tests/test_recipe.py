@@ -1,4 +1,4 @@
-"""What a LoRA file says of itself: written and read again, with what files of earlier versions mean, joined to steps."""
+"""What a LoRA file says of itself: written, read again, of earlier versions too, and joined to steps."""
 
 import dataclasses
 import json
