@@ -279,7 +279,8 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
         to_write = [*files, output]
         size = pictures.comparison_size(size, columns=3, rows=len(jobs)) if size else None
     pictures.check_output(output, to_write, size)
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    with launcher.begun():
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     if args.enable_sequential_cpu_offload and state.device.type == "cpu":
         raise InputError("--enable_sequential_cpu_offload needs an accelerator; there is none, so leave it out")
 

@@ -40,7 +40,7 @@ from glance.files import faults
 from glance.files.checkpoints import save_checkpoint, with_run
 from glance.files.instance_data import load_pair
 from glance.files.lora import save_lora
-from glance.training import distribution, losses, trackers, trajectories
+from glance.training import distribution, launcher, losses, trackers, trajectories
 from glance.training.draw_command import draw_command
 from glance.training.draws import Draws
 from glance.training.log import LossLog, check_finite
@@ -214,15 +214,16 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
         return
     faults.check_writable(args.output_dir, "--output_dir")
     halves, args = distribution.split(args) if args.parallel_phases else (None, args)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
-        # Base, activations and the LoRA's products run in --mixed_precision's dtype, as at inference: the model is not
-        # prepared, so there is no autocast. Accelerate still brings fp16's loss scaling.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=distribution.PATIENCE)],
-    )
+    with launcher.begun():
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+            # Base, activations and the LoRA's products run in --mixed_precision's dtype, as at inference: the model is
+            # not prepared, so there is no autocast. Accelerate still brings fp16's loss scaling.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=distribution.PATIENCE)],
+        )
     cli.set_up_logging()
     distribution.check_combination(args, accelerator)
     first, home = accelerator.is_main_process, args.output_dir

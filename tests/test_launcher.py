@@ -84,6 +84,16 @@ def test_inference_hears_the_launcher_too(monkeypatch):
         infer_glance.parse_args(flags(**given, dtype="float16"))
 
 
+def test_what_accelerate_cannot_begin_is_one_line(train, infer, trained, monkeypatch, tmp_path):
+    loras = trained()
+    for call in (train, lambda: infer(lora=loras)):
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "perhaps")
+        with pytest.raises(InputError) as error:
+            call()
+        assert "accelerate cannot begin as it was launched (invalid truth value perhaps)" in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_accelerate_launch_decides_the_bases_dtype(pipelines):
     """Through the real launcher; --dry_run names the dtype in which the base would be loaded."""
     launch = "-m accelerate.commands.launch --cpu --num_processes=1 --num_machines=1 --dynamo_backend=no"

@@ -4,12 +4,13 @@ It reaches a script through the environment, whether it comes from the launcher'
 The launcher also says "no" where nobody said anything, so there a script's own flag decides alone.
 """
 
+import contextlib
 import os
 
 from accelerate.utils import parse_flag_from_env
 
 from glance.command_line import Settings
-from glance_utils import InputError
+from glance_utils import InputError, first_line
 
 
 SILENT = ("", "no", "none", "auto")
@@ -92,3 +93,13 @@ def agreed_dtype(own: str | None) -> str:
     """Return the dtype that infer_glance.py computes in: float32 where nobody says another."""
     check()
     return agreed("dtype", own, DTYPES.get(told_precision()), "float32")
+
+
+@contextlib.contextmanager
+def begun():
+    """Let accelerate begin inside; raise InputError where it cannot do what it was launched with."""
+    try:
+        yield
+    except (ImportError, ValueError, RuntimeError) as error:  # no DeepSpeed, no such dtype, a port in use
+        reason = first_line(error)
+        raise InputError(f"accelerate cannot begin as it was launched ({reason}); launch it otherwise") from error
