@@ -226,10 +226,10 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
         )
     cli.set_up_logging()
     distribution.check_combination(args, accelerator)
-    first, home = accelerator.is_main_process, args.output_dir
+    locks, output_dir = accelerator.is_main_process, args.output_dir
     if halves is not None:
-        first, home = first and halves.phase == "slow", halves.output_dir
-    with faults.signals_handled(), faults.locked(home) if first else contextlib.nullcontext():
+        locks, output_dir = locks and halves.phase == "slow", halves.output_dir
+    with faults.signals_handled(), faults.locked(output_dir) if locks else contextlib.nullcontext():
         train(args, accelerator, halves)
 
 

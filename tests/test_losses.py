@@ -58,6 +58,10 @@ def test_the_flow_loss_beside_the_trajectory_loss_counts_by_its_weight():
     starts, noise, losses = torch.randn(1, 1, 3, 5), torch.randn(1, 5), []
     flow, trajectory = Flow(torch.randn(1, 5), weight=0.25), Trajectory(starts, -starts, ["a ring"])
     draw = Draw([0], noise)
-    for objective in (Objective(SIGMAS, flow, trajectory), Objective(SIGMAS, flow), Objective(SIGMAS, None, trajectory)):
+    for objective in (
+        Objective(SIGMAS, flow, trajectory),
+        Objective(SIGMAS, flow),
+        Objective(SIGMAS, None, trajectory),
+    ):
         losses.append(step_losses(make_model([]), objective, draw)[0])
     torch.testing.assert_close(losses[0], losses[1] + losses[2])

@@ -1,4 +1,4 @@
-"""What `accelerate launch` was told: the defaults of our own flags, or refused where it would change nothing.
+"""What was `accelerate launch` told? It is the default of our own flags, or refused where it would change nothing.
 
 It reaches a script through the environment, whether it comes from the launcher's flags or from `accelerate config`.
 The launcher also says "no" where nobody said anything, so there a script's own flag decides alone.
@@ -28,15 +28,15 @@ REFUSED = {
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # as infer_glance.py names them
 
 
-def told(variable: str) -> str | None:
+def launched_value(variable: str) -> str | None:
     """Return what the launcher put into this variable, None where that says nothing."""
     text = os.environ.get(variable, "").strip().lower()
     return None if text in SILENT else text
 
 
-def told_number(variable: str, kind: type) -> int | float | None:
+def launched_number(variable: str, kind: type) -> int | float | None:
     """Return the same as a number; raise InputError where it is none above 0."""
-    if (text := told(variable)) is None:
+    if (text := launched_value(variable)) is None:
         return None
     try:
         if (value := kind(text)) > 0:
@@ -46,9 +46,9 @@ def told_number(variable: str, kind: type) -> int | float | None:
     raise InputError(f"accelerate was launched with {variable}={text!r}; it takes a number above 0")
 
 
-def told_precision() -> str | None:
+def launched_precision() -> str | None:
     """Return the launcher's mixed precision, "fp16" or "bf16", None for "no"; raise InputError for any other."""
-    text = told("ACCELERATE_MIXED_PRECISION")
+    text = launched_value("ACCELERATE_MIXED_PRECISION")
     if text == "fp8":
         raise InputError(
             "accelerate was launched with --mixed_precision fp8, in which it trains a whole model; launch with bf16, "
@@ -59,19 +59,19 @@ def told_precision() -> str | None:
     return text
 
 
-def agreed(flag: str, own, launched, default):
-    """Return the flag's own value, else the launcher's, else the default; raise InputError where the two differ."""
-    if own is not None and launched is not None and own != launched:
+def agreed(flag: str, given, launched, default):
+    """Return the flag's given value, else the launcher's, else the default; raise InputError where the two differ."""
+    if given is not None and launched is not None and given != launched:
         raise InputError(
-            f"--{flag} is {own}, but accelerate was launched with {launched}; give one of them, or the same"
+            f"--{flag} is {given}, but accelerate was launched with {launched}; give one of them, or the same"
         )
-    return next((value for value in (own, launched) if value is not None), default)
+    return next((value for value in (given, launched) if value is not None), default)
 
 
 def check() -> None:
     """Raise InputError where the launcher was told what neither script does."""
     for variable, instead in REFUSED.items():
-        value = told(variable)
+        value = launched_value(variable)
         if value not in (None, "false", "0", "1" if variable.endswith("_SIZE") else None):
             raise InputError(f"accelerate was launched with {variable}={value}: {instead}")
 
@@ -79,20 +79,22 @@ def check() -> None:
 def with_defaults(args: Settings) -> Settings:
     """Return the settings, where a flag says nothing with the launcher's value; InputError where the two differ."""
     check()
-    checkpointing = parse_flag_from_env("ACCELERATE_USE_FSDP") and told("FSDP_ACTIVATION_CHECKPOINTING") == "true"
+    checkpointing = (
+        parse_flag_from_env("ACCELERATE_USE_FSDP") and launched_value("FSDP_ACTIVATION_CHECKPOINTING") == "true"
+    )
     launched = {
-        "mixed_precision": (told_precision(), "no"),
-        "gradient_accumulation_steps": (told_number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", int), 1),
-        "max_grad_norm": (told_number("ACCELERATE_GRADIENT_CLIPPING", float), 1.0),
+        "mixed_precision": (launched_precision(), "no"),
+        "gradient_accumulation_steps": (launched_number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", int), 1),
+        "max_grad_norm": (launched_number("ACCELERATE_GRADIENT_CLIPPING", float), 1.0),
         "gradient_checkpointing": (checkpointing or None, None),
     }
     return args.replace(**{flag: agreed(flag, getattr(args, flag), *said) for flag, said in launched.items()})
 
 
-def agreed_dtype(own: str | None) -> str:
+def agreed_dtype(given: str | None) -> str:
     """Return the dtype that infer_glance.py computes in: float32 where nobody says another."""
     check()
-    return agreed("dtype", own, DTYPES.get(told_precision()), "float32")
+    return agreed("dtype", given, DTYPES.get(launched_precision()), "float32")
 
 
 @contextlib.contextmanager

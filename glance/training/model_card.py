@@ -69,7 +69,7 @@ def write_model_card(args, directory: Path, recipes: list[Recipe], caption: str)
     """Write README.md into the output folder: what was trained, how to use it, the pictures."""
     rows = "\n".join(
         f"| {recipe.phase} | {', '.join(f'{timestep:.4f}' for timestep in recipe.timesteps)} | "
-        f"{', '.join(f'{own:.3f} {before:+.3f}' for own, before in recipe.coefficients or ()) or 'Euler'} |"
+        f"{', '.join(f'{a:.3f} {c:+.3f}' for a, c in recipe.coefficients or ()) or 'Euler'} |"
         for recipe in recipes
     )
     shown = " ".join(f"![{name}](./{name})" for name in pictures(len(recipes)))

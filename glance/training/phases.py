@@ -59,7 +59,9 @@ def find_source(args: Settings, num_processes: int, image: Image.Image | None, c
 def make_recipe(args, prepared: Prepared, phase: str, size: tuple[int, int]) -> Recipe:
     """Return what infer_glance.py needs to know of a LoRA, stored in the header of its file."""
     pipe, steps = prepared.models.pipe, prepared.steps
-    own = ask.accepted_arguments(pipe).get("guidance_scale")
+    guidance_scale, parameter = args.guidance_scale, ask.accepted_arguments(pipe).get("guidance_scale")
+    if guidance_scale is None and parameter is not None:
+        guidance_scale = parameter.default
     return Recipe(
         phase=phase,
         timesteps=steps.phases[phase],
@@ -67,7 +69,7 @@ def make_recipe(args, prepared: Prepared, phase: str, size: tuple[int, int]) -> 
         pipeline=type(pipe).__name__,
         height=size[0],
         width=size[1],
-        guidance_scale=own.default if args.guidance_scale is None and own is not None else args.guidance_scale,
+        guidance_scale=guidance_scale,
         pipeline_kwargs=args.pipeline_kwargs,
         num_base_steps=args.num_base_steps,
         grid=steps.grid,

@@ -49,28 +49,28 @@ def pick_steps(
     return Steps(grid, phases, {"slow": 0, "fast": len(derived["slow"])}, coefficients)
 
 
-def choose_counts(args, pipe, grid: str, walked: int, own: bool) -> int:
+def choose_count(args, pipe, grid: str, walked: int, fixed: bool) -> int:
     """Return how many steps Glance keeps of the base's, which walked so many when it was asked.
 
-    `own`: a base that ships its own few steps walks those whatever is asked; they are its schedule. InputError where
-    that is not what the flags say, or where it has too few for them.
+    `fixed`: it ships a list of its own few steps and walks those whatever is asked. InputError where that is not what
+    the flags say, or where it has too few for them.
     """
     this, count = f"this {type(pipe).__name__} has its own {walked} steps", args.num_inference_steps
     if args.num_base_steps not in (None, walked):
         raise InputError(f"--num_base_steps {args.num_base_steps}: {this}, whatever is asked; leave it out")
     usual = most_positions(grid, min(STEPS, max(2, -(-walked // 2))), walked)
-    count = count or (usual if own or args.flow_custom_timesteps else STEPS)
+    count = count or (usual if fixed or args.flow_custom_timesteps else STEPS)
     most = most_positions(grid, count, walked)
     if most < count:
-        if own:
+        if fixed:
             few = f"{usual}, at most {most}" if most > usual else f"{usual}"
-            found, mend = f"{this}, which", f"--num_inference_steps {few}"
+            reason, mend = f"{this}, which", f"--num_inference_steps {few}"
         else:
-            found, mend = f"--num_base_steps: {walked} steps", f"more, or --num_inference_steps {most} at most"
-        raise InputError(f"{found} are too few for {count} distinct ones on the {grid} grid; give {mend}")
+            reason, mend = f"--num_base_steps: {walked} steps", f"more, or --num_inference_steps {most} at most"
+        raise InputError(f"{reason} are too few for {count} distinct ones on the {grid} grid; give {mend}")
     if count == 1 and "fast" in args.custom_timesteps:
         raise InputError(f"{this}, which leave the fast phase none; give --phase slow")
-    if own:
+    if fixed:
         logger.info(f"{this[0].upper()}{this[1:]}, whatever is asked; {count} of them are kept")
     return count
 
@@ -82,9 +82,10 @@ def choose_steps(args: Settings, pipe, call: dict) -> tuple[Settings, list[float
     too few steps for the flags.
     """
     asked_for = args.num_base_steps or BASE_STEPS
-    base_timesteps, own = ask_timesteps(pipe, asked_for, **call), has_own_steps(pipe, asked_for, **call)
+    base_timesteps = ask_timesteps(pipe, asked_for, **call)
+    fixed = has_own_steps(pipe, asked_for, **call)
     walked, grid = len(base_timesteps), "even" if args.grid == "auto" else args.grid
-    count = choose_counts(args, pipe, grid, walked, own)
+    count = choose_count(args, pipe, grid, walked, fixed)
     positions = grid_positions(grid, count, walked)
     settings = args.replace(num_base_steps=walked, num_inference_steps=count)
     picked_by = None if args.flow_custom_timesteps else args.grid

@@ -1,5 +1,5 @@
-"""Accelerate's trackers, each of which raises its own kinds: one line where one cannot begin, and no run lost to one
-that fails later."""
+"""How are losses logged? By accelerate's trackers, each of which raises its own kinds of exception: one line where one
+cannot begin, and no run is lost to one that fails later."""
 
 import contextlib
 import shutil
@@ -35,14 +35,14 @@ def begin(args, accelerator) -> None:
 @contextlib.contextmanager
 def begun(args, accelerator):
     """Begin them, and take their new folder in output_dir away again where what follows does not come to training."""
-    logs, home = Path(args.output_dir, args.logging_dir).absolute(), Path(args.output_dir).absolute()
-    ours = accelerator.is_main_process and home in logs.parents and not logs.exists()  # the folder is locked
+    output_dir, logs = Path(args.output_dir).absolute(), Path(args.output_dir, args.logging_dir).absolute()
+    is_new = accelerator.is_main_process and output_dir in logs.parents and not logs.exists()  # output_dir is locked
     try:
         begin(args, accelerator)
         yield
     except BaseException:
         end(accelerator)
-        if ours:
+        if is_new:
             shutil.rmtree(logs, ignore_errors=True)
         raise
 
