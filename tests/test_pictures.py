@@ -131,6 +131,19 @@ def test_what_the_base_draws_to_train_on(train, nan_base, nan_vae, tmp_path, cap
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_prompt_that_an_encoder_makes_nan_of(pipelines, train, tmp_path, capsys):
+    """As T5 in half precision may; before the transformer is loaded."""
+    base = tmp_path / "base" / "flux"
+    shutil.copytree(pipelines["flux"], base)
+    (path,) = (base / "text_encoder_2").glob("*.safetensors")
+    weights = load_file(path)
+    weights["encoder.final_layer_norm.weight"][0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    words = ["encoder_hidden_states, which FluxPipeline makes of the prompt, holds NaN", "--mixed_precision"]
+    assert_not_finite(capsys, lambda: train(base), *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
 def test_a_preview_of_nan_leaves_the_loras(train, nan_vae, tmp_path, capsys):
     words = ["the preview was not written, the LoRAs are", "its VAE", "--mixed_precision"]
     assert_not_finite(capsys, lambda: train(nan_vae, max_train_steps=1), *words)

@@ -158,7 +158,7 @@ def check_instantaneous(pipe: DiffusionPipeline, **kwargs) -> None:
     """Raise InputError where the transformer is told where a step ends.
 
     It then predicts an average over the step, as MeanFlow does, and not the velocity at a point, which the
-    flow-matching loss trains.
+    flow-matching loss trains. Raise FloatingPointError where it is told NaN, as by an encoder in half precision.
     """
     inputs_by_end = []
 
@@ -171,6 +171,11 @@ def check_instantaneous(pipe: DiffusionPipeline, **kwargs) -> None:
         probe = Probe([1.0, end], lambda index, model_output, sample: sample)
         dry_run(pipe, probe, forward, **kwargs)
     for name, value in inputs_by_end[0][0].items():
+        if value.isnan().any():  # not infinite: masks are
+            raise FloatingPointError(
+                f"{name}, which {type(pipe).__name__} makes of the prompt, holds NaN; try --mixed_precision bf16 or "
+                "no; the encoders' weights may hold such numbers too"
+            )
         if not torch.equal(value, inputs_by_end[1][0][name]):
             raise InputError(
                 f"{type(pipe).__name__}: its model is told, as {name}, where a step ends; Glance needs a velocity"
