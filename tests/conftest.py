@@ -1,7 +1,9 @@
 """Shared by all tests: offline, tiny real pipelines on disk, both scripts called in this process."""
 
 import argparse
+import contextlib
 import gc
+import io
 import os
 import sys
 from pathlib import Path
@@ -104,7 +106,8 @@ def trained(pipelines, pair, tmp_path_factory):
                 "output_dir": tmp_path_factory.mktemp("trained") / base,
                 "learning_rate": 3e-2,
             }
-            folders[base] = run_train(defaults, {})
+            with contextlib.redirect_stdout(io.StringIO()):  # a test looks at what its own calls print
+                folders[base] = run_train(defaults, {})
         return folders[base]
 
     return call
