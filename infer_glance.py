@@ -63,13 +63,15 @@ DTYPES = {name: getattr(torch, name) for name in inference_flags.DTYPES}
 
 
 def parse_args(argv: list[str] | None = None) -> cli.Settings:
-    """Return what the command line asks for; ArgumentError or InputError where it has mistakes."""
+    """Return the run's settings; raise ArgumentError or InputError where the command line has mistakes."""
     return complete(inference_flags.parse(argv))
 
 
 def complete(args: cli.Settings) -> cli.Settings:
-    """Return inference_flags.parse's settings with what takes a library to know: the launcher's dtype and, by phase,
-    --flow_custom_timesteps; raise InputError where they cannot be followed."""
+    """Return inference_flags.parse's settings with the launcher's dtype and, by phase, --flow_custom_timesteps.
+
+    It takes libraries to know these. Raise InputError where they cannot be followed.
+    """
     load_base.check_combination(args.quantization, args.enable_group_offload)
     custom = None
     if args.flow_custom_timesteps is not None:

@@ -58,7 +58,7 @@ ADAPTER = "glance"
 
 
 def parse_args(argv: list[str] | None = None) -> cli.Settings:
-    """Return the run's settings; ArgumentError or InputError where the command line has mistakes."""
+    """Return the run's settings; raise ArgumentError or InputError where the command line has mistakes."""
     return complete(flags.parse(argv))
 
 
@@ -156,8 +156,8 @@ def train_phase(args, accelerator, prepared: Prepared, phase: Phase) -> Path | N
             step += 1
             lr_scheduler.step()
             progress.update()
-            shown = ",".join(f"{timestep:.0f}" for timestep in chosen)
-            progress.set_postfix(loss=f"{mean_loss:.4f}", timestep=shown, refresh=False)
+            trained_on = ",".join(f"{timestep:.0f}" for timestep in chosen)
+            progress.set_postfix(loss=f"{mean_loss:.4f}", timestep=trained_on, refresh=False)
             total = phase.steps_before + step
             trackers.log(accelerator, log.newest | {"lr": lr_scheduler.get_last_lr()[0]}, total)
             stop = accelerator.check_trigger()  # on every process, where a signal reached any

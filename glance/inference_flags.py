@@ -64,8 +64,11 @@ def add_memory(parser: cli.Parser) -> None:
 
 
 def parse(argv: list[str] | None = None) -> cli.Settings:
-    """Return the flags' values, `prompts` those of --prompt and --prompts_file, fuse_lora also where --compile fuses;
-    ArgumentError where they do not go together. `custom_timesteps` is None until infer_glance.complete."""
+    """Return the flags' values.
+
+    `prompts` are those of --prompt and --prompts_file, `fuse_lora` is set where --compile fuses, `custom_timesteps` is
+    None until infer_glance.complete. Raise ArgumentError where flags do not go together.
+    """
     args = cli.Settings(vars(make_parser().parse(argv)) | {"custom_timesteps": None})
     fuse = check_combination(args)
     return cli.Settings(vars(args) | {"fuse_lora": fuse, "prompts": read_prompts(args.prompt, args.prompts_file)})
@@ -74,7 +77,7 @@ def parse(argv: list[str] | None = None) -> cli.Settings:
 def check_combination(args: cli.Settings) -> bool:
     """Return whether the LoRAs are fused: as --fuse_lora says, or where --compile can.
 
-    ArgumentError where ways to save memory or time exclude each other.
+    Raise ArgumentError where ways to save memory or time exclude each other.
     """
     offload = [f"--{name}" for name in OFFLOADS if getattr(args, name)]
     if len(offload) > 1:
@@ -92,7 +95,7 @@ def check_combination(args: cli.Settings) -> bool:
 
 
 def read_prompts(prompts: list[str] | None, path: str | None) -> list[str]:
-    """Return the prompts of the command line, then those of the file; ArgumentError where there is none."""
+    """Return the prompts of the command line, then those of the file; raise ArgumentError where there is none."""
     prompts = [prompt.strip() for prompt in prompts or [] if prompt.strip()] + cli.read_prompts(path)
     if not prompts:
         raise cli.mistake("no prompt; give --prompt TEXT or --prompts_file FILE")

@@ -109,7 +109,7 @@ def gather_on_host(value) -> list:
 
 @functools.cache
 def _host_group(world) -> torch.distributed.ProcessGroup:
-    """The processes of `world`, the default group, once more: those that exchange what lies in host memory."""
+    """Return another group of the processes of `world`, the default one, which exchanges what lies in host memory."""
     return torch.distributed.new_group(timeout=PATIENCE, backend="gloo")
 
 
@@ -126,8 +126,9 @@ def share(jobs: list, work, description: str) -> list:
     A sharded model computes on all processes or on none: where the jobs of the last round are fewer, the processes
     without one do its last job too.
     """
-    state, results = PartialState(), []
+    state = PartialState()
     count, rank = state.num_processes, state.process_index
+    results = []
     for start in tqdm(range(0, len(jobs), count), desc=description, disable=not state.is_local_main_process):
         part = jobs[start : start + count]
         busy = rank < len(part)
@@ -250,11 +251,11 @@ def average_gradients(accelerator, parameters) -> None:
     if is_alone(accelerator):
         return
     gradients = [torch.zeros_like(part) if part.grad is None else part.grad for part in parameters]
-    some = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=accelerator.device)
-    together = torch.cat([*(gradient.flatten() for gradient in gradients), some]).div_(accelerator.num_processes)
+    has_one = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=accelerator.device)
+    together = torch.cat([*(gradient.flatten() for gradient in gradients), has_one]).div_(accelerator.num_processes)
     torch.distributed.all_reduce(together)
-    *means, some = together.split([*(gradient.numel() for gradient in gradients), len(some)])
-    for parameter, gradient, mean, anywhere in zip(parameters, gradients, means, some.tolist()):
+    *means, shares = together.split([*(gradient.numel() for gradient in gradients), len(has_one)])
+    for parameter, gradient, mean, anywhere in zip(parameters, gradients, means, shares.tolist()):
         parameter.grad = gradient.copy_(mean.view_as(gradient)) if anywhere else None
 
 
@@ -264,7 +265,7 @@ def average_gradients(accelerator, parameters) -> None:
 
 @dataclass
 class Halves:
-    """This process's half of all: a world of its own, which trains one phase into that phase's folder."""
+    """This process's half of all processes: a world of its own, which trains one phase into that phase's folder."""
 
     phase: str
     output_dir: Path  # of both phases
@@ -295,9 +296,9 @@ def split(args: Settings) -> tuple[Halves, Settings]:
         raise InputError(f"--parallel_phases needs an even number of processes, {count} launched; leave it out")
     phase, output_dir = PHASES[2 * rank // count], Path(args.output_dir)
     store, _, _ = next(rendezvous("env://"))
-    own_store = torch.distributed.PrefixStore(phase, store)
+    store_of_half = torch.distributed.PrefixStore(phase, store)
     torch.distributed.init_process_group(
-        store=own_store, rank=rank % (count // 2), world_size=count // 2, timeout=PATIENCE
+        store=store_of_half, rank=rank % (count // 2), world_size=count // 2, timeout=PATIENCE
     )
     args = args.replace(
         custom_timesteps={phase: args.custom_timesteps[phase]},

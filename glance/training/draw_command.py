@@ -1,4 +1,7 @@
-"""The command that draws with what a run wrote: its last line, and in the model card. Text alone; nothing is run."""
+"""Which command draws with what a run wrote? A run's last line, and the model card's.
+
+Text alone, nothing is run; a flag that inference must repeat after training is added to draw_command.
+"""
 
 import shlex
 import shutil
@@ -26,10 +29,10 @@ def draw_command(args: Settings, folder: Path | str, phases: list[str], caption:
 
     The base is left out, as the LoRA files name it; what they do not say is given as it was for training.
     """
-    given = lora_flags(folder, phases)
-    given |= {"revision": args.revision, "variant": args.variant, "dtype": DTYPES.get(args.mixed_precision)}
-    given["quantization"] = args.quantization if args.quantization != "none" else None
-    words = [python(), near(SCRIPT), *(joined(name, value) for name, value in given.items() if value)]
+    values = lora_flags(folder, phases)
+    values |= {"revision": args.revision, "variant": args.variant, "dtype": DTYPES.get(args.mixed_precision)}
+    values["quantization"] = args.quantization if args.quantization != "none" else None
+    words = [python(), near(SCRIPT), *(joined(name, value) for name, value in values.items() if value)]
     words += ["--enable_group_offload"] if args.enable_group_offload else []
     return " ".join([*words, joined("prompt", textwrap.shorten(caption, 200, placeholder="..."))])
 
@@ -47,5 +50,5 @@ def near(path: Path) -> str:
 def python() -> str:
     """Return "python" where the shell means this one by it, else where this one is: a virtual environment may not be
     active."""
-    found, this = shutil.which("python"), Path(sys.executable)
-    return "python" if found and Path(found).parent == this.parent else near(this)
+    in_path, this = shutil.which("python"), Path(sys.executable)
+    return "python" if in_path and Path(in_path).parent == this.parent else near(this)

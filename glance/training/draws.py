@@ -14,7 +14,7 @@ from glance_utils import timestep_order
 
 @dataclass(frozen=True)
 class Draw:
-    """What one micro-step of one process is trained on, `timesteps_per_step` times `batch_size` samples.
+    """The samples of one micro-step of one process, `timesteps_per_step` times `batch_size` of them.
 
     The samples of a timestep lie side by side: sample i is at positions[i // batch_size].
     """
@@ -26,7 +26,7 @@ class Draw:
 
 
 class Draws:
-    """Iterate over the draws of one process: what a phase's micro-steps are trained on, one after the other.
+    """An iterator over the draws of one process: what a phase's micro-steps are trained on, one after the other.
 
     `micro_steps` of them in all, each at `timesteps_per_step` of the phase's `timesteps`, in the order that
     glance_utils.timestep_order gives for `mode`; captions and trajectories in shuffled rounds. Noise has the shape
@@ -49,7 +49,8 @@ class Draws:
         process_index: int = 0,
         num_processes: int = 1,
     ):
-        self.generator, chooser = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        chooser = torch.Generator().manual_seed(seed)  # of captions and trajectories
         order = timestep_order(timesteps, micro_steps * timesteps_per_step, mode, self.generator)
         self.positions = order.reshape(micro_steps, timesteps_per_step).tolist()
         self.captions = timestep_order(captions, micro_steps, "stratified", chooser).tolist()
@@ -74,8 +75,8 @@ class Draws:
     def _noise(self) -> torch.Tensor | None:
         if self.noise_shape is None:
             return None
-        everyone = torch.randn(self.noise_shape, generator=self.generator)
-        return everyone[:, self.process_index].flatten(0, 1)
+        of_all_processes = torch.randn(self.noise_shape, generator=self.generator)
+        return of_all_processes[:, self.process_index].flatten(0, 1)
 
     def state(self) -> torch.Tensor:
         """Return the generator's state, uint8 (N,): with the number of draws taken, all that `restore` needs."""

@@ -41,7 +41,7 @@ class Step:
 
 @dataclass
 class Estimate:
-    """What a run needs; all sizes in bytes."""
+    """A run's needs; all sizes in bytes."""
 
     parameters: int  # the transformer's
     lora_parameters: int
@@ -66,11 +66,12 @@ class Estimate:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Count the bytes of the storages alive: `now`, and `peak` at their most."""
+    """A count of the bytes of the storages alive: `now`, and `peak` at their most."""
 
     def __init__(self, module: torch.nn.Module):
         super().__init__()
-        self.sizes, self.now, self.peak = {}, 0, 0
+        self.sizes = {}  # of the storages alive
+        self.now = self.peak = 0
         for tensor in (*module.parameters(), *module.buffers()):
             self.sizes[tensor.untyped_storage()._cdata] = 0  # weights are counted elsewhere; views share them
 
@@ -138,7 +139,7 @@ def without_content(mode: FakeTensorMode):
 def load_without_weights(path: str, dtype: torch.dtype, **load_arguments):
     """Return the pipeline at `path`: configs, tokenizers and scheduler as they are, and models without weights.
 
-    `load_arguments` are from_pretrained's, revision and variant. InputError where it is not a diffusers pipeline.
+    `load_arguments` are from_pretrained's, revision and variant. Raise InputError where it is no diffusers pipeline.
     """
     mode, models = FakeTensorMode(allow_non_fake_inputs=True), {}
     config = ask.read_model_index(path, **load_arguments)
@@ -178,7 +179,7 @@ def encode_without_weights(module: torch.nn.Module, mode: FakeTensorMode) -> Non
 def run_step(pipe, mode: FakeTensorMode, counter, call: dict) -> None:
     """Run one step of the pipeline, forward and backward, inside `counter`; its transformer is `weightless`.
 
-    InputError where the pipeline never calls its transformer.
+    Raise InputError where the pipeline never calls its transformer.
     """
     transformer, convert = denoiser(pipe), without_content(mode)
     predict = transformer.forward
@@ -229,8 +230,8 @@ def estimate(
 ) -> Estimate:
     """Return what a training step needs that is the pipeline's step with `call`, so many times, and then backward.
 
-    The transformer is on the meta device, and of no other use afterwards. InputError where it decides by numbers that
-    are not there.
+    The transformer is on the meta device, and of no other use afterwards. Raise InputError where it decides by
+    numbers that are not there.
     """
     transformer, mode = denoiser(pipe), FakeTensorMode(allow_non_fake_inputs=True)
     with_adapters(transformer).requires_grad_(False)

@@ -177,8 +177,10 @@ def add_outputs(parser: cli.Parser) -> None:
 
 
 def parse(argv: list[str] | None = None) -> cli.Settings:
-    """Return the flags' values, defaults that depend on other flags filled in; ArgumentError where they do not go
-    together. `custom_timesteps` is None until settings.complete."""
+    """Return the flags' values, with the defaults that depend on other flags.
+
+    `custom_timesteps` is None until settings.complete. Raise ArgumentError where flags do not go together.
+    """
     parser = make_parser()
     args = cli.Settings(vars(parser.parse(argv)) | {"custom_timesteps": None})
     if not args.pretrained_model_name_or_path:

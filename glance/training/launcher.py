@@ -1,7 +1,8 @@
 """What was `accelerate launch` told? It is the default of our own flags, or refused where it would change nothing.
 
 It reaches a script through the environment, whether it comes from the launcher's flags or from `accelerate config`.
-The launcher also says "no" where nobody said anything, so there a script's own flag decides alone.
+The launcher also says "no" where nobody said anything, so there a script's own flag decides alone. A setting of the
+launcher that nothing here does belongs into REFUSED.
 """
 
 import contextlib
@@ -69,7 +70,7 @@ def agreed(flag: str, given, launched, default):
 
 
 def check() -> None:
-    """Raise InputError where the launcher was told what neither script does."""
+    """Raise InputError where the launcher asks for what neither script does."""
     for variable, instead in REFUSED.items():
         value = launched_value(variable)
         if value not in (None, "false", "0", "1" if variable.endswith("_SIZE") else None):
@@ -77,7 +78,7 @@ def check() -> None:
 
 
 def with_defaults(args: Settings) -> Settings:
-    """Return the settings, where a flag says nothing with the launcher's value; InputError where the two differ."""
+    """Return the settings with the launcher's values for flags not given; raise InputError where the two differ."""
     check()
     checkpointing = (
         parse_flag_from_env("ACCELERATE_USE_FSDP") and launched_value("FSDP_ACTIVATION_CHECKPOINTING") == "true"
@@ -88,7 +89,7 @@ def with_defaults(args: Settings) -> Settings:
         "max_grad_norm": (launched_number("ACCELERATE_GRADIENT_CLIPPING", float), 1.0),
         "gradient_checkpointing": (checkpointing or None, None),
     }
-    return args.replace(**{flag: agreed(flag, getattr(args, flag), *said) for flag, said in launched.items()})
+    return args.replace(**{flag: agreed(flag, getattr(args, flag), *values) for flag, values in launched.items()})
 
 
 def agreed_dtype(given: str | None) -> str:

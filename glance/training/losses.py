@@ -19,7 +19,7 @@ SEGMENT_POWERS = {"uniform": 0, "length": 1, "length_squared": 2}
 
 @dataclass(frozen=True)
 class Flow:
-    """Train on the straight path from an image to noise, with this weight beside the trajectory loss."""
+    """The flow loss's data: the straight path from an image to noise, with its weight beside the trajectory loss."""
 
     latents: torch.Tensor  # (1, ...) float32, or (batch_size, ...)
     noise_scale: float = 1.0  # how much stronger than standard normal the pipeline's noise is
@@ -29,7 +29,7 @@ class Flow:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Train on points of the base's own trajectories, towards the velocities that lead from each to the next."""
+    """The trajectory loss's data: points of the base's own trajectories, and the velocities from each to the next."""
 
     starts: torch.Tensor  # (captions, trajectories, timesteps, ...) float32: the points
     targets: torch.Tensor  # the same shape: the velocities
@@ -39,7 +39,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a phase minimises: one of the losses or both, at the noise levels of its timesteps."""
+    """A phase's losses, one or both, at the noise levels of its timesteps."""
 
     sigmas: list[float]  # (timesteps,) in (0, 1]
     flow: Flow | None = None
@@ -87,7 +87,8 @@ def mean_losses(model, points: torch.Tensor, targets: torch.Tensor, sigmas: list
 def step_losses(model, objective: Objective, draw: Draw) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a micro-step's loss, () float32, to go backward from, and what it is the weighted mean of: the loss at
     each of the draw's timesteps, (timesteps_per_step,), comparable within a timestep alone."""
-    sigmas, losses = [objective.sigmas[position] for position in draw.positions], 0.0
+    sigmas = [objective.sigmas[position] for position in draw.positions]
+    losses = 0.0
     if objective.trajectory is not None:
         points, targets = trajectory_batch(objective.trajectory, draw)
         call = objective.trajectory.call | {"prompt": objective.trajectory.captions[draw.caption]}

@@ -1,4 +1,7 @@
-"""What is written beside the LoRAs? The preview, the model card; and how does all of it get onto the hub?"""
+"""What is written beside the LoRAs? The preview, the model card; and how does all of it get onto the hub?
+
+The card's text may be changed freely; the files' names are known to the hub and to README.
+"""
 
 import dataclasses
 import json
@@ -30,14 +33,14 @@ CARD = "README.md"
 
 
 def pictures(phases: int) -> list[str]:
-    """Return the names of those that a run of one phase or both makes; others may lie there of an earlier one."""
+    """Return the names of the pictures that a run of one phase or both makes; an earlier run may have left others."""
     return ["instance.png", "glance.png"][:phases]
 
 
 def draw_preview(prepared, recipes: dict[str, Recipe], output_dir: Path, seed: int) -> Image.Image:
     """Return the caption's picture with the LoRA files just written, drawn as infer_glance.py does.
 
-    The transformer is freed, then the VAE decodes. FloatingPointError where latents or pixels are not finite.
+    The transformer is freed, then the VAE decodes. Raise FloatingPointError where latents or pixels are not finite.
     """
     models, answers = prepared.models, prepared.answers
     pipe, device = models.pipe, models.pipe._execution_device
@@ -72,7 +75,7 @@ def write_model_card(args, directory: Path, recipes: list[Recipe], caption: str)
         f"{', '.join(f'{a:.3f} {c:+.3f}' for a, c in recipe.coefficients or ()) or 'Euler'} |"
         for recipe in recipes
     )
-    shown = " ".join(f"![{name}](./{name})" for name in pictures(len(recipes)))
+    images = " ".join(f"![{name}](./{name})" for name in pictures(len(recipes)))
     settings = recipes[0].as_dict()
     settings = {key: settings[key] for key in settings if key not in ("phase", "timesteps", "coefficients")}
     settings = json.dumps(settings, indent=2)
@@ -90,7 +93,7 @@ def write_model_card(args, directory: Path, recipes: list[Recipe], caption: str)
 Slow- and Fast-LoRA ([Glance](https://arxiv.org/abs/2512.02899)): the first steps run with the slow one, the last with
 the fast one, {sum(len(recipe.timesteps) for recipe in recipes)} steps in all.
 
-{shown}
+{images}
 
 Left: the training image, or what the base draws in all its steps, "{caption}".
 Right, where both phases were trained: the same caption with both LoRAs.

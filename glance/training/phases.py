@@ -1,4 +1,7 @@
-"""Which phases does a run train, into which folders, and from where does each begin?"""
+"""Which phases does a run train, into which folders, and from where does each begin?
+
+A new entry of the recipe is filled in by make_recipe; how runs are compared is checkpoints' business.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -19,7 +22,7 @@ from glance_utils import __version__, denoiser
 
 @dataclass(frozen=True)
 class Source:
-    """What a run learns from, by its content, so that a resumed run can be told from another one."""
+    """The base, image and captions of a run, by their content: a resumed run can be told from another one."""
 
     base: str  # base.identify's
     learned: str  # SHA-256 of the image's pixels and the captions
@@ -45,8 +48,10 @@ def folders(args: Settings) -> dict[str, Path]:
 
 
 def find_source(args: Settings, num_processes: int, image: Image.Image | None, captions: list[str]) -> Source:
-    """Return what the run learns from; InputError where the checkpoint to resume is another run's, as far as flags say
-    before the base is loaded."""
+    """Return what the run learns from.
+
+    Raise InputError where the checkpoint to resume is another run's, as far as flags say before the base is loaded.
+    """
     content = [b"" if image is None else image.tobytes(), *(text.encode() for text in captions)]
     learned = hashlib.sha256(b"\0".join(content)).hexdigest()
     base = load_base.identify(args.pretrained_model_name_or_path, **cli.load_arguments(args))
@@ -87,8 +92,8 @@ def plan_phases(
 ) -> list[Phase]:
     """Return the phases in the order in which they are trained; `size` is (height, width) in pixels.
 
-    InputError where the checkpoint, or what lies in the output folder, is of another run, or where the processes find
-    different ones.
+    Raise InputError where the checkpoint, or what lies in the output folder, is of another run, or where the processes
+    find different ones.
     """
     phases = prepared.steps.phases
     recipes = {phase: make_recipe(args, prepared, phase, size) for phase in phases}

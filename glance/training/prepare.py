@@ -42,7 +42,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Models:
-    """What owns models."""
+    """All that owns models."""
 
     pipe: DiffusionPipeline  # its encoders freed; its transformer without weights until `prepare_pipeline` loads them
     vae: torch.nn.Module | None  # on the CPU, for the preview
@@ -51,7 +51,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Answers:
-    """What the pipeline answered while its encoders were there: data, which holds no model."""
+    """The pipeline's answers from when its encoders were there: data, which holds no model."""
 
     call: dict  # the arguments of its call, with its guidance
     single_call: dict  # the same, with classifier-free guidance off
@@ -70,7 +70,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run trains with."""
+    """All that a run trains with."""
 
     settings: Settings  # the run's, with the numbers of steps that the base has
     models: Models
@@ -84,7 +84,7 @@ class Prepared:
 def ask_call(args, pipe, caption: str, size: tuple[int, int]) -> tuple[dict, dict, list[str]]:
     """Return the call's arguments with and without classifier-free guidance, and the names of the layers to adapt.
 
-    `size` is (height, width) in pixels. InputError where the pipeline cannot be trained so.
+    `size` is (height, width) in pixels. Raise InputError where the pipeline cannot be trained so.
     """
     call = ask.call_arguments(pipe, caption, *size, args.guidance_scale, args.pipeline_kwargs)
     transformer = denoiser(pipe)

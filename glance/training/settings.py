@@ -33,7 +33,7 @@ def complete(args: Settings) -> Settings:
 def choose_phases(phase: str | None, custom: str | None) -> dict[str, list[float] | None]:
     """Return the phases to train, each with its custom timesteps or None where they are derived from the pipeline.
 
-    `phase` is --phase, `custom` --flow_custom_timesteps; InputError where the two say something else.
+    `phase` is --phase, `custom` --flow_custom_timesteps; raise InputError where the two contradict each other.
     """
     if custom is None:
         return dict.fromkeys(PHASES if phase in (None, "both") else (phase,))

@@ -55,7 +55,8 @@ def choose_count(args, pipe, grid: str, walked: int, fixed: bool) -> int:
     `fixed`: it ships a list of its own few steps and walks those whatever is asked. InputError where that is not what
     the flags say, or where it has too few for them.
     """
-    this, count = f"this {type(pipe).__name__} has its own {walked} steps", args.num_inference_steps
+    this = f"this {type(pipe).__name__} has its own {walked} steps"
+    count = args.num_inference_steps
     if args.num_base_steps not in (None, walked):
         raise InputError(f"--num_base_steps {args.num_base_steps}: {this}, whatever is asked; leave it out")
     usual = most_positions(grid, min(STEPS, max(2, -(-walked // 2))), walked)
@@ -78,8 +79,8 @@ def choose_count(args, pipe, grid: str, walked: int, fixed: bool) -> int:
 def choose_steps(args: Settings, pipe, call: dict) -> tuple[Settings, list[float], Steps]:
     """Return the settings with the numbers of steps that this base has, all of its timesteps, and those to train.
 
-    --grid auto needs the base's trajectory: until that is drawn, it is the even grid. InputError where the base has
-    too few steps for the flags.
+    --grid auto needs the base's trajectory: until that is drawn, it is the even grid. Raise InputError where the base
+    has too few steps for the flags.
     """
     asked_for = args.num_base_steps or BASE_STEPS
     base_timesteps = ask_timesteps(pipe, asked_for, **call)

@@ -17,10 +17,10 @@ def begin(args, accelerator) -> None:
     """Begin what --report_to names; raise InputError where it cannot: no login, no network, a file in its way."""
     if args.report_to == "none":
         return
-    shown = {key: value for key, value in vars(args).items() if isinstance(value, int | float | str)}
-    shown.pop("instance_prompt", None)  # prompts do not belong in logs
+    config = {key: value for key, value in vars(args).items() if isinstance(value, int | float | str)}
+    config.pop("instance_prompt", None)  # prompts do not belong in logs
     try:
-        accelerator.init_trackers("glance", config=shown)
+        accelerator.init_trackers("glance", config=config)
     except Exception as error:
         for tracker in accelerator.trackers:  # of several, some may have begun
             with contextlib.suppress(Exception):

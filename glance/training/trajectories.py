@@ -57,7 +57,7 @@ def check_can_draw(pipe) -> None:
 
 
 class Teacher:
-    """The base as it draws with all its steps, to be learned from."""
+    """The base that draws with all its steps, to be learned from."""
 
     def __init__(self, pipe, base_timesteps: list[float], timestep_table, call: dict):
         self.pipe, self.timesteps, self.call = pipe, base_timesteps, call
@@ -68,7 +68,7 @@ class Teacher:
         """Return all points of a trajectory, before each step and after the last, (1, ...) float32 each.
 
         `positions` are the steps to walk, all by default; `coefficients` are a fitted solver's, [a, c] for each.
-        FloatingPointError where the trajectory does not end at finite numbers: neither would what learns from it.
+        Raise FloatingPointError where the trajectory does not end at finite numbers: what learns from it would not.
         """
         timesteps = self.timesteps if positions is None else [self.timesteps[position] for position in positions]
         points = grids.walk(
@@ -100,7 +100,8 @@ def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], other: tu
     Where there is a choice, every way draws once and the one that ends nearest to all the model's own steps is taken:
     --grid auto may end with any grid, --solver fitted with Euler where the numbers do not carry over.
     """
-    count, steps, choices = args.num_inference_steps, len(teacher.timesteps), []
+    count, steps = args.num_inference_steps, len(teacher.timesteps)
+    choices = []
     for grid in ("auto", "glance", "even") if args.grid == "auto" else (args.grid,):
         if grid == "auto":
             positions = grids.best_positions(points, teacher.sigmas, count)
@@ -129,7 +130,8 @@ def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], other: tu
 def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str]) -> Trajectories:
     """Return the base's trajectories: those in the output folder if they are of these settings, else drawn by all
     processes together, each of them once. They are not written yet."""
-    path, digest = Path(args.output_dir) / faults.TRAJECTORIES, settings_digest(args, teacher, captions)
+    path = Path(args.output_dir) / faults.TRAJECTORIES
+    digest = settings_digest(args, teacher, captions)
     digest = distribution.gather_on_host(digest)[0]  # files may have another date on another machine
     saved = load(path, digest)
     if all(distribution.gather_on_host(saved is not None)):
@@ -143,7 +145,8 @@ def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str]) 
         jobs.append((captions[0], args.seed + 2))  # nothing is trained on it
     # A few of them, spread over all but the last, tell the sampler; the last measures it. They are drawn first, with
     # as many more as there are processes that would draw none.
-    spread, last = sorted({(number - 1) * part // MOST_FITTED for part in range(MOST_FITTED)}), len(jobs) - 1
+    spread = sorted({(number - 1) * part // MOST_FITTED for part in range(MOST_FITTED)})
+    last = len(jobs) - 1
     early = sorted({*spread, last})
     order = early + [index for index in range(len(jobs)) if index not in early]
     drawn = {}
