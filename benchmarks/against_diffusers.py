@@ -92,7 +92,8 @@ def transformer_inputs(pipe, call) -> dict:
 
 def bare_step(args, pipe, call, latents):
     """Return a function of (noise, sigma): loss and gradients from a transformer call by hand, as in FluxPipeline."""
-    inputs, dtype, device = transformer_inputs(pipe, call), pipe.transformer.dtype, latents.device
+    dtype, device = pipe.transformer.dtype, latents.device
+    inputs = transformer_inputs(pipe, call)
     side = args.resolution // pipe.vae_scale_factor // 2
     inputs["img_ids"] = FluxPipeline._prepare_latent_image_ids(len(latents), side, side, device, dtype)
     if pipe.transformer.config.guidance_embeds:
@@ -130,7 +131,8 @@ def add_example_adapter(transformer, rank: int) -> None:
 
 def example_step(args, pipe, call, vae, cache_latents: bool):
     """Return a function that does what one step of diffusers' example does, and returns the loss."""
-    transformer, dtype, device = pipe.transformer, shapes.DTYPES[args.dtype], args.device
+    transformer = pipe.transformer
+    dtype, device = shapes.DTYPES[args.dtype], args.device
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-4, eps=1e-8)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=shapes.MIXED_PRECISION[args.dtype])

@@ -111,7 +111,8 @@ def sampler(bench: Bench, grid: str, steps: int, solver: str) -> tuple[list[floa
 @contextlib.contextmanager
 def prepared(bench: Bench, settings: dict):
     """Yield the call's arguments for one batch of a row, the pipeline set up for it inside."""
-    pipe, call, kwargs = bench.pipe, bench.call, {"num_inference_steps": settings.get("steps", BASE_STEPS)}
+    pipe, call = bench.pipe, bench.call
+    kwargs = {"num_inference_steps": settings.get("steps", BASE_STEPS)}
     with contextlib.ExitStack() as stack:
         if "scheduler" in settings:
             config, flow = pipe.scheduler.config, {"prediction_type": "flow_prediction", "use_flow_sigmas": True}

@@ -185,7 +185,8 @@ def quantize(transformer, quantization: str) -> None:
         return transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer.dtype)
     for name in [name for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)]:
         layer = transformer.get_submodule(name)
-        sizes, weight, has_bias = (layer.in_features, layer.out_features), layer.weight.data, layer.bias is not None
+        sizes = layer.in_features, layer.out_features
+        weight, has_bias = layer.weight.data, layer.bias is not None
         if quantization == "nf4":
             new = bnb.nn.Linear4bit(*sizes, bias=has_bias, compute_dtype=weight.dtype, quant_type="nf4")
             new.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4").to(weight.device)

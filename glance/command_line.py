@@ -196,6 +196,7 @@ class Parser(argparse.ArgumentParser):
         raise mistake(f"{' '.join(message.split())[:500]}; see --help")
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """Return the flags' values: those of `argv`, sys.argv's by default, before those of the config file."""
         argv = sys.argv[1:] if argv is None else argv
         config = super().parse_known_args(argv)[0].config
         args, unknown = super().parse_known_args((self._arguments_in(config) if config else []) + argv)
@@ -210,12 +211,14 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def _hint(self, flag: str) -> str:
+        """Return the end of the error for an unknown flag: what may have been meant."""
         if "token" in flag:
             return "; tokens are read from HF_TOKEN or from the login of `hf auth login` alone"
         close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
         return f"; did you mean {close[0].lstrip('-')!r}?" if close else f"; see {self.prog} --help"
 
     def _arguments_in(self, path: str) -> list[str]:
+        """Return a config file's settings as the command line has them; raise ArgumentError for an unknown key."""
         arguments, given = [], set()
         for key, value in read_settings(path).items():
             flag = "--" + str(key).lstrip("-")

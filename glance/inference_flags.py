@@ -1,4 +1,7 @@
-"""infer_glance.py's flags: what each takes and which go together. Answers before any library is imported."""
+"""What are infer_glance.py's flags, and which go together? This is answered before any library is imported.
+
+A new flag belongs to a group here, or into shared_flags where both scripts have it.
+"""
 
 from glance import command_line as cli
 from glance.shared_flags import add_shared
@@ -9,6 +12,7 @@ OFFLOADS = ("enable_model_cpu_offload", "enable_group_offload", "enable_sequenti
 
 
 def make_parser() -> cli.Parser:
+    """Return the parser of all flags."""
     parser = cli.Parser(description="Ten-step inference with a Slow- and a Fast-LoRA.")
     for add_group in (add_model, add_sampling, add_pictures, add_memory):
         add_group(parser)

@@ -1,4 +1,4 @@
-"""How an image becomes latents as a diffusers pipeline denoises them, and back: asked of the pipeline itself.
+"""How does an image become latents as a pipeline denoises them, and back? The pipeline itself is asked.
 
 Between its denoising loop and `vae.decode` a pipeline only permutes, scales and shifts; dry runs show how. What a VAE
 takes and returns (channels, frames, NaN) is dealt with here and nowhere else.

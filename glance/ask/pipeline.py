@@ -1,4 +1,4 @@
-"""How a diffusers pipeline is loaded and called so that its own `__call__` answers: no code per model family.
+"""How is a diffusers pipeline loaded and called so that its own `__call__` answers, with no code per model family?
 
 Each time the pipeline runs for real, with its scheduler replaced by a probe and, where nothing needs computing, its
 transformer bypassed. The questions are in the modules beside: schedule, guidance, velocity, latents, prompts, sampler.
@@ -97,6 +97,7 @@ def refusals(pipe: DiffusionPipeline):
 
 
 def _refused(pipe: DiffusionPipeline, error: Exception) -> InputError:
+    """Return the error for a call that the pipeline refuses, with the pictures that it may want."""
     wanted = [name for name in accepted_arguments(pipe) if re.search("^(?!.*adapter).*(images?|video)$", name)]
     hint = f" (Glance gives it no {' and no '.join(wanted)})" if wanted else ""
     return InputError(f"{type(pipe).__name__} refuses the call: {described(error)}{hint}")

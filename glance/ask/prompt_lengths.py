@@ -37,10 +37,11 @@ class PromptLengths:
         if method and "max_sequence_length" in inspect.signature(method).parameters:
             pipe.encode_prompt = self._watched(method)
 
-    def _report(self, name: str, kept: int, tokens: int) -> None:
-        if kept not in self.reported:
-            self.reported.add(kept)
-            self.say(f"A prompt is cut: {name} keeps {kept} of its {tokens} tokens; what is beyond them is not seen")
+    def _report(self, name: str, most: int, tokens: int) -> None:
+        """Say that a tokenizer, or the pipeline after it, keeps at most so many of a prompt's tokens."""
+        if most not in self.reported:
+            self.reported.add(most)
+            self.say(f"A prompt is cut: {name} keeps {most} of its {tokens} tokens; what is beyond them is not seen")
 
     def _watch_tokenizer(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """Give this very tokenizer a class of its own, whose calls are compared with ones that may not cut."""

@@ -104,7 +104,8 @@ class _Freed:
     """A stand-in for a model that was freed: pipelines still ask whether it is there, and its dtype."""
 
     def __init__(self, model: torch.nn.Module):
-        self.dtype, self.device, self.config = model.dtype, model.device, getattr(model, "config", None)
+        self.dtype, self.device = model.dtype, model.device
+        self.config = getattr(model, "config", None)
 
     def __getattr__(self, name):
         raise FreedError(f"{name} of a model that was freed, because an image and a prompt are encoded but once")

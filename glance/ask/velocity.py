@@ -74,7 +74,9 @@ def takes_timesteps(pipe: DiffusionPipeline, **kwargs) -> bool:
         return tensors
 
     try:
-        both, high, low = inputs_at(750.0, 250.0), inputs_at(750.0, 750.0), inputs_at(250.0, 250.0)
+        both = inputs_at(750.0, 250.0)
+        high = inputs_at(750.0, 750.0)
+        low = inputs_at(250.0, 250.0)
     except InputError:  # it wanted a number
         return False
     changed = [not torch.equal(at_high, at_low) for at_high, at_low in zip(high, low)]
@@ -243,6 +245,7 @@ class PipelineVelocity(torch.nn.Module):
         return schedule.timesteps.tolist()
 
     def _velocity(self, noisy: torch.Tensor, sigmas: list[float], **kwargs) -> torch.Tensor:
+        """Return the velocity (B, ...) of one run of the pipeline; `kwargs` are its call's arguments but the batch."""
         velocity, is_called = None, False
         timesteps = self._timesteps(sigmas)
         timestep = timesteps[0] if len(set(sigmas)) == 1 else timesteps

@@ -15,7 +15,10 @@ from glance.files.atomic import replace_file
 from glance_utils import InputError, first_line
 
 
-GAP, LINE, LEAST_WIDTH = 12, 22, 256  # pixels: around a picture, of a line of text, of a picture in a comparison
+# Of a comparison, in pixels.
+GAP = 12  # around a picture
+LINE = 22  # height of a line of text
+LEAST_WIDTH = 256  # of a picture
 JPEG_LIMIT = 65500  # pixels; libjpeg itself says so on stderr
 
 

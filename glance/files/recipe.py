@@ -24,18 +24,22 @@ def shown(value) -> str:
 
 
 def is_number(value, most: float = math.inf) -> bool:
+    """Return whether it is a finite number, an int or a float, of at most this size."""
     return type(value) in (int, float) and math.isfinite(value) and abs(value) <= most
 
 
 def count(most: int):
+    """Return a check for a whole number from 1 to `most`."""
     return lambda value: type(value) is int and 0 < value <= most
 
 
 def is_text(value) -> bool:
+    """Return whether it is a text of 1 to 1,000 printable characters."""
     return isinstance(value, str) and 0 < len(value) <= 1000 and value.isprintable()
 
 
 def are_timesteps(value) -> bool:
+    """Return whether it is a list of numbers; raise InputError, a ValueError, where those are no timesteps."""
     return (
         isinstance(value, list) and len(value) <= 1000 and all(map(is_number, value)) and bool(check_timesteps(value))
     )
@@ -53,6 +57,7 @@ def are_coefficients(value) -> bool:
 
 
 def is_guidance_scale(value) -> bool:
+    """Return whether it is None or a number from -1,000 to 1,000."""
     return value is None or is_number(value, 1000)
 
 
@@ -93,6 +98,7 @@ class Recipe:
         return {name: value for name, value in entries.items() if name != "run" or value is not None}
 
     def to_json(self) -> str:
+        """Return the recipe as the text that a file's header holds."""
         return json.dumps(
             self.as_dict(), default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value)
         )

@@ -48,6 +48,7 @@ SUPPORTED = {
 
 
 def refusal(key: str, value, hint: str) -> InputError:
+    """Return the error for an entry's key whose value cannot be followed."""
     return InputError(f"--data_backend_config: {key} {json.dumps(value)[:100]}: {hint}")
 
 
@@ -94,6 +95,7 @@ def read_backend(path: str | Path) -> dict:
 
 
 def check_type(key: str, value) -> None:
+    """Raise InputError where a key of TYPES has a value of another type."""
     kind = TYPES.get(key)
     good = isinstance(value, kind) if kind in (str, bool) else type(value) in (int, float) and math.isfinite(value)
     if kind and not good:
@@ -101,6 +103,7 @@ def check_type(key: str, value) -> None:
 
 
 def check_supported(entry: dict, keys: Iterable[str]) -> None:
+    """Raise InputError where one of the keys, of SUPPORTED, has another value than Glance can follow."""
     for key in keys:
         supported = SUPPORTED[key]
         if entry.get(key, supported[0]) not in supported:
