@@ -1,5 +1,8 @@
-"""The flags that both scripts have, each declared once. Nothing but the standard library is imported here, so that the
-command line is answered before torch is there; tests hold the numbers against the libraries' and glance_utils'."""
+"""Which flags do both scripts have? Each is declared once, here.
+
+Nothing but the standard library is imported, so that the command line is answered before torch is there; tests hold
+the numbers against the libraries' and glance_utils'.
+"""
 
 import argparse
 

@@ -1,7 +1,7 @@
 """Which Slow- and Fast-LoRA is inference asked for, where are they, and do they fit each other and the base?
 
 Nothing is loaded here: the files are found, and what they say of themselves is read and compared. A further condition
-on two files belongs into recipe.check_pair, one on the files and the base into check_base.
+on two files belongs in recipe.check_pair, one on the files and the base into check_base.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
-"""train_glance_lora.py's flags: what each takes, which go together, and the defaults that depend on other flags.
+"""What are train_glance_lora.py's flags, which go together, and which defaults depend on other flags?
 
-Answers before any library is imported. What needs one, the launcher's values and lists of timesteps, comes after, in
-glance/training/settings.py. A new flag belongs to a group here; whether a resumed run must have the same value is said
-in glance/files/checkpoints.py.
+This is answered before any library is imported. What needs one, the launcher's values and lists of timesteps, comes
+after, in glance/training/settings.py. A new flag belongs to a group here; whether a resumed run must have the same
+value is said in glance/files/checkpoints.py.
 """
 
 import argparse
@@ -186,11 +186,11 @@ def parse(argv: list[str] | None = None) -> cli.Settings:
     if not args.pretrained_model_name_or_path:
         raise cli.mistake("--pretrained_model_name_or_path is missing; give a diffusers pipeline, folder or hub id")
     check_combination(args, parser)
-    own = {name: value for name, value in DEFAULTS[args.loss].items() if getattr(args, name) is None}
-    kept = args.loss == "trajectory" and args.guidance == "keep"  # then the base is nearly there
-    own["learning_rate"] = args.learning_rate or (1e-5 if kept else 3e-4)
-    own["lora_alpha"] = args.lora_alpha or args.rank
-    return args.replace(**own)
+    defaults = {name: value for name, value in DEFAULTS[args.loss].items() if getattr(args, name) is None}
+    near_base = args.loss == "trajectory" and args.guidance == "keep"  # the base is nearly there already
+    defaults["learning_rate"] = args.learning_rate or (1e-5 if near_base else 3e-4)
+    defaults["lora_alpha"] = args.lora_alpha or args.rank
+    return args.replace(**defaults)
 
 
 def check_combination(args: cli.Settings, parser: cli.Parser) -> None:

@@ -2,7 +2,7 @@
 
 It reaches a script through the environment, whether it comes from the launcher's flags or from `accelerate config`.
 The launcher also says "no" where nobody said anything, so there a script's own flag decides alone. A setting of the
-launcher that nothing here does belongs into REFUSED.
+launcher that nothing here does belongs in REFUSED.
 """
 
 import contextlib

@@ -42,7 +42,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Models:
-    """All that owns models."""
+    """All of a run that owns models."""
 
     pipe: DiffusionPipeline  # its encoders freed; its transformer without weights until `prepare_pipeline` loads them
     vae: torch.nn.Module | None  # on the CPU, for the preview

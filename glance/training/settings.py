@@ -1,6 +1,6 @@
-"""What the training flags come to: the launcher's values, the phases and their timesteps, services that are there.
+"""What do the training flags come to? The launcher's values, the phases and their timesteps, services that are there.
 
-Here is what takes a library to know; what the flags alone say is checked in glance/training/flags.py.
+Here belongs what takes a library to know; what the flags alone say is checked in glance/training/flags.py.
 """
 
 from accelerate.tracking import get_available_trackers
