@@ -119,7 +119,8 @@ def train_phase(args, accelerator, prepared: Prepared, phase: Phase) -> Path | N
 
     Where a signal asked to stop, return the folder of the checkpoint that was written instead of going on.
     """
-    name, timesteps, answers = phase.recipe.phase, phase.recipe.timesteps, prepared.answers
+    name, timesteps = phase.recipe.phase, phase.recipe.timesteps
+    answers = prepared.answers
     pipe, transformer = prepared.models.pipe, denoiser(prepared.models.pipe)
     parameters = fresh_adapter(args, accelerator, transformer, answers.layers)
     optimizer, lr_scheduler = make_optimizer(args, parameters)

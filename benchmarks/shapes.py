@@ -276,7 +276,7 @@ def in_turns(functions: dict, args) -> dict[str, list[float]]:
 
 def ratio(times: list[float], others: list[float]) -> float:
     """Return the median over the rounds of the ratio within a round."""
-    return statistics.median(time / other for time, other in zip(times, others))
+    return statistics.median(a / b for a, b in zip(times, others))
 
 
 def matmul_rate(args) -> float:

@@ -99,7 +99,7 @@ def choose_steps(args: Settings, pipe, call: dict) -> tuple[Settings, list[float
 def warn_of_distance(phases: dict[str, list[float]], derived: dict[str, list[float]]) -> None:
     """Warn of given timesteps that are more than 10 off the model's own."""
     for phase, timesteps in phases.items():
-        distance = max(abs(given - own) for given, own in zip(timesteps, derived[phase]))
+        distance = max(abs(given - expected) for given, expected in zip(timesteps, derived[phase]))
         if len(timesteps) == len(derived[phase]) and distance > 10:
             texts = ",".join(f"{timestep:.4f}" for timestep in derived[phase])
             logger.warning(

@@ -93,9 +93,9 @@ class Teacher:
                 )
 
 
-def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], other: tuple[str, int], exact: torch.Tensor):
+def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], measured: tuple[str, int], exact: torch.Tensor):
     """Return (grid, positions, coefficients or None), found on some trajectories, whose `points` are (N, ...), and
-    measured on another, (caption, seed), which ends at `exact`.
+    measured on another, `measured` (caption, seed), which ends at `exact`.
 
     Where there is a choice, every way draws once and the one that ends nearest to all the model's own steps is taken:
     --grid auto may end with any grid, --solver fitted with Euler where the numbers do not carry over.
@@ -115,7 +115,7 @@ def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], other: tu
     choices = distribution.gather_on_host(choices)[0]  # another kind of processor may round otherwise
 
     def measure(choice) -> float:
-        return grids.relative_error(teacher.draw(*other, *choice[2:])[-1], exact)
+        return grids.relative_error(teacher.draw(*measured, *choice[2:])[-1], exact)
 
     if len(choices) > 1:
         errors = distribution.share(choices, measure, "samplers")
