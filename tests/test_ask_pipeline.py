@@ -184,6 +184,12 @@ def test_a_modular_pipeline_is_called_so(cached, modular, train, infer, trained)
         infer(base, lora=trained("flux"))
 
 
+def test_a_modular_class_in_an_ordinary_index_is_called_so_too(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "QwenImageModularPipeline"}))
+    with pytest.raises(InputError, match="a modular pipeline .*; give the same model as a standard pipeline"):
+        ask.read_model_index(tmp_path)
+
+
 def test_a_broken_model_index_is_an_input_error(tmp_path):
     (tmp_path / "model_index.json").write_text("{ not json")
     with pytest.raises(InputError, match="not a diffusers pipeline"):

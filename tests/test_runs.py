@@ -129,7 +129,8 @@ def test_a_resumed_run_on_other_weights_is_refused(stopped, train, tmp_path, mon
     with pytest.raises(InputError) as error:
         train(base, **settings)
     assert_one_line(error, "its base_model is files ", "use the same")
-    for change, word in {"train_batch_size": "total_batch_size is 2", "variant": "variant is None"}.items():
+    changes = {"train_batch_size": "total_batch_size is 2", "variant": "variant is None"}
+    for change, word in (changes | {"instance_prompt": "its image or captions are not this run's"}).items():
         with pytest.raises(InputError) as error:
             train(stopped.parent / "base", **settings | {change: 1})
         assert_one_line(error, word)

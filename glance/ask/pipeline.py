@@ -155,16 +155,19 @@ def read_model_index(path: str | Path, **load_kwargs) -> dict:
         config = DiffusionPipeline.load_config(path, **load_kwargs)
         if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
             raise ValueError("its model_index.json names no pipeline class")
-        return config
+        modular = config["_class_name"].endswith("ModularPipeline")
     except Exception as error:  # a file that is no JSON ends in exceptions of every kind
-        if isinstance(error, OSError) and _is_modular(path, **load_kwargs):
+        modular = isinstance(error, OSError) and _is_modular(path, **load_kwargs)
+        if not modular:
             raise InputError(
-                f"{path}: a modular pipeline ({_ModularIndex.config_name} and no model_index.json), which Glance "
-                "cannot ask; give the same model as a standard pipeline, folder or hub id with model_index.json"
+                f"{path}: not a diffusers pipeline (folder or hub id with model_index.json): {described(error)}"
             ) from None
+    if modular:
         raise InputError(
-            f"{path}: not a diffusers pipeline (folder or hub id with model_index.json): {described(error)}"
-        ) from None
+            f"{path}: a modular pipeline (blocks without a call of their own), which Glance cannot ask; give the same "
+            "model as a standard pipeline, folder or hub id with a model_index.json that names its class"
+        )
+    return config
 
 
 def find_denoiser(path: str, **load_kwargs) -> tuple[str, type]:

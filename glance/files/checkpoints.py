@@ -161,6 +161,8 @@ def check_settings(saved: dict, now: dict) -> None:
             "on with that one, or leave --resume_from_checkpoint out to start anew"
         )
     for key, value in sorted(now.items(), key=lambda item: item[0] != "base_model"):  # another has another schedule
+        if saved[key] != value and key == "image_and_caption":  # digests, which say nothing to anybody
+            raise InputError("--resume_from_checkpoint: its image or captions are not this run's; use the same")
         if saved[key] != value:
             raise InputError(
                 f"--resume_from_checkpoint: its {key} is {unquoted(saved[key])}, this run's is {unquoted(value)}; use "
