@@ -288,7 +288,7 @@ def train(args, accelerator, halves=None):
     if args.push_to_hub and accelerator.is_main_process and recipes:
         push_to_hub(output_dir, repo_id, list(recipes))
     if accelerator.is_main_process and recipes:
-        print(draw_command(args, output_dir, list(recipes), caption))
+        print(draw_command(args, output_dir, list(recipes)))
 
 
 if __name__ == "__main__":

@@ -242,7 +242,6 @@ INFERENCE = {
     "same name, other widths": ({"base": "{wide}"}, "width"),
     "same name, fewer blocks": ({"base": "{short}"}, "transformer_blocks"),
     "base missing": ({"base": "{loras}/flux"}, "not a diffusers pipeline"),
-    "no base": ({"pretrained_model_name_or_path": None}, "--pretrained_model_name_or_path"),
     "output below a file": ({"output": "{loras}/file/out.png"}, "file"),
     "output is no picture": ({"output": "{tmp}/out.xyz"}, "out.xyz"),
     "output has no extension": ({"output": "{tmp}/out"}, "out"),

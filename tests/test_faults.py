@@ -102,8 +102,10 @@ def test_a_signal_before_training_ends_the_run_in_one_line(train, monkeypatch, t
 @pytest.mark.processes
 @pytest.mark.parametrize("script", ["train_glance_lora.py", "infer_glance.py"])
 def test_ctrl_c_while_the_libraries_are_imported_ends_in_one_line(script):
-    command = [sys.executable, "-X", "importtime", str(ROOT / script), "--help"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    flags = "--pretrained_model_name_or_path=demo/model" if script == "train_glance_lora.py" else "--prompt=a"
+    command = [sys.executable, "-X", "importtime", str(ROOT / script), flags]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen(command, **pipes) as process:
         while "numpy" not in process.stderr.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
@@ -314,7 +316,8 @@ def test_a_folder_that_became_read_only(train, at_step, tmp_path):
 @pytest.mark.processes
 def test_a_second_run_in_the_same_folder_is_refused(train, at_step, tmp_path):
     output = tmp_path / "output"
-    code = "import sys, faults\nwith faults.locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    code = "import sys\nfrom glance.files.faults import locked\n"
+    code += "with locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(output)]
     other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"held\n"

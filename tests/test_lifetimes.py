@@ -13,6 +13,7 @@ from accelerate.hooks import CpuOffload
 from lifetimes import EXPECTED, watch
 
 import infer_glance
+from glance_utils import denoiser
 
 
 SHORT = {"max_train_steps": 2, "num_base_steps": 12, "num_inference_steps": 4}
@@ -58,7 +59,7 @@ def test_an_offloaded_model_has_the_accelerator_to_itself(base, model, settings,
     def watched_load(*args, **kwargs):
         pipe = load_pipeline(*args, **kwargs)
         models.extend(weakref.ref(part) for part in infer_glance.ask.freeable_components(pipe).values())
-        models.append(weakref.ref(infer_glance.glance.denoiser(pipe)))
+        models.append(weakref.ref(denoiser(pipe)))
         return pipe
 
     def watched(work):

@@ -84,7 +84,7 @@ def test_each_target_leads_from_its_point_to_the_next(train):
 
 @pytest.mark.parametrize("base", ["flux", "sd3", "qwen"])
 def test_points_are_those_of_the_pipeline_with_its_guidance(base, train, pipelines):
-    found = drawn(train(base, **SHORT, pipeline_kwargs='{"guidance_scale": 4.0}'))
+    found = drawn(train(base, **SHORT, guidance_scale=4.0))
     pipe = DiffusionPipeline.from_pretrained(pipelines[base])
     pipe.set_progress_bar_config(disable=True)
     arguments = {"height": 32, "width": 32, "guidance_scale": 4.0, "output_type": "latent"}

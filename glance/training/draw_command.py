@@ -6,7 +6,6 @@ Text alone, nothing is run; a flag that inference must repeat after training is 
 import shlex
 import shutil
 import sys
-import textwrap
 from pathlib import Path
 
 from glance.command_line import Settings
@@ -24,17 +23,18 @@ def lora_flags(folder: Path | str, phases: list[str]) -> dict[str, str]:
     return {f"{phase}_lora": str(folder) if phase in phases else "FOLDER" for phase in PHASES}
 
 
-def draw_command(args: Settings, folder: Path | str, phases: list[str], caption: str) -> str:
-    """Return the command that draws the caption with the LoRAs in `folder`, for a shell in this directory; one line.
+def draw_command(args: Settings, folder: Path | str, phases: list[str]) -> str:
+    """Return the command that draws with the LoRAs in `folder`, for a shell in this directory; one line.
 
-    The base is left out, as the LoRA files name it; what they do not say is given as it was for training.
+    The base is left out, as the LoRA files name it; what they do not say is given as it was for training. The prompt
+    is for the reader to fill in: captions do not belong in what a run prints.
     """
     values = lora_flags(folder, phases)
     values |= {"revision": args.revision, "variant": args.variant, "dtype": DTYPES.get(args.mixed_precision)}
     values["quantization"] = args.quantization if args.quantization != "none" else None
     words = [python(), near(SCRIPT), *(joined(name, value) for name, value in values.items() if value)]
     words += ["--enable_group_offload"] if args.enable_group_offload else []
-    return " ".join([*words, joined("prompt", textwrap.shorten(caption, 200, placeholder="..."))])
+    return " ".join([*words, '--prompt "..."'])
 
 
 def joined(name: str, value: str) -> str:
