@@ -417,8 +417,8 @@ def test_a_lora_that_predicts_the_fitted_solvers_targets_lands_on_the_kept_point
     assert max(abs(before) for recipe in recipes for _, before in recipe.coefficients) > 0.1
     assert follow(found, 0, recipes) < 1e-5 and follow(found, 1, recipes) < 1e-5
     alone = train(base, **settings, prompts_file=tmp_path / "prompts.txt", phase="fast", output_dir=tmp_path / "fast")
-    assert recipe_of(alone).coefficients == recipes[1].coefficients
-    assert torch.equal(drawn(alone)["targets"], drawn(both)["targets"])
+    np.testing.assert_allclose(recipe_of(alone).coefficients, recipes[1].coefficients, rtol=1e-6)
+    torch.testing.assert_close(drawn(alone)["targets"], drawn(both)["targets"], rtol=1e-5, atol=1e-5)
 
 
 def test_trajectories_that_an_earlier_version_made_otherwise_are_drawn_again(train, walks, monkeypatch):
