@@ -1,7 +1,6 @@
 """Glance in one file, to import or to copy: lists of timesteps, the losses, the sampler, the hand-off of two LoRAs.
 
-It needs torch, diffusers and peft, and nothing else of this project. What only the pipeline knows (its schedule, its
-latents' layout, its velocity) is asked of it in glance/ask/, which with this file trains on any pipeline.
+It needs torch, diffusers and peft. With glance/ask/, which asks a pipeline what only that knows, it trains any.
 
 Notation (Glance, arXiv 2512.02899, and rectified flow as in diffusers' FlowMatchEulerDiscreteScheduler):
 
@@ -14,11 +13,9 @@ Notation (Glance, arXiv 2512.02899, and rectified flow as in diffusers' FlowMatc
 
 import contextlib
 import dataclasses
-import importlib
 import inspect
 import math
 import numbers
-import sys
 
 import numpy as np
 import torch
@@ -29,33 +26,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 __version__ = "0.1.0"
 PHASES = ("slow", "fast")
-MAX_SIDE = 16384  # pixels of a picture
-# The published grid, as 1-based positions in the model's own 50 steps.
-PUBLISHED_POSITIONS = (1, 3, 5, 7, 9, 11, 21, 31, 41, 50)
+PUBLISHED_POSITIONS = (1, 3, 5, 7, 9, 11, 21, 31, 41, 50)  # the published grid, 1-based, of the model's own 50 steps
+TIMESTEP_NAMES = {"t", "timestep", "timesteps"}  # what denoisers call that argument
 
 
 class InputError(ValueError):
     """An error in what the user gave; its message is one line and says how to mend it."""
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message that is not blank, or the error's kind."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-@contextlib.contextmanager
-def replaced(owner, name: str, value):
-    """Set an attribute of an object or a class inside; afterwards it has its own again, or none."""
-    missing = object()
-    original = vars(owner).get(name, missing)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if original is missing:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, original)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -95,8 +71,7 @@ def check_timesteps(timesteps: list[float], name: str = "timesteps") -> list[flo
 def parse_timesteps(text: str, name: str = "--flow_custom_timesteps") -> list[list[float]]:
     """Read "1000,979.2,957.5" or "SLOW LIST;FAST LIST" as one or two lists of timesteps (0..1000).
 
-    Values that are all <= 1 are sigmas and are converted. Raise InputError for a list that is empty, mixed, not
-    finite, out of range or not descending, also across the two lists.
+    Values that are all <= 1 are sigmas and are converted. Raise InputError unless they descend, also across the two.
     """
     try:
         lists = [[float(value) for value in part.replace(",", " ").split()] for part in str(text).split(";")]
@@ -109,15 +84,13 @@ def parse_timesteps(text: str, name: str = "--flow_custom_timesteps") -> list[li
         lists = [sigmas_to_timesteps(part) for part in lists]
     elif any(0 <= value <= 1 for value in values):
         raise InputError(f"{name}: sigmas (0..1) and timesteps (0..1000) are mixed; use one of the two")
-    for part in lists:
+    for part in (*lists, sum(lists, [])):
         check_timesteps(part, name)
-    check_timesteps(sum(lists, []), name)
     return lists
 
 
 def grid_positions(grid: str, count: int, base_steps: int) -> list[int]:
-    """Return which `count` of the model's own steps to keep, 0-based: "glance" is the published grid, scaled where it
-    is not ten of 50; "even" is every n-th."""
+    """Return `count` of the model's own steps, 0-based: "glance", the published, scaled, or "even", every n-th."""
     if grid == "even":
         return [base_steps * index // count for index in range(count)]
     if grid != "glance":
@@ -125,12 +98,6 @@ def grid_positions(grid: str, count: int, base_steps: int) -> list[int]:
     places = [index * 9 / max(count - 1, 1) for index in range(count)]
     published = [(position - 1) * (base_steps - 1) / 49 for position in PUBLISHED_POSITIONS]
     return [round(float(position)) for position in np.interp(places, range(10), published)]
-
-
-def most_positions(grid: str, count: int, base_steps: int) -> int:
-    """Return the largest number of steps, `count` at most, for which the named grid keeps distinct ones."""
-    counts = range(count, 0, -1)
-    return next(fewer for fewer in counts if len(set(grid_positions(grid, fewer, base_steps))) == fewer)
 
 
 def derive_timesteps(base_timesteps: list[float], positions: list[int] | None = None) -> dict[str, list[float]]:
@@ -149,8 +116,7 @@ def derive_timesteps(base_timesteps: list[float], positions: list[int] | None = 
 def timestep_order(num_timesteps: int, count: int, mode: str, generator: torch.Generator) -> torch.Tensor:
     """Return which timestep each of `count` training steps uses, int64 (count,).
 
-    "stratified": every round of `num_timesteps` steps visits each once, shuffled. "random": uniform with replacement;
-    in half of all 60-step runs it draws one of five timesteps at least twice as often as another.
+    "stratified": every round of `num_timesteps` steps visits each once, shuffled. "random": uniform with replacement.
     """
     if mode == "random":
         return torch.randint(num_timesteps, (count,), generator=generator)
@@ -187,38 +153,13 @@ def segment_slopes(points: list[torch.Tensor], sigmas: list[float]) -> list[torc
 # The sampler: exactly the sigmas it is given, whatever the pipeline asks for
 
 
-def component_class(kind: tuple[str, str]) -> type:
-    """Return the class that a pipeline's config names for a component, as (library, class).
-
-    The config comes with the weights and importing runs code, so only diffusers, transformers and what this process
-    has imported itself are looked in (diffusers' own rule).
-    """
-    if not isinstance(kind, list | tuple) or [type(part) for part in kind] != [str, str]:
-        raise ImportError(f"{str(kind)[:100]!r} names no class as [library, name]")
-    library, name = kind
-    if library in ("diffusers", "transformers"):
-        return getattr(importlib.import_module(library), name)
-    if library not in sys.modules:
-        raise ImportError(f"{library}.{name} is code from outside diffusers and transformers, which is never imported")
-    return getattr(sys.modules[library], name)
-
-
-def denoiser_name(config: dict) -> str | None:
-    """Return which of a pipeline's components denoises: the first by name whose forward takes a timestep, or None.
-
-    `config` is the content of a model_index.json, or a pipeline's own `config`, which is the same.
-    """
-    for name, kind in sorted(config.items()):
-        if isinstance(kind, list | tuple) and len(kind) == 2 and all(kind):
-            with contextlib.suppress(ImportError, AttributeError):  # as a part of a pipeline's own module
-                if {"t", "timestep", "timesteps"} & set(inspect.signature(component_class(kind).forward).parameters):
-                    return name
-    return None
-
-
 def denoiser(pipe: DiffusionPipeline) -> torch.nn.Module:
-    """Return the model that predicts the velocity, a transformer in nearly every pipeline."""
-    return getattr(pipe, denoiser_name(pipe.config))
+    """Return the model that predicts the velocity: the first by name whose forward takes a timestep."""
+    for _, model in sorted(pipe.components.items()):
+        kind = type(getattr(model, "_orig_mod", model))  # a compiled one's own forward takes anything
+        if isinstance(model, torch.nn.Module) and TIMESTEP_NAMES & set(inspect.signature(kind.forward).parameters):
+            return model
+    raise InputError(f"{type(pipe).__name__} has no model that takes a timestep; Glance needs one")
 
 
 def counts_image(scheduler) -> bool:
@@ -229,9 +170,7 @@ def counts_image(scheduler) -> bool:
 class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
     """An Euler scheduler over a fixed list of sigmas, then 0; whatever steps, sigmas or mu a pipeline asks for.
 
-    With it the requested sigmas are those that are used: a pipeline's own scheduler would shift `sigmas=` again. Plain
-    diffusers does the same with shift=1.0, use_dynamic_shifting=False, shift_terminal=None and `sigmas=`, in
-    pipelines that take `sigmas`. It saves and loads as any scheduler does, the whole sampler in its config.
+    A pipeline's own scheduler would shift `sigmas=` again. It saves and loads as any scheduler does, by its config.
     """
 
     _compatibles = ["FlowMatchEulerDiscreteScheduler"]
@@ -247,25 +186,23 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
         invert_sigmas: bool = False,
         num_train_timesteps: int = 1000,
     ):
-        """Walk `sigmas` (0..1, descending), one step each.
+        """Walk `sigmas` (0..1, descending), one step each; raise InputError where a list has not one entry for each.
 
         `model_timesteps` are what the model is told where that is not 1000 * sigma. `before_step(index)` is called
-        before each step's model calls. `like` is a scheduler that may count the image's share instead of the noise's,
-        or timesteps to another number than 1000, which the last two arguments say as well. With `coefficients`, [a, c]
-        for each step, a step goes along a * velocity + c * the previous step's velocity. Raise InputError where
-        `model_timesteps` or `coefficients` are not one for each sigma.
+        before each step's model calls. `like` is a scheduler from which to take the last two arguments. With
+        `coefficients`, [a, c] for each step, a step goes along a * velocity + c * the previous step's velocity.
         """
         if like is not None:
             invert_sigmas = counts_image(like)
             num_train_timesteps = like.config.get("num_train_timesteps", num_train_timesteps)
         super().__init__(num_train_timesteps=num_train_timesteps, invert_sigmas=invert_sigmas)
-        lists = {"sigmas": as_floats(sigmas), "model_timesteps": model_timesteps, "coefficients": coefficients}
+        sigmas = as_floats(sigmas)
+        lists = {"model_timesteps": model_timesteps, "coefficients": coefficients}
         lists = {name: value if value is None else np.asarray(value, float).tolist() for name, value in lists.items()}
-        count = len(lists["sigmas"])
         for name, value in lists.items():
-            if value is not None and len(value) != count:
-                raise InputError(f"{name}: {len(value)} of them for {count} sigmas; give one for each step")
-        self.register_to_config(**lists)  # beside what the parent has registered
+            if value is not None and len(value) != len(sigmas):
+                raise InputError(f"{name}: {len(value)} of them for {len(sigmas)} sigmas; give one for each step")
+        self.register_to_config(sigmas=sigmas, **lists)  # beside what the parent has registered
         self.init_noise_sigma = 1.0
         self.before_step = before_step
         self.next_index = 0
@@ -317,8 +254,7 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
             self.velocities = {step: self.velocities[step] for step in {index - 1} & set(self.velocities)}
             self.velocities[index] = velocity
         result = super().step(model_output, timestep, sample, *args, **kwargs)
-        if self.before_step is not None:
-            self.before_step(self.step_index)
+        self._begin_at(self.step_index)
         return result
 
     def scale_model_input(self, sample, timestep=None):
@@ -329,11 +265,10 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
 class Schedule:
     """The plan of a few steps, as plain data, which dataclasses.asdict makes JSON of and Schedule(**...) reads.
 
-    `phases` has the timesteps (0..1000, descending over all phases) under the name of the adapter that acts in them.
-    `timestep_table` is what ask_timestep_table of glance/ask/schedule.py says of the pipeline: [timestep, what the
-    model is told there] by ascending timestep, None where the two are the same. `coefficients` are a fitted solver's
-    (FixedSigmaScheduler), one pair a step. `guidance` are arguments of the call that switch classifier-free guidance
-    off where the LoRAs hold it.
+    `phases` has the timesteps (0..1000, descending over all) under the name of the adapter that acts in them.
+    `timestep_table`, [timestep, what the model is told there] ascending, is None where the two are alike (see
+    glance/ask/schedule.py); `coefficients` are a fitted solver's (FixedSigmaScheduler); `guidance` are arguments of
+    the call that switch classifier-free guidance off where the LoRAs hold it.
     """
 
     phases: dict[str, list[float]]
@@ -352,15 +287,10 @@ class Schedule:
         return [phase for phase, part in self.phases.items() for _ in as_floats(part)]
 
     def scheduler(self, like=None, before_step=None) -> FixedSigmaScheduler:
-        """Return the scheduler that walks these steps; `like` is the pipeline's own.
-
-        before_step(index) is called before each step's model calls. Raise InputError where there are not as many
-        coefficients as steps.
-        """
+        """Return the FixedSigmaScheduler that walks these steps; `like` is the pipeline's own."""
         sigmas = timesteps_to_sigmas(self.timesteps)
-        return FixedSigmaScheduler(
-            sigmas, model_timesteps(self.timestep_table, sigmas), before_step, like, self.coefficients
-        )
+        values = model_timesteps(self.timestep_table, sigmas)
+        return FixedSigmaScheduler(sigmas, values, before_step, like, self.coefficients)
 
 
 def model_timesteps(timestep_table: list[list[float]] | None, sigmas: list[float]) -> list[float] | None:
@@ -382,10 +312,7 @@ def strengths(layer: BaseTunerLayer) -> dict[str, float]:
 
 
 def activate_adapter(transformer, name: str | None, scale: float = 1.0, others: dict | None = None) -> None:
-    """Make this LoRA the only active one, at `scale` times its strength, or none where the name is None.
-
-    `others` says, by layer, which further ones are active beside it.
-    """
+    """Make this LoRA, or none, the only active one at `scale` times its strength, but for `others` of each layer."""
     for layer in adapted_layers(transformer):
         names = [*(others or {}).get(layer, ()), *([] if name is None else [name])]
         layer.enable_adapters(bool(names))
@@ -399,12 +326,11 @@ def check_adapters(transformer, names: list[str]) -> None:
     """Raise InputError where the model lacks one of these adapters, or one is fused, so that no other can act."""
     layers = adapted_layers(transformer)
     loaded = sorted({name for layer in layers for name in strengths(layer)})
-    for name in names:
-        if name not in loaded:
-            raise InputError(
-                f"no adapter {name!r} is loaded into {type(transformer).__name__}, it has "
-                f"{', '.join(loaded) or 'none'}; load one under this name, or draw without: FixedSigmaScheduler"
-            )
+    if missing := [name for name in names if name not in loaded]:
+        raise InputError(
+            f"no adapter {missing[0]!r} is loaded into {type(transformer).__name__}, it has "
+            f"{', '.join(loaded) or 'none'}; load one under this name, or draw without: FixedSigmaScheduler"
+        )
     if fused := sorted({name for layer in layers for name in layer.merged_adapters}):
         raise InputError(f"the adapter {', '.join(fused)} is fused, so that no other can act; call pipe.unfuse_lora()")
 
@@ -414,8 +340,7 @@ def switchable_adapters(transformer, names: list[str], activate=activate_adapter
     """Yield switch(name, scale), which lets one of the adapters `names` act; afterwards all are as before.
 
     Put back, layer by layer, is which adapters are active, how strong, whether they are disabled and which train.
-    Further adapters that are active stay so all along. Raise InputError where one of the names is not loaded, or one
-    is fused. `activate(transformer, name, scale, others)` does the switching.
+    Further adapters that are active stay so all along. Raise InputError as check_adapters does.
     """
     check_adapters(transformer, names)
     states, others = [], {}
@@ -448,21 +373,16 @@ def glance_inference(
         with glance_inference(pipe, Schedule({"slow": [...], "fast": [...]})) as kwargs:
             image = pipe(prompt, **kwargs).images[0]
 
-    The adapters are already loaded under the names of the schedule's phases; a dict of timesteps by phase is a
-    Schedule of nothing else. `scales` are their strengths by phase, 1 by default. A pipeline that leaves steps out, as
-    those that begin with a picture do, begins in the phase of its first step. Other adapters that are active stay so.
-    Afterwards the scheduler and all adapters are as they were found. `activate` is what switches to an adapter:
-    another one than activate_adapter is fused_adapters' of glance/adapters.py.
-
-    Raise InputError for names that are not loaded, and for a schedule that cannot be walked.
+    The adapters are already loaded under the names of the schedule's phases; `scales` are their strengths, 1 by
+    default. A pipeline that leaves steps out, as those that begin with a picture do, begins in the phase of its first
+    step. Other adapters that are active stay so. Afterwards scheduler and adapters are as they were found. `activate`
+    switches adapters (the other one is fused_adapters' of glance/adapters.py). Raise InputError for names that are not
+    loaded, and for a schedule that cannot be walked.
     """
     schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)
-    names = schedule.phase_of_steps
-    scales = scales or {}
-    active = None
-    if unknown := set(scales) - set(schedule.phases):
-        phases = ", ".join(schedule.phases)
-        raise InputError(f"scales: {', '.join(sorted(unknown))} is no phase; the phases are {phases}")
+    names, scales, active = schedule.phase_of_steps, scales or {}, None
+    if unknown := ", ".join(sorted(set(scales) - set(schedule.phases))):
+        raise InputError(f"scales: {unknown} is no phase; the phases are {', '.join(schedule.phases)}")
     with switchable_adapters(denoiser(pipe), list(schedule.phases), activate) as switch:
 
         def before_step(index: int) -> None:
@@ -472,5 +392,9 @@ def glance_inference(
                 switch(name, scales.get(name, 1.0))
             active = name
 
-        with replaced(pipe, "scheduler", schedule.scheduler(pipe.scheduler, before_step)):
+        original = pipe.scheduler
+        pipe.scheduler = schedule.scheduler(original, before_step)
+        try:
             yield {"num_inference_steps": len(names)} | schedule.guidance
+        finally:
+            pipe.scheduler = original

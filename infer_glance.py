@@ -37,6 +37,7 @@ from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.ask.guidance import ask_single_branch
 from glance.ask.prompt_lengths import PromptLengths
+from glance.ask.sampler import most_positions
 from glance.ask.schedule import ask_timestep_table, ask_timesteps, has_own_steps
 from glance.files import faults, pictures
 from glance.files.lora import load_lora
@@ -52,7 +53,6 @@ from glance_utils import (
     denoiser,
     derive_timesteps,
     glance_inference,
-    most_positions,
     parse_timesteps,
 )
 

@@ -35,6 +35,7 @@ from glance import base as load_base
 from glance import command_line as cli
 from glance.adapters import compute_as_saved
 from glance.ask import latents as ask_latents
+from glance.ask.components import denoiser_name
 from glance.ask.velocity import PipelineVelocity
 from glance.files import faults
 from glance.files.checkpoints import save_checkpoint, with_run
@@ -49,7 +50,7 @@ from glance.training.optimizer import TrainingState, make_optimizer
 from glance.training.phases import Phase, find_source, folders, plan_phases
 from glance.training.prepare import Prepared, dry_run, prepare_pipeline
 from glance.training.settings import complete
-from glance_utils import PHASES, denoiser, denoiser_name, timesteps_to_sigmas
+from glance_utils import PHASES, denoiser, timesteps_to_sigmas
 
 
 logger = get_logger(__name__)

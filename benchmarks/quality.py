@@ -63,13 +63,15 @@ from glance import command_line as cli  # noqa: E402
 from glance.ask import latents as ask_latents  # noqa: E402
 from glance.ask import pipeline as ask  # noqa: E402
 from glance.ask.guidance import ask_single_branch  # noqa: E402
+from glance.ask.pipeline import first_line, replaced  # noqa: E402
 from glance.ask.sampler import relative_error  # noqa: E402
 from glance.ask.schedule import ask_timestep_table, ask_timesteps  # noqa: E402
 from glance.files import faults  # noqa: E402
 from glance.files.atomic import replace_file  # noqa: E402
 from glance.files.instance_data import load_pair  # noqa: E402
 from glance.files.recipe import read_recipe  # noqa: E402
-from glance_utils import MAX_SIDE, InputError, denoiser, first_line, replaced  # noqa: E402
+from glance.shared_flags import MAX_SIDE  # noqa: E402
+from glance_utils import InputError, denoiser  # noqa: E402
 
 
 logger = logging.getLogger(__name__)

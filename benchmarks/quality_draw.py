@@ -20,6 +20,7 @@ from glance.adapters import fused_adapters
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.ask import sampler as grids
+from glance.ask.pipeline import replaced
 from glance.ask.schedule import ask_timesteps
 from glance.files.lora import load_lora
 from glance.files.recipe import WEIGHT_NAME, read_recipe, schedule_of
@@ -30,7 +31,6 @@ from glance_utils import (
     derive_timesteps,
     glance_inference,
     grid_positions,
-    replaced,
     timesteps_to_sigmas,
 )
 

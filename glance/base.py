@@ -15,8 +15,8 @@ from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8Bit
 from huggingface_hub import try_to_load_from_cache
 from torch.utils.checkpoint import checkpoint
 
-from glance.ask.pipeline import find_denoiser, loading, read_model_index
-from glance_utils import InputError, replaced
+from glance.ask.pipeline import find_denoiser, loading, read_model_index, replaced
+from glance_utils import InputError
 
 
 def identify(path: str, revision: str | None = None, **load_kwargs) -> str:

@@ -9,7 +9,7 @@ import argparse
 from glance import command_line as cli
 
 
-MAX_SIDE = 16384  # glance_utils.MAX_SIDE
+MAX_SIDE = 16384  # pixels of a picture
 QUANTIZATIONS = ("none", "nf4", "int8", "fp8")
 SIDE = cli.positive(int, MAX_SIDE)
 

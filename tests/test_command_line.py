@@ -10,7 +10,6 @@ from accelerate.utils import LoggerType
 from conftest import ROOT, flags
 from diffusers.optimization import SchedulerType
 
-import glance_utils
 import infer_glance
 import train_glance_lora
 from glance import inference_flags, shared_flags
@@ -105,7 +104,6 @@ def test_what_is_written_out_is_what_the_libraries_have():
     assert set(training_flags.LR_SCHEDULERS) == {kind.value for kind in SchedulerType} - rules
     assert set(training_flags.TRACKERS) == {kind.value for kind in LoggerType}
     assert list(training_flags.SEGMENT_WEIGHTS) == list(losses.SEGMENT_POWERS)
-    assert shared_flags.MAX_SIDE == glance_utils.MAX_SIDE
     assert list(infer_glance.DTYPES) == list(inference_flags.DTYPES)
 
 

@@ -30,19 +30,12 @@ from tiny_video_families import FAMILIES as VIDEO_FAMILIES
 from glance import command_line as cli
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
+from glance.ask.components import denoiser_name
 from glance.ask.guidance import _made_up_step, ask_single_branch
 from glance.ask.schedule import ask_timestep_table, ask_timesteps
 from glance.ask.velocity import PipelineVelocity
 from glance.files.recipe import WEIGHT_NAME
-from glance_utils import (
-    PHASES,
-    FixedSigmaScheduler,
-    InputError,
-    denoiser,
-    denoiser_name,
-    model_timesteps,
-    timesteps_to_sigmas,
-)
+from glance_utils import PHASES, FixedSigmaScheduler, InputError, denoiser, model_timesteps, timesteps_to_sigmas
 
 
 pytestmark = pytest.mark.families

@@ -11,10 +11,11 @@ from conftest import REFUSED, ROOT, flags
 import infer_glance
 import train_glance_lora
 from glance import command_line as cli
+from glance.ask.components import component_class
 from glance.files.lora import load_lora
 from glance.files.recipe import WEIGHT_NAME
 from glance.training import model_card
-from glance_utils import InputError, component_class
+from glance_utils import InputError
 
 
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("glance/**/*.py")])

@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from glance.ask.pipeline import Answer, Probe, dry_run, refusals
-from glance_utils import InputError, replaced
+from glance.ask.pipeline import Answer, Probe, dry_run, refusals, replaced
+from glance_utils import InputError
 
 
 @dataclass

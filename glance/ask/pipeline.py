@@ -19,19 +19,27 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from PIL import Image
 
-from glance_utils import (
-    FixedSigmaScheduler,
-    InputError,
-    component_class,
-    denoiser,
-    denoiser_name,
-    first_line,
-    replaced,
-)
+from glance.ask.components import component_class, denoiser_name
+from glance_utils import FixedSigmaScheduler, InputError, denoiser
 
 
 # What an error recommends where a base's own scheduler does not serve.
 PLAIN_BASE = "a copy of the base whose model_index.json and scheduler_config.json say FlowMatchEulerDiscreteScheduler"
+
+
+@contextlib.contextmanager
+def replaced(owner, name: str, value):
+    """Set an attribute of an object or a class inside; afterwards it has its own again, or none."""
+    missing = object()
+    original = vars(owner).get(name, missing)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if original is missing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
 
 
 class Probe(FixedSigmaScheduler):
@@ -101,6 +109,11 @@ def _refused(pipe: DiffusionPipeline, error: Exception) -> InputError:
     wanted = [name for name in accepted_arguments(pipe) if re.search("^(?!.*adapter).*(images?|video)$", name)]
     hint = f" (Glance gives it no {' and no '.join(wanted)})" if wanted else ""
     return InputError(f"{type(pipe).__name__} refuses the call: {described(error)}{hint}")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message that is not blank, or the error's kind."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def described(error: Exception) -> str:

@@ -10,8 +10,21 @@ These are functions of a trajectory, but for `walk`, which draws one. Other ways
 import torch
 from diffusers import DiffusionPipeline
 
-from glance.ask.pipeline import Answer, Probe
-from glance_utils import as_floats, counts_image, model_timesteps, replaced, segment_slopes, timesteps_to_sigmas
+from glance.ask.pipeline import Answer, Probe, replaced
+from glance_utils import (
+    as_floats,
+    counts_image,
+    grid_positions,
+    model_timesteps,
+    segment_slopes,
+    timesteps_to_sigmas,
+)
+
+
+def most_positions(grid: str, count: int, base_steps: int) -> int:
+    """Return the largest number of steps, `count` at most, for which the named grid keeps distinct ones."""
+    counts = range(count, 0, -1)
+    return next(fewer for fewer in counts if len(set(grid_positions(grid, fewer, base_steps))) == fewer)
 
 
 def best_positions(points: list[torch.Tensor], sigmas: list[float], count: int) -> list[int]:

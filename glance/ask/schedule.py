@@ -6,8 +6,9 @@ Timesteps here are 1000 * sigma in 0..1000, descending; a pipeline's own unit an
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 
+from glance.ask.components import denoiser_name
 from glance.ask.pipeline import PLAIN_BASE, dry_run, no_prediction
-from glance_utils import InputError, counts_image, denoiser_name
+from glance_utils import InputError, counts_image
 
 
 def ask_timesteps(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[float]:

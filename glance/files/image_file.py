@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-from glance_utils import InputError, first_line
+from glance.ask.pipeline import first_line
+from glance_utils import InputError
 
 
 logger = logging.getLogger(__name__)

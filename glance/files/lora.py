@@ -14,10 +14,11 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save
 
 from glance.adapters import with_adapters
+from glance.ask.pipeline import replaced
 from glance.files.atomic import replace_file
 from glance.files.lora_forms import read_lora
 from glance.files.recipe import WEIGHT_NAME, Recipe
-from glance_utils import InputError, adapted_layers, denoiser, replaced, strengths
+from glance_utils import InputError, adapted_layers, denoiser, strengths
 
 
 def load_lora(pipe: DiffusionPipeline, path: str | Path, adapter: str) -> None:

@@ -15,8 +15,9 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 
+from glance.ask.components import denoiser_name
 from glance.files.recipe import is_number, shown
-from glance_utils import InputError, denoiser, denoiser_name
+from glance_utils import InputError, denoiser
 
 
 # How trainers name the tensors of a layer's LoRA: peft and diffusers, kohya, older diffusers; peft's adapter between.

@@ -13,9 +13,9 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 
 from glance import command_line as cli
-from glance.ask.pipeline import read_model_index
+from glance.ask.pipeline import first_line, read_model_index
 from glance.files.recipe import NO_RECIPE, WEIGHT_NAME, Recipe, check_pair, read_recipe, schedule_of
-from glance_utils import PHASES, InputError, Schedule, first_line
+from glance_utils import PHASES, InputError, Schedule
 
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from glance.ask.pipeline import first_line
 from glance.files import faults
 from glance.files.atomic import replace_file
-from glance_utils import InputError, first_line
+from glance_utils import InputError
 
 
 # Of a comparison, in pixels.

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from glance_utils import MAX_SIDE, PHASES, InputError, Schedule, check_timesteps
+from glance.shared_flags import MAX_SIDE
+from glance_utils import PHASES, InputError, Schedule, check_timesteps
 
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"

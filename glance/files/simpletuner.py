@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from glance.command_line import read_caption, read_text, unique_pairs
-from glance_utils import MAX_SIDE, InputError
+from glance.shared_flags import MAX_SIDE
+from glance_utils import InputError
 
 
 logger = logging.getLogger(__name__)

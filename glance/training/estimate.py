@@ -26,9 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from glance.adapters import compute_as_saved, with_adapters
 from glance.ask import pipeline as ask
+from glance.ask.components import component_class, denoiser_name
+from glance.ask.pipeline import first_line
 from glance.base import enable_gradient_checkpointing
 from glance.shared_flags import QUANTIZATIONS
-from glance_utils import InputError, component_class, denoiser, denoiser_name, first_line
+from glance_utils import InputError, denoiser
 
 
 @dataclass

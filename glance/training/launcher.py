@@ -10,8 +10,9 @@ import os
 
 from accelerate.utils import parse_flag_from_env
 
+from glance.ask.pipeline import first_line
 from glance.command_line import Settings
-from glance_utils import InputError, first_line
+from glance_utils import InputError
 
 
 SILENT = ("", "no", "none", "auto")

@@ -19,12 +19,14 @@ from PIL import Image
 
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
+from glance.ask.components import denoiser_name
+from glance.ask.pipeline import first_line
 from glance.files import faults
 from glance.files.atomic import replace_file
 from glance.files.lora import load_lora
 from glance.files.recipe import WEIGHT_NAME, Recipe, schedule_of
 from glance.training.draw_command import lora_flags
-from glance_utils import InputError, denoiser_name, first_line, glance_inference
+from glance_utils import InputError, glance_inference
 
 
 logger = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ from glance.adapters import lora_layers, with_adapters
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.ask import prompts as ask_prompts
+from glance.ask.components import denoiser_name
 from glance.ask.guidance import ask_single_branch
 from glance.ask.prompt_lengths import PromptLengths
 from glance.ask.schedule import ask_timestep_table
@@ -32,7 +33,7 @@ from glance.files.instance_data import SOURCES, chosen_size, load_pair
 from glance.training import distribution, estimate
 from glance.training.steps import Steps, choose_steps, pick_steps, warn_of_shares
 from glance.training.trajectories import Teacher, Trajectories, check_can_draw, draw_trajectories
-from glance_utils import InputError, denoiser, denoiser_name
+from glance_utils import InputError, denoiser
 
 
 logger = get_logger(__name__)

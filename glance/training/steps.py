@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from accelerate.logging import get_logger
 
+from glance.ask.sampler import most_positions
 from glance.ask.schedule import ask_timesteps, has_own_steps
 from glance.ask.velocity import ask_velocity_shares
 from glance.command_line import Settings
-from glance_utils import InputError, derive_timesteps, grid_positions, most_positions
+from glance_utils import InputError, derive_timesteps, grid_positions
 
 
 logger = get_logger(__name__)

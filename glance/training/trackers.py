@@ -7,7 +7,8 @@ from pathlib import Path
 
 from accelerate.logging import get_logger
 
-from glance_utils import InputError, first_line
+from glance.ask.pipeline import first_line
+from glance_utils import InputError
 
 
 logger = get_logger(__name__)
