@@ -245,7 +245,7 @@ def train(args, accelerator, halves=None):
 
     repo_id = create_hub_repo(args) if args.push_to_hub and accelerator.is_main_process else None
     with trackers.begun(args, accelerator):
-        prepared = prepare_pipeline(args, accelerator, image, captions, size)
+        prepared = prepare_pipeline(args, accelerator, source.base, image, captions, size)
         args = prepared.settings
         phases = plan_phases(args, accelerator.num_processes, prepared, source, size)
         if image is None:

@@ -89,10 +89,9 @@ def make_krea2():
     text = {"text_hidden_dim": 16, "num_text_layers": 2, "text_num_attention_heads": 2}
     text |= {"text_num_key_value_heads": 1, "text_intermediate_size": 32}
     text |= {"num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1}
-    vae = parts.qwen_vae()
     return diffusers.Krea2Pipeline(
         transformer=parts.transformer(diffusers.Krea2Transformer2DModel, **config, **text),
-        vae=vae,
+        vae=parts.qwen_vae(),
         text_encoder=parts.qwen3_vl(transformers.Qwen3VLModel, **parts.rope()),
         tokenizer=qwen3_tokenizer(),
         scheduler=parts.shifting_scheduler(max_image_seq_len=6400),
@@ -157,11 +156,9 @@ def make_bria_fibo2():
     config = {**sizes, "in_channels": LATENT_CHANNELS, "axes_dims": AXES, "axes_lens": (32, 64, 64)}
     gist = {"perceiver_num_layers": 1, "min_num_gist_tokens": 4, "max_num_gist_tokens": 8, "gist_step": 2}
     config |= {"injection_layer_ids": (0, 1, 2, 3, 4)}
-    transformer = diffusers.BriaFibo2Transformer2DModel(**config, **gist)
-    vae = parts.flux2_vae()
     return diffusers.BriaFibo2Pipeline(
-        transformer=parts.without_zeros(transformer),
-        vae=vae,
+        transformer=parts.without_zeros(diffusers.BriaFibo2Transformer2DModel(**config, **gist)),
+        vae=parts.flux2_vae(),
         text_encoder=parts.qwen3_vl(num_hidden_layers=36, **parts.rope((2, 1, 1), rope_theta=5000000.0)),
         processor=parts.tokenizer("$A", 4096),
         scheduler=parts.flux_scheduler(),
@@ -194,7 +191,6 @@ def make_hunyuan_image():
     """
     layers = {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}
     config = {**CHANNELS, **HEADS, **layers, "text_embed_dim": 16, "rope_axes_dim": (8, 8)}
-    transformer = diffusers.HunyuanImageTransformer2DModel(**config)
     vae = diffusers.AutoencoderKLHunyuanImage(
         in_channels=3,
         out_channels=3,
@@ -206,7 +202,7 @@ def make_hunyuan_image():
         scaling_factor=0.75289,
     )
     return diffusers.HunyuanImagePipeline(
-        transformer=parts.without_zeros(transformer),
+        transformer=parts.without_zeros(diffusers.HunyuanImageTransformer2DModel(**config)),
         vae=vae,
         text_encoder=parts.qwen_vl(),
         tokenizer=qwen_tokenizer(),
@@ -275,17 +271,11 @@ def make_kandinsky5():
 def make_qwen21():
     """VAE factor 16, RGBA; size a multiple of 32."""
     config = {**CHANNELS, **HEADS, "num_layers": 2, "context_in_dim": 16, "axes_dims_rope": AXES}
-    vae = diffusers.AutoencoderKLQwenImage21(
-        base_dim=8,
-        decoder_base_dim=8,
-        z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 1, 1, 1, 1],
-        num_res_blocks=1,
-        **parts.LATENT_STATISTICS,
-    )
+    vae = {"base_dim": 8, "decoder_base_dim": 8, "dim_mult": [1, 1, 1, 1, 1], "num_res_blocks": 1}
+    vae |= {"z_dim": LATENT_CHANNELS, **parts.LATENT_STATISTICS}
     return diffusers.QwenImage21Pipeline(
         transformer=parts.transformer(diffusers.QwenImage21Transformer2DModel, **config),
-        vae=vae,
+        vae=diffusers.AutoencoderKLQwenImage21(**vae),
         text_encoder=parts.qwen3_vl(),
         processor=chat_processor(),
         scheduler=parts.qwen_scheduler(),

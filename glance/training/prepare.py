@@ -134,10 +134,11 @@ def remember_captions(pipe, captions: list[str], call: dict, train_calls: list[d
             ask.dry_step(pipe, **train_call | {ask.batch_argument(pipe): size, "prompt": caption})
 
 
-def prepare_pipeline(args, accelerator, image, captions: list[str], size: tuple[int, int]) -> Prepared:
+def prepare_pipeline(args, accelerator, base: str, image, captions: list[str], size: tuple[int, int]) -> Prepared:
     """Ask the pipeline everything, free its encoders, load the transformer, and let it draw where the run needs that.
 
-    `image` is a PIL image of `size`, (height, width), or None. Peak memory is the larger of encoders and transformer.
+    `base` is base.identify's, `image` a PIL image of `size`, (height, width), or None. Peak memory is the larger of
+    encoders and transformer.
     """
     prepared = ask_everything(args, accelerator, image, captions, size)
     accelerator.free_memory()
@@ -145,7 +146,7 @@ def prepare_pipeline(args, accelerator, image, captions: list[str], size: tuple[
     transformer = with_adapters(prepared.models.load_transformer())
     setattr(pipe, denoiser_name(pipe.config), transformer)
     if needs_drawing(args, image):
-        prepared = learn_from_base(accelerator, prepared)
+        prepared = learn_from_base(accelerator, prepared, base)
     if prepared.answers.checkpointing:
         load_base.enable_gradient_checkpointing(transformer)
     return prepared
@@ -216,11 +217,11 @@ def load_transformer(args, accelerator, part: str | None = None) -> torch.nn.Mod
     )
 
 
-def learn_from_base(accelerator, prepared: Prepared) -> Prepared:
+def learn_from_base(accelerator, prepared: Prepared, base: str) -> Prepared:
     """Let the base draw, and add what is made of it: trajectories, the steps, the image where none is given."""
     settings, answers = prepared.settings, prepared.answers
     teacher = Teacher(prepared.models.pipe, answers.timesteps, answers.timestep_table, answers.call)
-    drawn = draw_trajectories(settings, accelerator, teacher, prepared.captions)
+    drawn = draw_trajectories(settings, accelerator, teacher, base, prepared.captions)
     latents, steps = prepared.latents, prepared.steps
     if latents is None:
         latents = drawn.picture.to(accelerator.device)

@@ -15,8 +15,6 @@ from accelerate.logging import get_logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 
-from glance import base as load_base
-from glance import command_line as cli
 from glance.ask import latents as ask_latents
 from glance.ask import sampler as grids
 from glance.ask.pipeline import further_denoisers
@@ -127,11 +125,11 @@ def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], measured:
     return grid, positions, coefficients
 
 
-def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str]) -> Trajectories:
+def draw_trajectories(args, accelerator, teacher: Teacher, base: str, captions: list[str]) -> Trajectories:
     """Return the base's trajectories: those in the output folder if they are of these settings, else drawn by all
-    processes together, each of them once. They are not written yet."""
+    processes together, each of them once. They are not written yet. `base` is base.identify's."""
     path = Path(args.output_dir) / faults.TRAJECTORIES
-    digest = settings_digest(args, teacher, captions)
+    digest = settings_digest(args, teacher, base, captions)
     digest = distribution.gather_on_host(digest)[0]  # files may have another date on another machine
     saved = load(path, digest)
     if all(distribution.gather_on_host(saved is not None)):
@@ -175,10 +173,9 @@ def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str]) 
     return Trajectories(digest, grid, positions, lengths, coefficients, picture, starts, targets)
 
 
-def settings_digest(args, teacher: Teacher, captions: list[str]) -> str:
+def settings_digest(args, teacher: Teacher, base: str, captions: list[str]) -> str:
     """Return the SHA-256 of all that trajectories depend on: all flags but those that say how LoRAs are trained."""
     flags = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED | NOT_DRAWN}
-    base = load_base.identify(args.pretrained_model_name_or_path, **cli.load_arguments(args))
     settings = flags | {
         "version": __version__,
         "kept": FORMAT,
