@@ -41,7 +41,7 @@ from glance.files import faults
 from glance.files.checkpoints import save_checkpoint, with_run
 from glance.files.instance_data import load_pair
 from glance.files.lora import save_lora
-from glance.training import distribution, launcher, losses, trackers, trajectories
+from glance.training import distribution, launcher, losses, own_defaults, trackers, trajectories
 from glance.training.draw_command import draw_command
 from glance.training.draws import Draws
 from glance.training.log import LossLog, check_finite
@@ -237,7 +237,8 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
 
 def train(args, accelerator, halves=None):
     """Do the whole run, or with --parallel_phases its half, in an output folder that no other run writes to."""
-    image, caption, size = load_pair(args)
+    args = own_defaults.with_one_frame(args)
+    image, caption, size = load_pair(args, functools.partial(own_defaults.own_size, args))
     captions = [caption, *(prompt for prompt in cli.read_prompts(args.prompts_file) if prompt != caption)]
     source = find_source(args, accelerator.num_processes, image, captions)
     for folder in folders(args).values():

@@ -71,6 +71,7 @@ from glance.files.atomic import replace_file  # noqa: E402
 from glance.files.instance_data import load_pair  # noqa: E402
 from glance.files.recipe import read_recipe  # noqa: E402
 from glance.shared_flags import MAX_SIDE  # noqa: E402
+from glance.training.own_defaults import own_size  # noqa: E402
 from glance_utils import InputError, denoiser  # noqa: E402
 
 
@@ -266,7 +267,7 @@ def parse_args(argv: list[str] | None = None):
     trained = {}
     if args.train_config:
         config = train_glance_lora.parse_args(["--config", args.train_config])
-        _, caption, (height, width) = load_pair(config)
+        _, caption, (height, width) = load_pair(config, functools.partial(own_size, config))
         trained = vars(config) | {"instance_prompt": caption, "height": height, "width": width}
     elif args.lora:
         recipe = read_recipe(lora_file(next(iter(args.lora.values())), "slow"), required=False)

@@ -55,6 +55,11 @@ def pair(tmp_path_factory):
     return path
 
 
+def own_size() -> tuple[int, int]:
+    """A pipeline's own size, for load_pair without a pipeline."""
+    return 1024, 1024
+
+
 def flags(**settings) -> list[str]:
     """Keyword arguments as command-line arguments; True is a switch, a list repeats the flag."""
     arguments = []

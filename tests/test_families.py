@@ -226,6 +226,7 @@ def test_family(name, pair, infer, tmp_path, monkeypatch):
     fixed.set_timesteps()
     np.testing.assert_allclose(fixed.timesteps, [timestep for _, _, timestep, _ in stock], atol=1e-3)
 
+    assert ask_latents.ask_size(pipe, **call) == (size, size)
     layout = ask_latents.ask_layout(pipe, **call)
     pixels = VaeImageProcessor(do_resize=False).preprocess(Image.open(pair).convert("RGB").resize((size, size)))
     latents = ask_latents.encode_image(pipe, pixels, layout, **call)

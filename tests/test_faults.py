@@ -92,7 +92,7 @@ def test_a_second_signal_ends_at_once(train, at_step, tmp_path):
 
 
 def test_a_signal_before_training_ends_the_run_in_one_line(train, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(train_glance_lora, "load_pair", lambda args: kill_self(signal.SIGINT))
+    monkeypatch.setattr(train_glance_lora, "load_pair", lambda *args: kill_self(signal.SIGINT))
     with pytest.raises(SystemExit) as end:
         train()
     assert end.value.code == 130 and list(tmp_path.iterdir()) == []

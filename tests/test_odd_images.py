@@ -7,7 +7,7 @@ import struct
 import datasets
 import numpy as np
 import pytest
-from conftest import flags
+from conftest import flags, own_size
 from icc_profiles import as_srgb, grey_profile, ink_profile, rgb_profile
 from PIL import Image, PngImagePlugin
 
@@ -26,7 +26,7 @@ def trained_pixels(path, caption: bytes = b"two halves") -> np.ndarray:
     """The 16x16 pixels that a run would learn from."""
     path.with_suffix(".txt").write_bytes(caption)
     args = train_glance_lora.parse_args(flags(pretrained_model_name_or_path="b", instance_image=path, resolution=16))
-    image, caption, _ = load_pair(args)
+    image, caption, _ = load_pair(args, own_size)
     assert (image.mode, image.size, caption) == ("RGB", (16, 16), "two halves")
     return np.asarray(image).astype(int)
 
@@ -57,7 +57,7 @@ def test_suffixes_in_any_case_are_found_in_a_folder(suffix, tmp_path):
     args = train_glance_lora.parse_args(
         flags(pretrained_model_name_or_path="b", instance_data_dir=tmp_path, resolution=16)
     )
-    pixels = np.asarray(load_pair(args)[0]).astype(int)
+    pixels = np.asarray(load_pair(args, own_size)[0]).astype(int)
     assert abs(pixels[2, 8] - (200, 0, 0)).max() < 12 and abs(pixels[-3, 8] - (0, 100, 0)).max() < 12
 
 
@@ -74,10 +74,10 @@ def test_only_images_count_in_a_folder(tmp_path):
     (tmp_path / "itself.png").symlink_to(tmp_path / "itself.png")
     os.mkfifo(tmp_path / "pipe.png")
     args = flags(pretrained_model_name_or_path="b", instance_data_dir=tmp_path, resolution=16)
-    assert load_pair(train_glance_lora.parse_args(args))[1] == "two halves"
+    assert load_pair(train_glance_lora.parse_args(args), own_size)[1] == "two halves"
     (tmp_path / "link.PNG").symlink_to(tmp_path / "a.tif")  # a second one after all
     with pytest.raises(InputError, match=r"2 images found \(a.tif, link.PNG, ...\)"):
-        load_pair(train_glance_lora.parse_args(args))
+        load_pair(train_glance_lora.parse_args(args), own_size)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_a_row_of_a_data_set_is_read_as_a_file_is(tmp_path, caplog):
 
     def row(index: int) -> np.ndarray:
         args = flags(pretrained_model_name_or_path="b", dataset_name=tmp_path / "rows", dataset_index=index)
-        image, caption, _ = load_pair(train_glance_lora.parse_args([*args, "--resolution=16"]))
+        image, caption, _ = load_pair(train_glance_lora.parse_args([*args, "--resolution=16"]), own_size)
         assert caption == "two halves"
         return np.asarray(image).astype(int)
 

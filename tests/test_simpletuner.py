@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import REFUSED, flags
+from conftest import REFUSED, flags, own_size
 from PIL import Image
 
 import train_glance_lora
@@ -27,7 +27,7 @@ def pair_of(folder, *entries, **settings):
     file = folder / "backend.json"
     file.write_text(json.dumps([{"instance_data_dir": str(folder / "data")} | entry for entry in entries]))
     args = flags(pretrained_model_name_or_path="b", data_backend_config=file, **settings)
-    return load_pair(train_glance_lora.parse_args(args))
+    return load_pair(train_glance_lora.parse_args(args), own_size)
 
 
 # The example of the documentation, and what is usual beside it.
@@ -193,5 +193,5 @@ def test_files_that_are_no_dataloader(text, folder):
     (folder / "backend.json").write_bytes(text.encode(errors="replace"))
     args = flags(pretrained_model_name_or_path="b", data_backend_config=folder / "backend.json")
     with pytest.raises(REFUSED, match="--data_backend_config .*backend.json") as error:
-        load_pair(train_glance_lora.parse_args(args))
+        load_pair(train_glance_lora.parse_args(args), own_size)
     assert "\n" not in str(error.value)

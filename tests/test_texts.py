@@ -5,7 +5,7 @@ import json
 
 import datasets
 import pytest
-from conftest import REFUSED, ROOT, flags
+from conftest import REFUSED, ROOT, flags, own_size
 
 import infer_glance
 import train_glance_lora
@@ -126,7 +126,7 @@ def caption_of_row(tmp_path, value, **settings) -> str:
     folder = tmp_path / str(len(list(tmp_path.iterdir())))
     rows.cast_column("image", datasets.Image()).save_to_disk(folder)
     args = flags(pretrained_model_name_or_path="b", dataset_name=folder, resolution=16, **settings)
-    return load_pair(train_glance_lora.parse_args(args))[1]
+    return load_pair(train_glance_lora.parse_args(args), own_size)[1]
 
 
 def test_of_several_captions_of_a_row_the_first_is_taken_and_said(tmp_path, caplog):

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, flags
+from conftest import ROOT, flags, own_size
 from diffusers import DiffusionPipeline
 from peft.tuners.lora import LoraLayer
 from PIL import Image
@@ -364,7 +364,7 @@ def test_tensorboard_logs_each_optimizer_step(train):
 
 def pair_of(**settings):
     args = train_glance_lora.parse_args(flags(pretrained_model_name_or_path="base", **settings))
-    return load_pair(args)
+    return load_pair(args, own_size)
 
 
 def test_caption_is_the_text_beside_the_image_or_the_prompt(pair, tmp_path):

@@ -59,6 +59,27 @@ def _decode_input(pipe: DiffusionPipeline, final_latents, **kwargs) -> torch.Ten
     raise InputError(f"{type(pipe).__name__}: asked how it decodes its latents, but it never called {decoder[1]}")
 
 
+def ask_size(pipe: DiffusionPipeline, **kwargs) -> tuple[int, int]:
+    """Return (height, width) in pixels of what the pipeline draws where its call, `kwargs`, names no size.
+
+    Its VAE decodes once, whose weights need no content for that. Raise InputError where it takes no such call.
+    """
+    vae = getattr(pipe, "vae", None)
+    owner, name = (pipe.image_processor, "postprocess") if vae is None else (vae, "decode")
+    original = getattr(owner, name)
+
+    def decode(z, *args, **kwargs):
+        picture = z if vae is None else original(z, *args, **kwargs)[0]
+        raise Answer(picture.shape)
+
+    with replaced(owner, name, decode):
+        try:
+            dry_run(pipe, Probe([1.0], lambda index, model_output, sample: sample), output_type="np", **kwargs)
+        except Answer as answer:
+            return tuple(answer.args[0][-2:])
+    raise InputError(f"{type(pipe).__name__}: asked for a picture of its own size, but it never called {name}")
+
+
 def ask_layout(pipe: DiffusionPipeline, **kwargs) -> LatentLayout:
     """Read the latents' layout off the pipeline's decode path, which only permutes, scales and shifts them.
 

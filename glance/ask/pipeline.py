@@ -133,9 +133,14 @@ def loading(path: str):
         raise InputError(f"{path}: cannot be loaded ({described(error)})") from error
 
 
+def arguments_of(kind: type[DiffusionPipeline]) -> dict[str, inspect.Parameter]:
+    """Return the parameters of the `__call__` of a class of pipelines, by name."""
+    return dict(inspect.signature(kind.__call__).parameters)
+
+
 def accepted_arguments(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
     """Return the parameters of the pipeline's `__call__`, by name."""
-    return dict(inspect.signature(type(pipe).__call__).parameters)
+    return arguments_of(type(pipe))
 
 
 def batch_argument(pipe: DiffusionPipeline) -> str:

@@ -7,6 +7,7 @@ import argparse
 import io
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -110,21 +111,30 @@ def caption_in(value, args: argparse.Namespace) -> str:
     return check_text(value, name)
 
 
-def chosen_size(args: argparse.Namespace, resolution: int | None = None) -> tuple[int, int]:
-    """Return (height, width) in pixels, as asked for or 1024x1024."""
-    resolution = resolution or args.resolution or 1024
-    return args.height or resolution, args.width or resolution
+def chosen_size(
+    args: argparse.Namespace, own_size: Callable[[], tuple[int, int]], resolution: int | None = None
+) -> tuple[int, int]:
+    """Return (height, width) in pixels, as asked for; own_size() says what is not, and is called only then."""
+    resolution = resolution or args.resolution
+    height, width = args.height or resolution, args.width or resolution
+    if height and width:
+        return height, width
+    own_height, own_width = own_size()
+    return height or own_height, width or own_width
 
 
-def load_pair(args: argparse.Namespace) -> tuple[Image.Image | None, str, tuple[int, int]]:
+def load_pair(
+    args: argparse.Namespace, own_size: Callable[[], tuple[int, int]]
+) -> tuple[Image.Image | None, str, tuple[int, int]]:
     """Return the image, cropped to (height, width) in pixels, its caption and that size.
 
-    The image is None where --instance_prompt stands alone: the base can draw it. Raise InputError where there are
-    several sources, no readable image or no caption.
+    own_size() is the pipeline's own (height, width), for where neither a flag nor the data says one. The image is None
+    where --instance_prompt stands alone: the base can draw it. Raise InputError where there are several sources, no
+    readable image or no caption.
     """
     given = [name for name in SOURCES if getattr(args, name)]
     if not given and args.instance_prompt and args.instance_prompt.strip():
-        return None, args.instance_prompt.strip(), chosen_size(args)
+        return None, args.instance_prompt.strip(), chosen_size(args, own_size)
     if len(given) != 1:
         raise InputError(
             f"give one of {', '.join('--' + name for name in SOURCES)}, or --instance_prompt alone and the base draws "
@@ -151,5 +161,5 @@ def load_pair(args: argparse.Namespace) -> tuple[Image.Image | None, str, tuple[
     image = read_image(file, name)
     if entry and not (args.resolution or args.height or args.width):
         check_shape(entry, *image.size)
-    height, width = chosen_size(args, args.resolution or side_of(entry))
+    height, width = chosen_size(args, own_size, args.resolution or side_of(entry))
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS), caption, (height, width)

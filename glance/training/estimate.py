@@ -176,6 +176,7 @@ def encode_without_weights(module: torch.nn.Module, mode: FakeTensorMode) -> Non
         return tree_map_only(FakeTensor, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype), output)
 
     module.forward = forward
+    module.to = lambda *args, **kwargs: module  # as some pipelines ask of their VAE while they are built
 
 
 def run_step(pipe, mode: FakeTensorMode, counter, call: dict) -> None:

@@ -45,7 +45,7 @@ def add_data(parser: cli.Parser) -> None:
     add("--image_column", default="image", help="the data set's column of images")
     add("--caption_column", default="text", help="the data set's column of captions")
     add_shared(group, "--prompts_file", help="further captions for the trajectory loss, one a line")
-    add("--resolution", type=SIDE, help="height and width in pixels; 1024 if nothing else is said")
+    add("--resolution", type=SIDE, help="height and width in pixels; the pipeline's own size by default")
     add_shared(group, "--height", "--width", help="in pixels; --resolution by default")
 
 

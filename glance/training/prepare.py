@@ -30,7 +30,7 @@ from glance.ask.schedule import ask_timestep_table
 from glance.ask.velocity import check_instantaneous, check_memoryless, takes_batches, takes_timesteps
 from glance.command_line import Settings
 from glance.files.instance_data import SOURCES, chosen_size, load_pair
-from glance.training import distribution, estimate
+from glance.training import distribution, estimate, own_defaults
 from glance.training.steps import Steps, choose_steps, pick_steps, warn_of_shares
 from glance.training.trajectories import Teacher, Trajectories, check_can_draw, draw_trajectories
 from glance_utils import InputError, denoiser
@@ -261,10 +261,13 @@ def bytes_of_adam(args) -> int:
 def dry_run(args) -> str:
     """Return, as text, what the run will need, asked of the configs and the tokenizers alone."""
     dtype, device = DTYPES[args.mixed_precision], PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
-    caption, size = "a picture", chosen_size(args)
-    if args.instance_prompt or any(getattr(args, source) for source in SOURCES):
-        _, caption, size = load_pair(args)
     pipe = estimate.load_without_weights(args.pretrained_model_name_or_path, dtype, **cli.load_arguments(args))
+    args = own_defaults.with_one_frame(args)
+    own_size = functools.partial(own_defaults.size_of, pipe, args)
+    if args.instance_prompt or any(getattr(args, source) for source in SOURCES):
+        _, caption, size = load_pair(args, own_size)
+    else:
+        caption, size = "a picture", chosen_size(args, own_size)
     call, single_call, layers = ask_call(args, pipe, caption, size)
     settings, _, steps = choose_steps(args, pipe, call)
     warn_of_shares(pipe, steps.phases, ask_timestep_table(pipe, settings.num_base_steps, **call), single_call)

@@ -1,0 +1,55 @@
+"""What does the pipeline itself say where no flag does: how large are its pictures, and how many frames?
+
+It is asked before any weight is loaded, since the image is cropped to that size and a resumed run must agree. A value
+that is taken from the pipeline is said in one line.
+"""
+
+import re
+
+import diffusers
+import torch
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline
+
+from glance import command_line as cli
+from glance.ask import latents as ask_latents
+from glance.ask import pipeline as ask
+from glance.command_line import Settings
+from glance.files.instance_data import SOURCES
+from glance.training import estimate
+from glance_utils import InputError
+
+
+logger = get_logger(__name__)
+
+
+def own_size(args: Settings) -> tuple[int, int]:
+    """Return (height, width) in pixels of what the base draws where it is asked for no size, by its configs alone."""
+    path = args.pretrained_model_name_or_path
+    return size_of(estimate.load_without_weights(path, torch.float32, **cli.load_arguments(args)), args)
+
+
+def size_of(pipe: DiffusionPipeline, args: Settings) -> tuple[int, int]:
+    """Return (height, width) in pixels of what the pipeline, whose models need no weights, draws where it is asked for
+    no size; raise InputError where it must be."""
+    call = ask.call_arguments(pipe, "a picture", None, None, args.guidance_scale, args.pipeline_kwargs)
+    try:
+        height, width = ask_latents.ask_size(pipe, **call)
+    except InputError as error:
+        raise InputError(f"{error}; without a size, so give --resolution, or --height and --width") from error
+    logger.info(f"Size: {width}x{height}, {type(pipe).__name__}'s own")
+    return height, width
+
+
+def with_one_frame(args: Settings) -> Settings:
+    """Return the settings, for a pipeline of video that is to learn from an image with one frame in its call, unless
+    --pipeline_kwargs says how many."""
+    path = args.pretrained_model_name_or_path
+    kind = getattr(diffusers, ask.read_model_index(path, **cli.load_arguments(args))["_class_name"], None)
+    if kind is None or not any(getattr(args, source) for source in SOURCES):
+        return args
+    for name in ask.arguments_of(kind):
+        if re.fullmatch("(num_)?frames", name) and name not in args.pipeline_kwargs:
+            logger.info(f"{name}: 1, as an image is learned, and {kind.__name__} draws video")
+            return args.replace(pipeline_kwargs=args.pipeline_kwargs | {name: 1})
+    return args
