@@ -44,7 +44,7 @@ from glance.files.lora import load_lora
 from glance.files.lora_forms import read_lora
 from glance.files.pair import find_loras, read_recipes, with_base
 from glance.files.recipe import Recipe
-from glance.training import distribution, estimate, launcher
+from glance.training import distribution, estimate, launcher, out_of_memory
 from glance_utils import (
     PHASES,
     InputError,
@@ -243,7 +243,8 @@ def draw_all(
     with state.split_between_processes(list(range(len(jobs)))) as numbers:
         for number in tqdm(numbers, desc="images", disable=not state.is_local_main_process):
             try:
-                row = draw_job(args, pipe, counter, schedule, base_steps, calls[number], jobs[number][1])
+                with out_of_memory.in_inference(args, f"drawing {files[number].name}"):
+                    row = draw_job(args, pipe, counter, schedule, base_steps, calls[number], jobs[number][1])
             except FloatingPointError as error:
                 failed.append(f"{files[number].name} was not written: {error}")
                 logger.warning(failed[-1])
@@ -290,7 +291,8 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
         return ask.call_arguments(pipe, prompt, height, width, guidance, extra)
 
     check_early(args, paths, call_of)
-    pipe = load_pipeline(args, paths, state.device)
+    with out_of_memory.in_inference(args, "loading the base"):
+        pipe = load_pipeline(args, paths, state.device)
     PromptLengths(pipe, logger.warning).watch(pipe)
     calls = [call_of(pipe, prompt) for prompt, _ in jobs]
     ask.dry_step(pipe, **calls[0])

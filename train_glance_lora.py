@@ -41,7 +41,7 @@ from glance.files import faults
 from glance.files.checkpoints import save_checkpoint, with_run
 from glance.files.instance_data import load_pair
 from glance.files.lora import save_lora
-from glance.training import distribution, launcher, losses, own_defaults, trackers, trajectories
+from glance.training import distribution, launcher, losses, out_of_memory, own_defaults, trackers, trajectories
 from glance.training.draw_command import draw_command
 from glance.training.draws import Draws
 from glance.training.log import LossLog, check_finite
@@ -137,7 +137,10 @@ def train_phase(args, accelerator, prepared: Prepared, phase: Phase) -> Path | N
     distribution.copy_from_first(accelerator, parameters)
 
     hidden = not accelerator.is_local_main_process
-    with tqdm(total=args.max_train_steps, initial=step, desc=name, disable=hidden) as progress:
+    progress = tqdm(total=args.max_train_steps, initial=step, desc=name, disable=hidden)
+    checkpointing = answers.checkpointing or not transformer._supports_gradient_checkpointing
+    stage = out_of_memory.in_training(args, lambda: f"training {name}, step {step + 1}", checkpointing)
+    with progress, stage:
         for draw in draws:
             chosen = [timesteps[position] for position in draw.positions]
             with accelerator.accumulate(model):
@@ -275,7 +278,8 @@ def train(args, accelerator, halves=None):
         recipes, output_dir = halves.meet(accelerator, recipes), halves.output_dir
     preview = None
     if len(recipes) == 2 and (accelerator.is_main_process or distribution.is_sharded()):
-        preview = draw_preview(prepared, recipes, output_dir, args.seed)
+        with out_of_memory.in_preview():
+            preview = draw_preview(prepared, recipes, output_dir, args.seed)
     if accelerator.is_main_process and recipes:
         with faults.one_line_errors(output_dir):
             if halves is not None:

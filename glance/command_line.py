@@ -355,11 +355,12 @@ def say_error(error: Exception) -> None:
 
 
 def run(main) -> None:
-    """Call main(); end with one line and exit code 2 for what the user can mend, with 1 for a run that diverged."""
+    """Call main(); end with one line and exit code 2 for what the user can mend, with 1 for a run that diverged or
+    whose memory ran out."""
     from glance_utils import InputError
 
     try:
         main()
-    except (InputError, argparse.ArgumentError, FloatingPointError) as error:
+    except (InputError, argparse.ArgumentError, FloatingPointError, MemoryError) as error:
         say_error(error)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+        sys.exit(1 if isinstance(error, FloatingPointError | MemoryError) else 2)

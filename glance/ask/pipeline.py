@@ -87,6 +87,12 @@ def _is_ours(error: Exception) -> bool:
     return files[-1].parent == root or root / "glance" in files[-1].parents
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out, the accelerator's or the host's, by the words of torch, Python or the system."""
+    words = "out of memory|not enough memory|can(no|')t allocate memory"
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(re.search(words, str(error), re.IGNORECASE))
+
+
 @contextlib.contextmanager
 def refusals(pipe: DiffusionPipeline):
     """Turn whatever the pipeline's own code, or a library that it calls, raises inside into an InputError of one line.
@@ -96,10 +102,10 @@ def refusals(pipe: DiffusionPipeline):
     """
     try:
         yield
-    except (InputError, MemoryError, torch.OutOfMemoryError):
+    except InputError:
         raise
     except Exception as error:
-        if _is_ours(error):
+        if is_out_of_memory(error) or _is_ours(error):
             raise
         raise _refused(pipe, error) from error
 
@@ -127,9 +133,11 @@ def loading(path: str):
     """Turn what is raised when a part of the pipeline at `path` is missing or unusable into an InputError."""
     try:
         yield
-    except (InputError, MemoryError, torch.OutOfMemoryError):
+    except InputError:
         raise
     except Exception as error:  # broken files end in exceptions of every kind
+        if is_out_of_memory(error):
+            raise
         raise InputError(f"{path}: cannot be loaded ({described(error)})") from error
 
 

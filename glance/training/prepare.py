@@ -30,7 +30,7 @@ from glance.ask.schedule import ask_timestep_table
 from glance.ask.velocity import check_instantaneous, check_memoryless, takes_batches, takes_timesteps
 from glance.command_line import Settings
 from glance.files.instance_data import SOURCES, chosen_size, load_pair
-from glance.training import distribution, estimate, own_defaults
+from glance.training import distribution, estimate, out_of_memory, own_defaults
 from glance.training.steps import Steps, choose_steps, pick_steps, warn_of_shares
 from glance.training.trajectories import Teacher, Trajectories, check_can_draw, draw_trajectories
 from glance_utils import InputError, denoiser
@@ -140,13 +140,16 @@ def prepare_pipeline(args, accelerator, base: str, image, captions: list[str], s
     `base` is base.identify's, `image` a PIL image of `size`, (height, width), or None. Peak memory is the larger of
     encoders and transformer.
     """
-    prepared = ask_everything(args, accelerator, image, captions, size)
+    with out_of_memory.in_encoding(args):
+        prepared = ask_everything(args, accelerator, image, captions, size)
     accelerator.free_memory()
     pipe = prepared.models.pipe
-    transformer = with_adapters(prepared.models.load_transformer())
+    with out_of_memory.in_training(args, "loading the transformer"):
+        transformer = with_adapters(prepared.models.load_transformer())
     setattr(pipe, denoiser_name(pipe.config), transformer)
     if needs_drawing(args, image):
-        prepared = learn_from_base(accelerator, prepared, base)
+        with out_of_memory.in_training(args, "drawing what is learned from the base"):
+            prepared = learn_from_base(accelerator, prepared, base)
     if prepared.answers.checkpointing:
         load_base.enable_gradient_checkpointing(transformer)
     return prepared
