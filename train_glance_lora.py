@@ -69,7 +69,8 @@ def fresh_adapter(args, accelerator, transformer, layers: list[str]) -> list[tor
     Both phases train in the same adapter, which is added once, so that nothing is compiled twice.
     """
     if not hasattr(transformer, "peft_config"):
-        transformer.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=layers), ADAPTER)
+        shape = {"r": args.rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+        transformer.add_adapter(LoraConfig(**shape, target_modules=layers), ADAPTER)
         for parameter in transformer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(accelerator.device, torch.float32)
@@ -143,6 +144,7 @@ def train_phase(args, accelerator, prepared: Prepared, phase: Phase) -> Path | N
     with progress, stage:
         for draw in draws:
             chosen = [timesteps[position] for position in draw.positions]
+            torch.manual_seed(draw.seed)  # so dropout goes on after a checkpoint as it would have
             with accelerator.accumulate(model):
                 loss, by_timestep = losses.step_losses(model, objective, draw)
                 by_timestep = accelerator.gather(by_timestep.detach()[None]).mean(0).tolist()
@@ -230,6 +232,8 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
             kwargs_handlers=[InitProcessGroupKwargs(timeout=distribution.PATIENCE)],
         )
     cli.set_up_logging()
+    if args.allow_tf32:
+        torch.set_float32_matmul_precision("high")
     distribution.check_combination(args, accelerator)
     locks, output_dir = accelerator.is_main_process, args.output_dir
     if halves is not None:

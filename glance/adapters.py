@@ -80,7 +80,9 @@ def _forward_as_saved(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
     for name in [] if layer.disable_adapters else layer.active_adapters:
         if name in layer.lora_A:
             lora_B = layer.lora_B[name].weight * layer.scaling[name]
-            low_rank = F.linear(x, layer.lora_A[name].weight.to(x.dtype))
+            share = getattr(layer.lora_dropout[name], "p", 0.0)
+            kept = F.dropout(x, share, training=torch.is_grad_enabled())  # never in a picture
+            low_rank = F.linear(kept, layer.lora_A[name].weight.to(x.dtype))
             result = result + F.linear(low_rank, lora_B.to(x.dtype))
     return result
 

@@ -10,23 +10,23 @@ import difflib
 import json
 import logging
 import math
-import os
 import re
 import sys
-import unicodedata
 import warnings
 from pathlib import Path
 
-import yaml
+from glance import foreign_flags
+from glance.config_file import check_text, mistake, read_settings, read_text, setting_names
 
 
 USAGE = "%(prog)s [--config FILE] [--flag VALUE ...]"  # the groups below it tell more than sixty flags in a row
+FLAG = re.compile(r"--?[A-Za-z][\w.-]*(=|\Z)")
+# A wrong guess at one of these would replace what is learned or drawn.
+NEVER_SUGGESTED = (
+    *("instance_image", "instance_prompt", "instance_data_dir", "data_backend_config", "prompts_file", "prompt"),
+    *("dataset_name", "dataset_index", "image_column", "caption_column"),
+)
 SWITCH_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-
-
-def mistake(message: str) -> argparse.ArgumentError:
-    """Return the error for something that the user wrote and that cannot be used: a line that says how to mend it."""
-    return argparse.ArgumentError(None, message)
 
 
 class Settings:
@@ -51,123 +51,6 @@ class Settings:
         return Settings(vars(self) | changes)
 
 
-def check_unique(keys: list) -> None:
-    """Raise ValueError where a key is there twice: the last would win unseen."""
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"the key {str(key)[:100]!r} is there twice; keep one")
-
-
-def unique_pairs(pairs: list[tuple]) -> dict:
-    """Return a JSON object's pairs as a dict; raise ValueError where a key is there twice."""
-    check_unique([key for key, _ in pairs])
-    return dict(pairs)
-
-
-class PlainLoader(yaml.SafeLoader):
-    """A loader of YAML 1.2, where all plain words are text but true, false, null and decimal, 0o or 0x numbers.
-
-    PyYAML follows version 1.1, which reads no, 2024-01-01, 12:30:45 and 010 as other things than these texts.
-
-    Each key is there once, and there are no aliases, by which a few lines could stand for gigabytes.
-    """
-
-    yaml_implicit_resolvers = {}
-    yaml_constructors = {
-        tag: yaml.SafeLoader.yaml_constructors[tag]
-        for tag in (None, *(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "str", "seq", "map")))
-    }
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases such as *name are not read; write the value itself")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        if isinstance(node, yaml.MappingNode):
-            check_unique([key.value for key, _ in node.value])
-        return super().construct_mapping(node, deep)
-
-    def construct_number(self, node) -> int | float:
-        text = self.construct_scalar(node).lower()
-        if node.tag.endswith("int"):
-            return int(text, 0 if re.match("0[ox]", text) else 10)
-        return float(re.sub(r"\.(inf|nan)", r"\1", text))
-
-
-for kind, pattern in {
-    "null": r"~|null|Null|NULL|",
-    "bool": r"true|True|TRUE|false|False|FALSE",
-    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
-    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-}.items():
-    PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(rf"(?:{pattern})\Z"), [None])
-for kind in ("int", "float"):
-    PlainLoader.add_constructor(f"tag:yaml.org,2002:{kind}", PlainLoader.construct_number)
-
-
-class TextLoader(PlainLoader):
-    """A PlainLoader that leaves numbers, true and false as they are written."""
-
-
-for kind in ("int", "float", "bool"):
-    TextLoader.add_constructor(f"tag:yaml.org,2002:{kind}", TextLoader.construct_scalar)
-
-
-def read_settings(path: str) -> dict:
-    """Return a --config file's settings by key.
-
-    A value is text as written (JSON's true and false are bool), None, a list of these, or a mapping, whose values have
-    the types that YAML 1.2 or JSON gives them. Raise ArgumentError where the file holds anything else.
-    """
-    text = read_text(path, "--config ")
-    try:
-        if path.lower().endswith(".json"):
-            pairs = {"object_pairs_hook": unique_pairs}
-            typed = json.loads(text, **pairs)
-            written = json.loads(text, **pairs, parse_int=str, parse_float=str, parse_constant=str)
-        else:
-            typed, written = yaml.load(text, PlainLoader), yaml.load(text, TextLoader)
-    except (ValueError, LookupError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:500]
-        raise mistake(f"--config {path}: not valid YAML or JSON ({reason})") from None
-    if not isinstance(typed, dict):
-        raise mistake(f"--config {path}: found {type(typed).__name__}; write one 'flag: value' a line")
-    return {key: typed.get(key, text) if isinstance(text, dict) else text for key, text in written.items()}
-
-
-def check_text(text: str, name: str, most: int = 10_000) -> str:
-    """Return the text; raise ArgumentError where it has more than `most` characters, or control characters."""
-    if len(text) > most:
-        raise mistake(f"{name}: {len(text)} characters; at most {most} are read, so shorten it")
-    for position, letter in enumerate(text):
-        if unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\t\n\r":
-            raise mistake(f"{name}: {letter!r} at character {position} is no text; save it as UTF-8 text")
-    return text
-
-
-def read_text(path: str | Path, name: str = "", most: int = 10_000) -> str:
-    """Return a file's text without its BOM; raise ArgumentError where it is not UTF-8 of at most `most` characters."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read(most + 1)
-    except UnicodeDecodeError as error:
-        raise mistake(f"{name}{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise mistake(f"{name}{path}: cannot be read ({reason}); name a text file") from None
-    if len(text) > most:
-        raise mistake(f"{name}{path}: more than {most} characters are no such text; name another file")
-    return check_text(text, f"{name}{path}", most)
-
-
-def read_caption(path: Path) -> str:
-    """Return the caption in an image's text file; raise ArgumentError where there is none."""
-    if not os.path.exists(path):
-        raise mistake(f"{path}: no caption there; write one, or give --instance_prompt")
-    return read_text(path, "caption ")
-
-
 def as_text(value) -> str:
     """Return a config file's value as the command line has it; raise ValueError where it is no text or number."""
     if isinstance(value, bool):
@@ -177,31 +60,67 @@ def as_text(value) -> str:
     return value
 
 
+class Switch(argparse.Action):
+    """A flag that stands alone, or before true or false as in configs; --no-NAME, if declared too, is its contrary.
+
+    It is what action="store_true" means here.
+    """
+
+    def __init__(self, option_strings, dest, default=False, **kwargs):
+        super().__init__(option_strings, dest, nargs="?", const="true", default=default, **kwargs)
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        on = SWITCH_WORDS.get(value.lower())
+        if on is None:  # not repeated, as it may be a word of an unquoted caption
+            raise argparse.ArgumentError(self, "it stands alone, or takes true or false; quote values with spaces")
+        setattr(namespace, self.dest, on != option_string.startswith("--no-"))
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """A formatter that adds the default of flags that take a value and have one."""
 
     def _get_help_string(self, action):
-        silent = action.nargs == 0 or action.default in (None, argparse.SUPPRESS, {})
+        silent = isinstance(action, Switch) or action.default in (None, argparse.SUPPRESS, {})
         return action.help if silent else f"{action.help} (default: %(default)s)"
+
+    def _format_action_invocation(self, action):
+        return (
+            ", ".join(action.option_strings)
+            if isinstance(action, Switch)
+            else super()._format_action_invocation(action)
+        )
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with `--config FILE`; the command line wins, a wrong argument is an ArgumentError."""
+    """An ArgumentParser with `--config FILE`; the command line wins, a wrong argument is an ArgumentError.
 
-    def __init__(self, **kwargs):
+    `foreign` is what to say of flags of other programs, by name.
+    """
+
+    def __init__(self, foreign: dict[str, str] = foreign_flags.TOKENS, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, usage=USAGE, **kwargs)
+        self.register("action", "store_true", Switch)
+        self.foreign = foreign
         self.add_argument("--config", help="YAML or JSON file with these settings, leading dashes or not")
 
     def error(self, message):
         raise mistake(f"{' '.join(message.split())[:500]}; see --help")
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """Return the flags' values: those of `argv`, sys.argv's by default, before those of the config file."""
+        """Return the flags' values: those of `argv`, sys.argv's by default, before those of the config file.
+
+        Raise ArgumentError; one names all that is unknown.
+        """
         argv = sys.argv[1:] if argv is None else argv
-        config = super().parse_known_args(argv)[0].config
-        args, unknown = super().parse_known_args((self._arguments_in(config) if config else []) + argv)
-        for flag in (word.partition("=")[0] for word in unknown if word.startswith("-")):  # never its value
-            raise mistake(f"unknown flag {flag}{self._hint(flag)}")
+        if {"-h", "--help"} & set(argv):
+            self.print_help()
+            self.exit()
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        finder.add_argument("--config")
+        path = finder.parse_known_args(argv)[0].config
+        settings = read_settings(path) if path else {}
+        self._check_known(argv, path, settings)
+        args, unknown = super().parse_known_args((self._arguments_in(path, settings) if path else []) + argv)
         if unknown:
             raise mistake(f"{len(unknown)} words belong to no flag; quote values that have spaces")
         for name, value in vars(args).items():
@@ -210,26 +129,52 @@ class Parser(argparse.ArgumentParser):
                     check_text(text, f"--{name}")
         return args
 
-    def _hint(self, flag: str) -> str:
-        """Return the end of the error for an unknown flag: what may have been meant."""
-        if "token" in flag:
-            return "; tokens are read from HF_TOKEN or from the login of `hf auth login` alone"
-        close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-        return f"; did you mean {close[0].lstrip('-')!r}?" if close else f"; see {self.prog} --help"
+    def _check_known(self, argv: list[str], path: str | None, settings: dict) -> None:
+        """Raise ArgumentError where there are flags, or keys of the config file, that this parser does not have."""
+        flags = [word.partition("=")[0] for word in argv if FLAG.match(word)]  # never a value
+        unknown = {flag: flag.lstrip("-") for flag in flags if flag not in self._option_string_actions}
+        message = self._unknown("flag", unknown)
+        keys = {str(key).lstrip("-"): value for key, value in settings.items() if self._action(key) is None}
+        names = {repr(name[:100]): name for key, value in keys.items() for name in setting_names(key, value)}
+        if names:
+            message = f"--config {path}: {self._unknown('key', names)}" + (f"; {message}" if message else "")
+        if message:
+            raise mistake(message)
 
-    def _arguments_in(self, path: str) -> list[str]:
-        """Return a config file's settings as the command line has them; raise ArgumentError for an unknown key."""
+    def _action(self, key) -> argparse.Action | None:
+        """Return the flag that a config file's key stands for, None where there is none."""
+        flag = "--" + str(key).lstrip("-")
+        return None if flag in ("--config", "--help") else self._option_string_actions.get(flag)
+
+    def _unknown(self, kind: str, names: dict[str, str]) -> str:
+        """Return what to say of unknown flags or keys, `names` by how they are written: alike answers together."""
+        answers = {}
+        for written, name in names.items():
+            answers.setdefault(self._answer(name), []).append(written)
+        parts = [", ".join(written) + (f": {answer}" if answer else "") for answer, written in answers.items()]
+        see = "" if all(answers) else f"; see {self.prog} --help"
+        return f"unknown {kind}{'s' if len(names) > 1 else ''} {'; '.join(parts)}{see}" if names else ""
+
+    def _answer(self, name: str) -> str:
+        """Return what to do about a flag that this parser lacks, "" where that is not known."""
+        if name in self.foreign:
+            return self.foreign[name]
+        if f"--{name}" in self._option_string_actions:
+            return "it belongs to the top level of the file, inside no other key"
+        flags = [flag for flag in self._option_string_actions if flag.lstrip("-") not in NEVER_SUGGESTED]
+        close = difflib.get_close_matches(f"--{name}", flags, n=1, cutoff=0.8)
+        return f"did you mean {close[0].lstrip('-')!r}?" if close else ""
+
+    def _arguments_in(self, path: str, settings: dict) -> list[str]:
+        """Return a config file's settings as the command line has them; raise ArgumentError where one has no such."""
         arguments, given = [], set()
-        for key, value in read_settings(path).items():
-            flag = "--" + str(key).lstrip("-")
-            action = self._option_string_actions.get(flag)
-            if action is None or flag == "--config":
-                raise mistake(f"--config {path}: unknown key {str(key)[:100]!r}{self._hint(flag)}")
+        for key, value in settings.items():
+            action = self._action(key)
             if action.dest in given:
                 raise mistake(f"--config {path}: {key} is there twice, once by another name; keep one")
             given.add(action.dest)
             try:
-                arguments += self._arguments_of(flag, action, value)
+                arguments += self._arguments_of("--" + str(key).lstrip("-"), action, value)
             except ValueError as error:
                 raise mistake(f"--config {path}: {key} {error}") from None
         return arguments
@@ -238,14 +183,10 @@ class Parser(argparse.ArgumentParser):
         """Return the command line's words for this value of a config file; raise ValueError where there are none."""
         if value is None:
             return []
-        if action.nargs == 0:  # a switch
-            on = SWITCH_WORDS.get(str(value).lower())
-            if on is None:
+        if isinstance(action, Switch):
+            if str(value).lower() not in SWITCH_WORDS:
                 raise ValueError(f"is {value!r}; it takes true or false")
-            off = "--no-" + flag.removeprefix("--")
-            if on:
-                return [flag]
-            return [off] if off in self._option_string_actions else []
+            return [f"{flag}={value}"]
         if isinstance(value, dict) and action.type is json_object:
             return [f"{flag}={json.dumps(value)}"]
         items = [as_text(item) for item in (value if isinstance(value, list) else [value])]
@@ -274,6 +215,13 @@ def finite(text: str) -> float:
     """Return a finite number; an argparse type."""
     if not math.isfinite(float(text)):
         raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return float(text)
+
+
+def below_one(text: str) -> float:
+    """Return a number from 0 to just below 1; an argparse type."""
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
     return float(text)
 
 
@@ -306,12 +254,15 @@ def seed(text: str) -> int:
 
 def json_object(text: str) -> dict:
     """Return a JSON object of arguments that have no flag of their own; an argparse type."""
+    example = """write a JSON object such as '{"max_sequence_length": 256}'"""
     try:
         value = json.loads(text)
     except RecursionError:
         raise argparse.ArgumentTypeError("it is nested too deeply") from None
+    except ValueError as error:  # argparse would put the whole text in its place
+        raise argparse.ArgumentTypeError(f"not valid JSON ({error}); {example}, in quotes for the shell") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object such as '{{\"max_sequence_length\": 256}}'")
+        raise argparse.ArgumentTypeError(f"found {type(value).__name__}; {example}")
     if "guidance_scale" in value:  # else training would hear this one, and inference the flag's
         raise argparse.ArgumentTypeError("guidance_scale has a flag of its own; give --guidance_scale")
     return value
@@ -332,8 +283,8 @@ def read_prompts(path: str | None) -> list[str]:
 
 
 def load_arguments(args: argparse.Namespace) -> dict:
-    """Return which files of the base are meant, as arguments of diffusers' from_pretrained."""
-    return {key: value for key in ("revision", "variant") if (value := getattr(args, key))}
+    """Return which files of the base are meant, and where they lie, as arguments of diffusers' from_pretrained."""
+    return {key: value for key in ("revision", "variant", "cache_dir") if (value := getattr(args, key))}
 
 
 def set_up_logging() -> None:

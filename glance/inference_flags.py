@@ -4,7 +4,7 @@ A new flag belongs to a group here, or into shared_flags where both scripts have
 """
 
 from glance import command_line as cli
-from glance.shared_flags import add_shared
+from glance.shared_flags import CALL_FLAGS, add_shared, merge_call_flags
 
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -29,7 +29,7 @@ def add_model(parser: cli.Parser) -> None:
     add("--fast_weight_name", help="the Fast-LoRA's")
     add("--lora_scale", type=cli.one_or_two, default="1", help="strength of both, or SLOW,FAST")
     add_shared(group, "--pretrained_model_name_or_path", help="the base, folder or hub id; as trained by default")
-    add_shared(group, "--revision", "--variant")
+    add_shared(group, "--revision", "--variant", "--cache_dir")
     add("--allow_base_mismatch", action="store_true", help="use LoRAs on a base of another name, such as a fine-tune")
 
 
@@ -39,7 +39,7 @@ def add_sampling(parser: cli.Parser) -> None:
     add_shared(group, "--flow_custom_timesteps", help=timesteps)
     add_shared(group, "--guidance_scale", help="as trained by default")
     add_shared(group, "--guidance", help="as trained by default; fold: none, it is in the LoRAs")
-    add_shared(group, "--pipeline_kwargs")
+    add_shared(group, "--pipeline_kwargs", *(f"--{name}" for name in CALL_FLAGS))
 
 
 def add_pictures(parser: cli.Parser) -> None:
@@ -73,7 +73,7 @@ def parse(argv: list[str] | None = None) -> cli.Settings:
     `prompts` are those of --prompt and --prompts_file, `fuse_lora` is set where --compile fuses, `custom_timesteps` is
     None until infer_glance.complete. Raise ArgumentError where flags do not go together.
     """
-    args = cli.Settings(vars(make_parser().parse(argv)) | {"custom_timesteps": None})
+    args = cli.Settings(merge_call_flags(vars(make_parser().parse(argv))) | {"custom_timesteps": None})
     fuse = check_combination(args)
     return cli.Settings(vars(args) | {"fuse_lora": fuse, "prompts": read_prompts(args.prompt, args.prompts_file)})
 

@@ -17,11 +17,15 @@ SHARED = {
     "--pretrained_model_name_or_path": {"help": "the base: a diffusers pipeline, folder or hub id"},
     "--revision": {"help": "git revision of the base on the hub"},
     "--variant": {"help": "variant of the base's weight files, for example fp16"},
+    "--cache_dir": {"help": "where downloads are kept; the hub's own cache by default"},
     "--pipeline_kwargs": {
         "type": cli.json_object,
         "default": {},
         "help": "JSON: further arguments of the pipeline's call",
     },
+    "--max_sequence_length": {"type": cli.positive(int), "help": "tokens of a prompt that the pipeline encodes"},
+    "--negative_prompt": {"help": "what guidance leads away from"},
+    "--true_cfg_scale": {"type": cli.finite, "help": "guidance by a negative prompt beside an embedded guidance"},
     "--guidance_scale": {"type": cli.finite},
     "--guidance": {"choices": ("keep", "fold")},
     "--flow_custom_timesteps": {"type": cli.comma_separated},
@@ -40,6 +44,20 @@ SHARED = {
     },
     "--compile": {"action": "store_true", "help": "torch.compile the repeated blocks: a minute before the first step"},
 }
+
+
+# Arguments of the pipeline's call, where it has them: short for --pipeline_kwargs.
+CALL_FLAGS = ("max_sequence_length", "negative_prompt", "true_cfg_scale")
+
+
+def merge_call_flags(values: dict) -> dict:
+    """Return the flags' values without CALL_FLAGS, which go into pipeline_kwargs and win there.
+
+    However an argument was spelled, the settings are then the same.
+    """
+    given = {name: values[name] for name in CALL_FLAGS if values[name] is not None}
+    rest = {name: value for name, value in values.items() if name not in CALL_FLAGS}
+    return rest | {"pipeline_kwargs": values["pipeline_kwargs"] | given}
 
 
 def add_shared(group: argparse._ArgumentGroup, *flags: str, **other) -> None:

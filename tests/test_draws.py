@@ -14,7 +14,8 @@ FULL = PLAIN | {"timesteps_per_step": 2, "batch_size": 4, "captions": 3, "trajec
 
 
 def assert_same(one, other):
-    assert (one.positions, one.caption, one.trajectories) == (other.positions, other.caption, other.trajectories)
+    for name in ("positions", "caption", "trajectories", "seed"):
+        assert getattr(one, name) == getattr(other, name), name
     assert torch.equal(one.noise, other.noise)
 
 
@@ -28,6 +29,14 @@ def test_a_draw_has_a_row_for_each_sample():
     noise = torch.cat([draw.noise for draw in draws])
     assert len(noise.unique()) > 0.99 * noise.numel() and abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
     assert [draw.noise for draw in Draws(**PLAIN)] == [None] * 12
+
+
+def test_each_micro_step_of_each_process_has_a_seed_of_its_own():
+    phases = [
+        [Draws(**PLAIN | {"seed": seed}, num_processes=2, process_index=index) for index in (0, 1)] for seed in (3, 4)
+    ]
+    seeds = [draw.seed for processes in phases for draws in processes for draw in draws]
+    assert len(set(seeds)) == 48 and all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_each_round_has_every_choice_once():

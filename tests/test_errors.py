@@ -248,7 +248,7 @@ TRAINING = {
     "no trajectories": ({"loss": "trajectory", "num_trajectories": 0}, "--num_trajectories"),
     "flow weight not finite": ({"loss": "trajectory", "flow_weight": "nan"}, "--flow_weight"),
     # the config
-    "unknown key": ({"config": "{bad}/unknown.yaml"}, "'rnak'; did you mean 'rank'?"),
+    "unknown key": ({"config": "{bad}/unknown.yaml"}, "'rnak': did you mean 'rank'?"),
     "unknown flag": ({"rnak": 4}, "--rnak"),
     "config missing": ({"config": "{bad}/nowhere.yaml"}, "nowhere.yaml"),
     "config is a folder": ({"config": "{bad}/pair"}, "pair"),

@@ -54,7 +54,7 @@ def test_null_is_not_given(nothing, tmp_path):
     args = trained_with(
         tmp_path / "a.yaml", f"instance_prompt: {nothing}\nphase: {nothing}\nuse_8bit_adam: {nothing}\n"
     )
-    assert (args.instance_prompt, args.phase, args.use_8bit_adam) == (None, None, False)
+    assert (args.instance_prompt, args.phase, args.optimizer) == (None, None, "adamw")
 
 
 def test_further_arguments_have_the_types_of_yaml_1_2(tmp_path):
@@ -83,7 +83,7 @@ def test_further_arguments_have_the_types_of_yaml_1_2(tmp_path):
 def test_a_switch_takes_the_words_for_true_and_false(word, tmp_path):
     on = word.strip("'").lower() in ("true", "yes", "on")
     args = trained_with(tmp_path / "a.yaml", f"use_8bit_adam: {word}\ngradient_checkpointing: {word}\n")
-    assert (args.use_8bit_adam, args.gradient_checkpointing) == (on, on)
+    assert (args.optimizer == "adamw8bit", args.gradient_checkpointing) == (on, on)
 
 
 @pytest.mark.parametrize(

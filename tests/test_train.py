@@ -506,7 +506,7 @@ def test_config_files(name, dashes, tmp_path):
     (tmp_path / name).write_text(text)
     args = train_glance_lora.parse_args(flags(config=tmp_path / name, rank=16))
     assert args.rank == args.lora_alpha == 16  # the command line wins
-    assert (args.learning_rate, args.gradient_checkpointing, args.use_8bit_adam) == (1e-4, True, False)
+    assert (args.learning_rate, args.gradient_checkpointing, args.optimizer) == (1e-4, True, "adamw")
     assert args.custom_timesteps == {"slow": [1000, 950, 900]}
     assert (args.pipeline_kwargs, args.instance_prompt, args.seed) == ({"max_sequence_length": 16}, None, -3)
 

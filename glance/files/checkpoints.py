@@ -36,14 +36,18 @@ NOT_COMPARED = {
     "train_batch_size",
     # how the same numbers are computed: by rounding alone, as on another accelerator, do they come out otherwise
     *("gradient_checkpointing", "compile", "enable_group_offload", "parallel_phases"),
+    # where the base's files are kept
+    "cache_dir",
     # where things are written, and what is written beside the LoRAs
     *("output_dir", "logging_dir", "report_to", "push_to_hub", "hub_model_id", "checkpointing_steps"),
     *("checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "config", "model_type", "model_family"),
+    *("cache_latents", "offload"),
 }
 # Further ones that what the base draws, before any LoRA, does not depend on.
 NOT_DRAWN = {
     *("rank", "lora_alpha", "lora_layers", "max_train_steps", "timesteps_per_step", "gradient_accumulation_steps"),
-    *("learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "use_8bit_adam"),
+    *("learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "optimizer"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "lr_num_cycles", "lr_power", "lora_dropout"),
     *("flow_timesteps_mode", "flow_weight", "segment_weights"),
 }
 
@@ -120,7 +124,9 @@ def run_settings(args, recipe: Recipe | None, base: str, learned: str, processes
     `base` is base.identify's, `learned` a digest of image and captions. Processes share a batch, so that as many
     rows make the same run however they are shared out.
     """
-    flags = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED}
+    # A dropout's masks are drawn for a process's batch, and otherwise where they are compiled.
+    compared = {"train_batch_size", "compile"} if args.lora_dropout else set()
+    flags = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED - compared}
     batch = {"total_batch_size": args.train_batch_size * processes}
     recipe = recipe.as_dict() if recipe else {}
     return plain(flags | recipe | batch | {"base_model": base, "image_and_caption": learned})

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from glance.ask.pipeline import first_line
-from glance.command_line import check_text, read_caption
+from glance.config_file import check_text, read_caption
 from glance.files.image_file import SUFFIXES, read_image
 from glance.files.simpletuner import caption_of, check_shape, directory_of, read_backend, side_of
 from glance_utils import InputError

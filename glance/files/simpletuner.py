@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from glance.command_line import read_caption, read_text, unique_pairs
+from glance.config_file import read_caption, read_text, unique_pairs
 from glance.shared_flags import MAX_SIDE
 from glance_utils import InputError
 

@@ -63,7 +63,8 @@ def check_combination(args, accelerator) -> None:
     if is_deepspeed(accelerator):
         if accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise InputError("ZeRO 3 would shard the LoRA alone; set zero_stage: 2, or shard the base by FSDP")
-        refuse(args, "DeepSpeed", "checkpointing_steps", "resume_from_checkpoint", "use_8bit_adam", "parallel_phases")
+        refuse(args, "DeepSpeed", "checkpointing_steps", "resume_from_checkpoint", "parallel_phases")
+        refuse(args, "DeepSpeed", *(["optimizer"] if args.optimizer != "adamw" else []))  # it hands them flat parts
     if is_sharded():
         plugin = FullyShardedDataParallelPlugin()  # of what the launcher put into the environment
         if plugin.fsdp_version != 2:

@@ -4,6 +4,7 @@ All processes make the choices of all of them, from one seed, and each takes its
 however many processes share it. Change the order of the draws, and every seed gives another LoRA than before.
 """
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ class Draw:
     noise: torch.Tensor | None = None  # (timesteps_per_step * batch_size, ...) float32, standard normal
     caption: int = 0  # an index into the captions
     trajectories: tuple[int, ...] = (0,)  # (batch_size,), each an index into the caption's trajectories
+    seed: int = 0  # of what else is random in the micro-step on this process, which is dropout
 
 
 class Draws:
@@ -49,6 +51,7 @@ class Draws:
         process_index: int = 0,
         num_processes: int = 1,
     ):
+        self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
         chooser = torch.Generator().manual_seed(seed)  # of captions and trajectories
         order = timestep_order(timesteps, micro_steps * timesteps_per_step, mode, self.generator)
@@ -70,7 +73,13 @@ class Draws:
         while self.next_index < len(self):
             index = self.next_index
             self.next_index += 1
-            yield Draw(self.positions[index], self._noise(), self.captions[index], tuple(self.trajectories[index]))
+            yield Draw(
+                positions=self.positions[index],
+                noise=self._noise(),
+                caption=self.captions[index],
+                trajectories=tuple(self.trajectories[index]),
+                seed=random.Random(f"{self.seed} {self.process_index} {index}").getrandbits(63),
+            )
 
     def _noise(self) -> torch.Tensor | None:
         if self.noise_shape is None:

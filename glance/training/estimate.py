@@ -56,7 +56,7 @@ class Estimate:
         """Return the size of the LoRA, which is float32."""
         return 4 * self.lora_parameters
 
-    def peak(self, quantization: str, gradient_checkpointing: bool, bytes_of_adam: int = 8) -> int:
+    def peak(self, quantization: str, gradient_checkpointing: bool, bytes_of_adam: float = 8) -> float:
         """Return the larger of the two stages: the encoders answer and are freed, then the transformer trains.
 
         `bytes_of_adam` is the optimizer's state for each parameter.
@@ -229,7 +229,7 @@ def base_bytes(transformer: torch.nn.Module, quantization: str) -> int:
 
 
 def estimate(
-    pipe, layers: list[str], rank: int, call: dict, checkpointing=(False, True), repeats: int = 1
+    pipe, layers: list[str], rank: int, call: dict, checkpointing=(False, True), repeats: int = 1, dropout: float = 0.0
 ) -> Estimate:
     """Return what a training step needs that is the pipeline's step with `call`, so many times, and then backward.
 
@@ -241,7 +241,8 @@ def estimate(
     base = {quantization: base_bytes(transformer, quantization) for quantization in QUANTIZATIONS}
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
     largest = max(layer.weight.numel() for layer in transformer.modules() if isinstance(layer, torch.nn.Linear))
-    transformer.add_adapter(LoraConfig(r=rank, target_modules=layers, init_lora_weights=False), "estimate")
+    lora = LoraConfig(r=rank, lora_dropout=dropout, target_modules=layers, init_lora_weights=False)
+    transformer.add_adapter(lora, "estimate")
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()

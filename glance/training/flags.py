@@ -5,10 +5,9 @@ after, in glance/training/settings.py. A new flag belongs to a group here; wheth
 value is said in glance/files/checkpoints.py.
 """
 
-import argparse
-
 from glance import command_line as cli
-from glance.shared_flags import SIDE, add_shared
+from glance import foreign_flags
+from glance.shared_flags import CALL_FLAGS, SIDE, add_shared, merge_call_flags
 
 
 # The flow loss's are the published method's, the trajectory loss's are what measured best (benchmarks/README.md).
@@ -16,12 +15,15 @@ DEFAULTS = {"flow": {"grid": "glance", "solver": "euler"}, "trajectory": {"grid"
 SEGMENT_WEIGHTS = ("uniform", "length", "length_squared")  # losses.SEGMENT_POWERS
 # diffusers' SchedulerType, but for piecewise_constant, which takes rules; accelerate's LoggerType.
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
 TRACKERS = ("all", "aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab")
 
 
 def make_parser() -> cli.Parser:
     """Return the parser of all flags; those that the launcher has too are None until launcher.with_defaults."""
-    parser = cli.Parser(description="Train Glance's Slow-LoRA and Fast-LoRA on one image and its caption.")
+    parser = cli.Parser(
+        foreign_flags.ANSWERS, description="Train Glance's Slow-LoRA and Fast-LoRA on one image and its caption."
+    )
     for add_group in (add_model, add_data, add_schedule, add_learned, add_lora, add_training, add_memory, add_outputs):
         add_group(parser)
     return parser
@@ -29,7 +31,8 @@ def make_parser() -> cli.Parser:
 
 def add_model(parser: cli.Parser) -> None:
     group = parser.add_argument_group("model")
-    add_shared(group, "--pretrained_model_name_or_path", "--revision", "--variant", "--pipeline_kwargs")
+    add_shared(group, "--pretrained_model_name_or_path", "--revision", "--variant", "--cache_dir")
+    add_shared(group, "--pipeline_kwargs", *(f"--{name}" for name in CALL_FLAGS))
     add_shared(group, "--guidance_scale", help="the pipeline's own by default")
 
 
@@ -119,6 +122,7 @@ def add_lora(parser: cli.Parser) -> None:
     add = parser.add_argument_group("LoRA").add_argument
     add("--rank", "--lora_rank", type=cli.positive(int, 4096), default=32, help="of both LoRAs")
     add("--lora_alpha", type=cli.positive(float), help="the rank by default")
+    add("--lora_dropout", type=cli.below_one, default=0.0, help="share of the LoRAs' inputs that is left out")
     add(
         "--lora_layers",
         type=cli.comma_separated,
@@ -135,13 +139,26 @@ def add_training(parser: cli.Parser) -> None:
     add("--timesteps_per_step", type=cli.positive(int), default=1, help="5 trains all of a phase's in every step")
     add("--gradient_accumulation_steps", type=cli.positive(int), help="accelerate launch's by default, or 1")
     add(
-        "--learning_rate", type=cli.positive(float), help="1e-5 for the trajectory loss that keeps guidance, else 3e-4"
+        "--learning_rate",
+        type=cli.positive(float),
+        help="by default 1 for prodigy, 1e-5 for the trajectory loss that keeps guidance, else 3e-4",
     )
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="how the learning rate goes on")
     add("--lr_warmup_steps", type=cli.count, default=0, help="in which the learning rate rises, per phase")
-    add("--adam_weight_decay", type=cli.finite, default=1e-2, help="AdamW's")
+    add("--lr_num_cycles", type=cli.positive(int), default=1, help="restarts of cosine_with_restarts")
+    add("--lr_power", type=cli.positive(float), default=1.0, help="exponent of polynomial")
+    add(
+        "--optimizer",
+        type=str.lower,
+        choices=OPTIMIZERS,
+        help="adamw by default; prodigy finds the learning rate itself (pip install prodigyopt)",
+    )
+    add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit: a quarter of the state")
+    add("--adam_beta1", type=cli.below_one, default=0.9, help="AdamW's and Prodigy's")
+    add("--adam_beta2", type=cli.below_one, default=0.999, help="AdamW's and Prodigy's")
+    add("--adam_epsilon", type=cli.positive(float), default=1e-8, help="AdamW's and Prodigy's")
+    add("--adam_weight_decay", type=cli.finite, default=1e-2, help="of every optimizer")
     add("--max_grad_norm", type=cli.positive(float), help="accelerate launch's by default, or 1")
-    add("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW8bit")
     add(
         "--mixed_precision",
         choices=("no", "fp16", "bf16"),
@@ -155,9 +172,12 @@ def add_memory(parser: cli.Parser) -> None:
     add_shared(group, "--quantization", "--enable_group_offload", "--compile")
     add(
         "--gradient_checkpointing",
-        action=argparse.BooleanOptionalAction,
+        "--no-gradient_checkpointing",
+        action="store_true",
+        default=None,
         help="less memory, about a third slower; by default where the step would not fit without",
     )
+    add("--allow_tf32", action="store_true", help="multiply float32 matrices in TF32: faster, with 10 bits")
     add("--dry_run", action="store_true", help="say what the run will need, from the configs alone, and stop")
 
 
@@ -171,9 +191,11 @@ def add_outputs(parser: cli.Parser) -> None:
     add("--logging_dir", default="logs", help="inside output_dir")
     add("--push_to_hub", action="store_true", help="upload what was trained, with its model card")
     add("--hub_model_id", help="the repository to push to; the name of output_dir by default")
-    add = parser.add_argument_group("understood for SimpleTuner's recipe").add_argument
+    add = parser.add_argument_group("understood for other trainers' recipes, without effect").add_argument
     add("--model_type", choices=("lora",), default="lora", help="only lora")
     add("--model_family", help="not needed, the pipeline knows")
+    add("--cache_latents", action="store_true", help="always so: the image is encoded once")
+    add("--offload", action="store_true", help="always so: encoders and VAE are gone before the transformer is loaded")
 
 
 def parse(argv: list[str] | None = None) -> cli.Settings:
@@ -182,15 +204,25 @@ def parse(argv: list[str] | None = None) -> cli.Settings:
     `custom_timesteps` is None until settings.complete. Raise ArgumentError where flags do not go together.
     """
     parser = make_parser()
-    args = cli.Settings(vars(parser.parse(argv)) | {"custom_timesteps": None})
+    values = merge_call_flags(vars(parser.parse(argv)))
+    values["optimizer"] = choose_optimizer(values.pop("use_8bit_adam"), values["optimizer"])
+    args = cli.Settings(values | {"custom_timesteps": None})
     if not args.pretrained_model_name_or_path:
         raise cli.mistake("--pretrained_model_name_or_path is missing; give a diffusers pipeline, folder or hub id")
     check_combination(args, parser)
     defaults = {name: value for name, value in DEFAULTS[args.loss].items() if getattr(args, name) is None}
     near_base = args.loss == "trajectory" and args.guidance == "keep"  # the base is nearly there already
-    defaults["learning_rate"] = args.learning_rate or (1e-5 if near_base else 3e-4)
+    usual = 1.0 if args.optimizer == "prodigy" else 1e-5 if near_base else 3e-4
+    defaults["learning_rate"] = args.learning_rate or usual
     defaults["lora_alpha"] = args.lora_alpha or args.rank
     return args.replace(**defaults)
+
+
+def choose_optimizer(use_8bit_adam: bool, optimizer: str | None) -> str:
+    """Return which of OPTIMIZERS the two flags mean; raise ArgumentError where they contradict each other."""
+    if use_8bit_adam and optimizer not in (None, "adamw", "adamw8bit"):
+        raise cli.mistake(f"--use_8bit_adam is not --optimizer {optimizer}; leave one of the two out")
+    return "adamw8bit" if use_8bit_adam else optimizer or "adamw"
 
 
 def check_combination(args: cli.Settings, parser: cli.Parser) -> None:
@@ -200,6 +232,9 @@ def check_combination(args: cli.Settings, parser: cli.Parser) -> None:
             "--no-gradient_checkpointing: with --enable_group_offload or --quantization fp8 every layer's full weight "
             "would stay until the backward pass; leave it out"
         )
+    for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        if args.optimizer == "adafactor" and getattr(args, name) != parser.get_default(name):
+            raise cli.mistake(f"--{name} belongs to AdamW and Prodigy; adafactor has none, so leave it out")
     if args.flow_custom_timesteps is not None and args.grid is not None:
         raise cli.mistake("--flow_custom_timesteps gives the timesteps; leave --grid out")
     if args.loss == "flow":

@@ -63,11 +63,12 @@ def next_in_training(args, checkpointing: bool | None) -> str | None:
     """Return the flag to try next, of those that this run could take; None where all are on."""
     state = PartialState()
     trains, full = checkpointing is not None, args.quantization == "none"
+    full_adam = args.optimizer == "adamw" and state.distributed_type != DistributedType.DEEPSPEED
     quantizes = not distribution.is_sharded()
     offloads = state.num_processes == 1 and state.device.type != "cpu" and not args.enable_group_offload
     choices = {
         "--gradient_checkpointing": trains and not checkpointing,
-        "--use_8bit_adam": trains and not args.use_8bit_adam and state.distributed_type != DistributedType.DEEPSPEED,
+        "--use_8bit_adam": trains and full_adam,
         "--quantization int8": quantizes and full and not args.enable_group_offload,
         "--quantization nf4": quantizes and args.quantization in ("int8", "fp8"),
         "--enable_group_offload": offloads and full,

@@ -31,6 +31,7 @@ from glance.ask.velocity import check_instantaneous, check_memoryless, takes_bat
 from glance.command_line import Settings
 from glance.files.instance_data import SOURCES, chosen_size, load_pair
 from glance.training import distribution, estimate, out_of_memory, own_defaults
+from glance.training.optimizer import state_bytes
 from glance.training.steps import Steps, choose_steps, pick_steps, warn_of_shares
 from glance.training.trajectories import Teacher, Trajectories, check_can_draw, draw_trajectories
 from glance_utils import InputError, denoiser
@@ -110,7 +111,8 @@ def estimate_step(args, pipe, layers: list[str], train_call: dict, checkpointing
     samples = args.train_batch_size * args.timesteps_per_step
     together = samples if samples == 1 or takes_batches(pipe, **train_call) else 1
     call = train_call | {ask.batch_argument(pipe): together}
-    return estimate.estimate(pipe, layers, args.rank, call, checkpointing, samples // together)
+    repeats = samples // together
+    return estimate.estimate(pipe, layers, args.rank, call, checkpointing, repeats, args.lora_dropout)
 
 
 def needs_drawing(args, image) -> bool:
@@ -248,17 +250,12 @@ def choose_checkpointing(args, accelerator, pipe, layers, train_call) -> bool:
     except InputError as error:
         logger.info(f"Gradient checkpointing is on, to be safe: {error}")
         return True
-    peak = needed.peak(args.quantization, False, bytes_of_adam(args))
+    peak = needed.peak(args.quantization, False, state_bytes(args.optimizer, args.rank))
     free = estimate.free_memory(accelerator.device) + needed.encoders  # those are there now, and freed first
     on = accelerator.gather(torch.tensor([peak > 0.9 * free], device=accelerator.device)).any().item()
     if on:
         logger.info(f"Gradient checkpointing is on: a step without needs {peak / 1e9:.1f} GB of {free / 1e9:.1f} free")
     return on
-
-
-def bytes_of_adam(args) -> int:
-    """Return the bytes of the optimizer's state for each parameter."""
-    return 2 if args.use_8bit_adam else 8
 
 
 def dry_run(args) -> str:

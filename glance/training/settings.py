@@ -8,6 +8,7 @@ from accelerate.tracking import get_available_trackers
 from glance import base as load_base
 from glance.command_line import Settings
 from glance.training import launcher
+from glance.training.optimizer import optimizer_class
 from glance_utils import PHASES, InputError, parse_timesteps
 
 
@@ -19,6 +20,7 @@ def complete(args: Settings) -> Settings:
     args = launcher.with_defaults(args)
     if args.report_to not in ("none", "all", *(kind.value for kind in get_available_trackers())):
         raise InputError(f"--report_to {args.report_to}: it is not installed; pip install {args.report_to}")
+    optimizer_class(args.optimizer)
     load_base.check_combination(args.quantization, args.enable_group_offload)
     phases = choose_phases(args.phase, args.flow_custom_timesteps)
     if args.num_inference_steps == 1 and "fast" in phases:
