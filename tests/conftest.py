@@ -60,6 +60,14 @@ def own_size() -> tuple[int, int]:
     return 1024, 1024
 
 
+def picture_distance(one, other) -> int:
+    """The largest difference between two pictures' pixels, in 255ths. Pictures that are computed in two ways may
+    round apart by one."""
+    one, other = (np.asarray(Image.open(picture)).astype(int) for picture in (one, other))
+    assert one.shape == other.shape
+    return np.abs(one - other).max()
+
+
 def flags(**settings) -> list[str]:
     """Keyword arguments as command-line arguments; True is a switch, a list repeats the flag."""
     arguments = []

@@ -9,15 +9,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate.utils import is_deepspeed_available
-from conftest import ROOT, flags, run_train
+from conftest import ROOT, flags, picture_distance, run_train
 from lifetimes import EXPECTED
 from peak_memory import small_flux
-from PIL import Image
-from test_train import assert_close, lora
+from test_train import assert_close, lora, recipe_of
 
 from glance.files.checkpoints import find_checkpoints
 from glance.files.recipe import WEIGHT_NAME
@@ -64,6 +62,15 @@ def files_in(folder: Path) -> dict[str, bytes]:
         for name, content in found.items()
         if "checkpoint-" not in name and name[-3:] not in (".pt", "txt")
     }
+
+
+def assert_same_output(one: Path, other: Path) -> None:
+    """The same files: equal texts and recipes, and what other processes may round otherwise nearly so."""
+    assert files_in(one).keys() == files_in(other).keys()
+    assert (one / "README.md").read_text() == (other / "README.md").read_text()
+    assert [recipe_of(one / phase) for phase in PHASES] == [recipe_of(other / phase) for phase in PHASES]
+    assert_close(one, other, 1e-5)
+    assert all(picture_distance(one / name, other / name) <= 1 for name in ("instance.png", "glance.png"))
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +153,7 @@ def test_several_processes_equal_one_with_the_same_batch(kind, processes, base, 
     assert (root / base / "glance.png").exists(), done.stderr[-5000:]
     assert max(value.abs().max() for name, value in lora(single(base) / "slow").items() if "lora_B" in name) > 1e-4
     assert_close(root / base, single(base), 1e-5)
-    pictures = [np.asarray(Image.open(folder / "glance.png")).astype(int) for folder in (root / base, single(base))]
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    assert picture_distance(root / base / "glance.png", single(base) / "glance.png") <= 1
     for phase in PHASES:
         ranks = [torch.load(root / base / f"{phase}-rank-{rank}.pt") for rank in range(processes)]
         assert len(ranks[0]) == len(lora(single(base) / phase))
@@ -269,11 +275,11 @@ def test_no_process_but_the_first_ever_holds_the_whole_base(pipelines, tmp_path)
 
 
 def test_phases_in_parallel_equal_phases_in_turn(launched, settings, tmp_path):
-    """On two halves of two processes each, under FSDP2; all files, bit for bit."""
+    """On two halves of two processes each, under FSDP2; all files."""
     run = settings("flux", tmp_path / "output", 2, parallel_phases=True)
     done = launch_runs(KINDS["fsdp"], 4, tmp_path, [(run, 0)])
     assert done.returncode == 0, done.stderr[-5000:]
-    assert files_in(tmp_path / "output") == files_in(launched("fsdp", 2)[0] / "flux")
+    assert_same_output(tmp_path / "output", launched("fsdp", 2)[0] / "flux")
     first, _ = seen(tmp_path / "output")
     assert {moment: set(names) for moment, names in first["moments"].items()} == EXPECTED
 
@@ -289,7 +295,7 @@ def test_phases_in_parallel_stop_together_and_go_on(single, settings, tmp_path):
     shutil.rmtree(output / "fast" / "checkpoint-3")
     done = launch_runs(KINDS["ddp"], 2, tmp_path, [(run, 0)])
     assert done.returncode == 0, done.stderr[-5000:]
-    assert files_in(output) == files_in(single("flux"))
+    assert_same_output(output, single("flux"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -306,6 +312,6 @@ def test_two_processes_share_the_pictures(trained, infer, pipelines, tmp_path):
     names = ["out-000.png", "out-001.png", "out-002.png"]
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
     for name in names:
-        assert np.array_equal(Image.open(tmp_path / "two" / name), Image.open(single.with_name(name)))
+        assert picture_distance(tmp_path / "two" / name, single.with_name(name)) <= 1
     assert done.stdout.count("out-*.png") == 1  # one process reports
     assert "3/3" not in done.stderr  # neither drew all

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
-from conftest import REFUSED, ROOT, flags
+from conftest import REFUSED, ROOT, flags, picture_distance
 from diffusers import DiffusionPipeline
 from peak_memory import small_flux
 from PIL import Image
@@ -113,8 +113,8 @@ def test_offload_and_checkpointing_leave_the_gradient_as_it_is(settings, train, 
 
 
 def test_an_offloaded_pipeline_draws_the_same(trained, infer, tmp_path):
-    wanted = picture(infer(lora=trained()))
-    assert np.array_equal(wanted, picture(infer(lora=trained(), enable_group_offload=True, output=tmp_path / "b.png")))
+    wanted = infer(lora=trained())
+    assert picture_distance(infer(lora=trained(), enable_group_offload=True, output=tmp_path / "b.png"), wanted) <= 1
 
 
 def test_a_lora_keeps_its_precision_on_an_fp8_base(trained, pipelines):

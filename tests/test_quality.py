@@ -95,8 +95,9 @@ def test_the_base_against_itself_and_on_few_steps(measured, tmp_path, monkeypatc
     rows = r"base, 50 steps$|base, (even|auto) grid, 4 steps|lite, interval 5|even grid, fitted solver, 10"
     found = measured(rows)
     teacher, even = found["base, 50 steps"], found["base, even grid, 4 steps"]
-    assert teacher["error"] == teacher["training_error"] == 0 and teacher["psnr"] == math.inf
-    assert teacher["frechet"] == pytest.approx(0, abs=1e-3) and teacher["diversity"] == teacher["detail"] == 1
+    assert max(teacher["error"], teacher["training_error"]) < 1e-5 and teacher["psnr"] > 100
+    assert teacher["frechet"] == pytest.approx(0, abs=1e-3)
+    assert (teacher["diversity"], teacher["detail"]) == pytest.approx((1, 1), abs=1e-5)
     assert teacher["judge"] >= 0.5 and 0.05 < even["error"] < 0.5 and 15 < even["psnr"] < 40 and even["frechet"] > 0
     unguided = found["base, even grid, 4 steps, no guidance"]
     assert (teacher["calls"], even["calls"], unguided["calls"]) == (100, 8, 4)
