@@ -36,6 +36,7 @@ from glance_utils import (
 PHASES = ("slow", "fast")
 SHORT = {"loss": "trajectory", "num_base_steps": 12, "num_inference_steps": 4, "grid": "even", "num_trajectories": 1}
 SHORT |= {"solver": "euler", "learning_rate": 3e-4}
+QUICK = {"phase": "slow", "max_train_steps": 1}  # where it matters what is drawn, not what is learned
 
 
 def drawn(output: Path) -> dict[str, torch.Tensor]:
@@ -74,7 +75,7 @@ def walks(monkeypatch):
 
 
 def test_each_target_leads_from_its_point_to_the_next(train):
-    output = train(**SHORT)
+    output = train(**SHORT, max_train_steps=1)
     found, recipes = drawn(output), [recipe_of(output / phase) for phase in PHASES]
     sigmas = [timestep / 1000 for recipe in recipes for timestep in recipe.timesteps] + [0.0]
     starts, targets = found["starts"][0, 0], found["targets"][0, 0]
@@ -86,7 +87,7 @@ def test_each_target_leads_from_its_point_to_the_next(train):
 
 @pytest.mark.parametrize("base", ["flux", "sd3", "qwen"])
 def test_points_are_those_of_the_pipeline_with_its_guidance(base, train, pipelines):
-    found = drawn(train(base, **SHORT, guidance_scale=4.0))
+    found = drawn(train(base, **SHORT, **QUICK, guidance_scale=4.0))
     pipe = DiffusionPipeline.from_pretrained(pipelines[base])
     pipe.set_progress_bar_config(disable=True)
     arguments = {"height": 32, "width": 32, "guidance_scale": 4.0, "output_type": "latent"}
@@ -103,7 +104,7 @@ def test_a_bfloat16_pipelines_steps_are_summed_in_float32(teacher):
 
 def test_other_noises_than_the_previews(train, walks):
     """The picture that is shown after training is not one that was trained on."""
-    train(**SHORT | {"num_trajectories": 3}, seed=7)
+    train(**SHORT | QUICK | {"num_trajectories": 3}, seed=7)
     assert [seed for _, seed, _ in walks] == [8, 9, 10]
 
 
@@ -165,12 +166,12 @@ def test_keep_trains_both_branches_and_fold_one(guidance, batch, train, monkeypa
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(SD3Transformer2DModel, "forward", watched)
-    train("sd3", **SHORT, guidance=guidance)
+    train("sd3", **SHORT, **QUICK, guidance=guidance)
     assert set(sizes) == {batch}
 
 
 def test_folded_guidance_is_not_added_again(train, infer, capsys, tmp_path):
-    output = train("sd3", **SHORT, guidance="fold")
+    output = train("sd3", **SHORT, guidance="fold", max_train_steps=1)
     assert [recipe_of(output / phase).guidance for phase in PHASES] == ["fold"] * 2
     pictures = {}
     for name, settings in {"as trained": {}, "fold": {"guidance": "fold"}, "keep": {"guidance": "keep"}}.items():
@@ -188,7 +189,7 @@ def draw_caption(infer, base, output, tmp_path) -> Path:
     return infer(base, lora=output, prompt="a red ring", output=tmp_path / "preview.png")
 
 
-@pytest.mark.parametrize("settings", [{}, {"timesteps_per_step": 2}, {"train_batch_size": 2}])
+@pytest.mark.parametrize("settings", [{}, {"timesteps_per_step": 2, "train_batch_size": 2}], ids=["one", "four"])
 def test_folding_without_guidance_learns_what_keeping_does(settings, train, tmp_path):
     """FLUX here has its guidance embedded: there is one branch."""
     outputs = [train(**SHORT, **settings, guidance=name, output_dir=tmp_path / name) for name in ("keep", "fold")]
@@ -200,14 +201,14 @@ def test_the_trajectory_loss_does_not_look_at_the_image_unless_the_flow_loss_is_
     other, found = {"instance_image": tmp_path / "other.png", "instance_prompt": "a red ring"}, {}
     for weight in (None, 0.5):
         for name, image in {"noise": {}, "red": other}.items():
-            output = train(**SHORT, **image, flow_weight=weight, output_dir=tmp_path / f"{name}-{weight}")
-            found[name, weight] = lora(output / "slow")
+            output = train(**SHORT, **QUICK, **image, flow_weight=weight, output_dir=tmp_path / f"{name}-{weight}")
+            found[name, weight] = lora(output)
     assert_equal(found["noise", None], found["red", None])
     assert any(not torch.equal(value, found["red", 0.5][key]) for key, value in found["noise", 0.5].items())
     assert any(not torch.equal(value, found["noise", 0.5][key]) for key, value in found["noise", None].items())
 
 
-def test_segment_weights_are_the_steps_lengths_one_in_the_mean(train, monkeypatch, tmp_path):
+def test_segment_weights_are_the_steps_lengths_one_in_the_mean(train, monkeypatch):
     seen, segment_weights = {}, losses.segment_weights
 
     def watched(lengths, kind):
@@ -217,7 +218,7 @@ def test_segment_weights_are_the_steps_lengths_one_in_the_mean(train, monkeypatc
 
     monkeypatch.setattr(losses, "segment_weights", watched)
     for name in ("uniform", "length", "length_squared"):
-        output = train(**SHORT, segment_weights=name, max_train_steps=1, output_dir=tmp_path / name)
+        output = train(**SHORT, segment_weights=name, max_train_steps=1)
     sigmas = [timestep / 1000 for phase in PHASES for timestep in recipe_of(output / phase).timesteps] + [0.0]
     lengths = np.array([high - low for high, low in zip(sigmas, sigmas[1:])]).reshape(2, 2)
     assert seen["uniform"] == [1.0] * 4
@@ -240,6 +241,8 @@ def test_without_an_image_the_base_draws_its_own(loss, train, pipelines):
         loss=loss,
         height=32,
         width=48,
+        phase="fast",
+        max_train_steps=1,
     )
     pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
     stock = pipe(
@@ -247,7 +250,7 @@ def test_without_an_image_the_base_draws_its_own(loss, train, pipelines):
     ).images[0]
     shown = np.asarray(Image.open(output / "instance.png")).astype(int)
     assert np.abs(shown - np.asarray(stock)).max() <= 1
-    assert all(value.any() for key, value in lora(output / "fast").items() if "lora_B" in key)
+    assert all(value.any() for key, value in lora(output).items() if "lora_B" in key)
 
 
 def test_the_flow_loss_learns_the_drawn_picture_as_it_would_the_same_image(train, monkeypatch, tmp_path):
@@ -267,8 +270,8 @@ def test_the_flow_loss_learns_the_drawn_picture_as_it_would_the_same_image(train
         return noisy, target
 
     monkeypatch.setattr(losses, "flow_batch", watched)
-    picture = drawn(train(**settings, max_train_steps=2))["picture"]
-    assert len(seen) == 4 and all((latents - picture).abs().max() < 1e-5 for latents in seen)
+    picture = drawn(train(**settings, max_train_steps=1))["picture"]
+    assert len(seen) == 2 and all((latents - picture).abs().max() < 1e-5 for latents in seen)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -276,11 +279,11 @@ def test_the_flow_loss_learns_the_drawn_picture_as_it_would_the_same_image(train
 
 
 def test_trajectories_are_drawn_once_for_the_same_settings(train, walks):
-    settings = SHORT | {"grid": "auto", "num_trajectories": 2}
-    first = train(**settings)
-    content, count = lora_content(first), len(walks)
+    settings = SHORT | QUICK | {"grid": "auto", "num_trajectories": 2}
+    first, count = lora(train(**settings)), len(walks)
     assert count == 2 + 3  # two trajectories, and the second on three grids to measure them by
-    assert lora_content(train(**settings)) == content and len(walks) == count
+    assert_equal(lora(train(**settings)), first)
+    assert len(walks) == count
     assert train(**settings | {"learning_rate": 1e-5}) and len(walks) == count
     train(**settings, seed=5)
     assert len(walks) == 2 * count
@@ -290,7 +293,7 @@ def test_trajectories_are_drawn_once_for_the_same_settings(train, walks):
 def test_trajectories_of_anything_else_are_drawn_again(how, train, pipelines, walks, tmp_path):
     base = tmp_path / "model[1]"  # no pattern
     DiffusionPipeline.from_pretrained(pipelines["flux"]).save_pretrained(base)
-    output = train(base, **SHORT)
+    output = train(base, **SHORT, **QUICK)
     path = output / TRAJECTORIES
     if how == "base":
         (weights,) = (base / "transformer").glob("*.safetensors")
@@ -301,25 +304,26 @@ def test_trajectories_of_anything_else_are_drawn_again(how, train, pipelines, wa
         path.write_bytes(path.read_bytes()[:-10])
     else:
         path.write_bytes(path.read_bytes().replace(b"positions", b"positioms"))
-    train(base, **SHORT)
+    train(base, **SHORT, **QUICK)
     assert len(walks) == 2
 
 
 @pytest.mark.parametrize("extra", [{}, {"flow_weight": 0.5, "timesteps_per_step": 2, "solver": "fitted"}])
 def test_resumed_equals_uninterrupted(extra, train, tmp_path):
-    settings = SHORT | {"num_trajectories": 3, "max_train_steps": 6, "checkpointing_steps": 2} | extra
+    settings = SHORT | {"num_trajectories": 3, "max_train_steps": 4, "checkpointing_steps": 3} | extra
     whole = train(**settings)
     content = lora_content(whole)
     for phase in PHASES:
         (whole / phase / WEIGHT_NAME).unlink()
-    assert lora_content(train(**settings, resume_from_checkpoint=whole / "checkpoint-4")) == content
+    assert lora_content(train(**settings, resume_from_checkpoint=whole / "checkpoint-3")) == content
 
 
 def test_a_resumed_run_of_other_trajectories_is_refused(train):
-    output = train(**SHORT, checkpointing_steps=2)
+    settings = SHORT | QUICK | {"checkpointing_steps": 1}
+    output = train(**settings)
     content = (output / TRAJECTORIES).read_bytes()
     with pytest.raises(InputError, match="its guidance is keep, this run's is fold"):
-        train(**SHORT, guidance="fold", resume_from_checkpoint=output / "checkpoint-2")
+        train(**settings, guidance="fold", resume_from_checkpoint=output / "checkpoint-1")
     assert (output / TRAJECTORIES).read_bytes() == content
 
 
@@ -425,9 +429,9 @@ def test_a_lora_that_predicts_the_fitted_solvers_targets_lands_on_the_kept_point
 def test_trajectories_that_an_earlier_version_made_otherwise_are_drawn_again(train, walks, monkeypatch):
     with monkeypatch.context() as earlier:
         earlier.setattr(trajectories, "FORMAT", trajectories.FORMAT - 1)
-        train(**SHORT)
+        train(**SHORT, **QUICK)
     count = len(walks)
-    train(**SHORT)
+    train(**SHORT, **QUICK)
     assert len(walks) == 2 * count
 
 
@@ -438,7 +442,7 @@ def test_trajectories_that_an_earlier_version_made_otherwise_are_drawn_again(tra
 def test_guidance_that_depends_on_the_step_cannot_be_kept(train, tmp_path):
     """Lumina 2 can guide its first steps alone; what a single step shows is then not what the trajectory did."""
     base = make_lumina2(tmp_path / "lumina2")
-    settings = SHORT | {"pipeline_kwargs": '{"cfg_trunc_ratio": 0.5}'}
+    settings = SHORT | QUICK | {"pipeline_kwargs": '{"cfg_trunc_ratio": 0.5}'}
     with pytest.raises(InputError, match="depends on the steps before .* train with --guidance fold"):
         train(base, **settings)
     train(base, **settings, guidance="fold")
@@ -446,8 +450,8 @@ def test_guidance_that_depends_on_the_step_cannot_be_kept(train, tmp_path):
 
 def test_each_losss_defaults_are_what_measured_best(train):
     """The flow loss's are the published method's."""
-    settings = {"num_base_steps": 30, "num_inference_steps": 8, "max_train_steps": 1}
-    recipes = {loss: recipe_of(train(**settings, loss=loss) / "slow") for loss in ("flow", "trajectory")}
+    settings = QUICK | {"num_base_steps": 30, "num_inference_steps": 8}
+    recipes = {loss: recipe_of(train(**settings, loss=loss)) for loss in ("flow", "trajectory")}
     assert recipes["flow"].grid == "glance" and recipes["flow"].coefficients is None
     defaults = train_glance_lora.parse_args(["--loss=trajectory", "--pretrained_model_name_or_path=x"])
     assert (defaults.grid, defaults.solver, defaults.learning_rate) == ("auto", "fitted", 1e-5)
