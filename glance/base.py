@@ -19,7 +19,7 @@ from glance.ask.pipeline import find_denoiser, loading, read_model_index, replac
 from glance_utils import InputError
 
 
-def identify(path: str, revision: str | None = None, **load_kwargs) -> str:
+def identify(path: str, revision: str | None = None, cache_dir: str | None = None, **load_kwargs) -> str:
     """Return what tells the base at `path` from every other one: "NAME at COMMIT" of a hub id, "files DIGEST" of a
     folder.
 
@@ -27,10 +27,10 @@ def identify(path: str, revision: str | None = None, **load_kwargs) -> str:
     to 4 MB, of a larger one 1,024 parts of 4 kB, evenly spaced, which leave no large tensor out. Raise InputError
     where there is no pipeline.
     """
-    components = read_model_index(path, revision=revision, **load_kwargs)
+    components = read_model_index(path, revision=revision, cache_dir=cache_dir, **load_kwargs)
     folder = Path(path)
     if not folder.is_dir():
-        cached = try_to_load_from_cache(path, "model_index.json", revision=revision)  # it was just read
+        cached = try_to_load_from_cache(path, "model_index.json", cache_dir, revision)  # it was just read
         return f"{path} at {Path(cached).parent.name if isinstance(cached, str) else revision}"
     parts = [folder / name for name, value in sorted(components.items()) if isinstance(value, list | tuple)]
     files = [file for part in parts for file in sorted(part.rglob("[!.]*")) if file.is_file()]

@@ -19,6 +19,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from PIL import Image
 
+from glance.ask import hub
 from glance.ask.components import component_class, denoiser_name
 from glance_utils import FixedSigmaScheduler, InputError, denoiser
 
@@ -138,7 +139,8 @@ def loading(path: str):
     except Exception as error:  # broken files end in exceptions of every kind
         if is_out_of_memory(error):
             raise
-        raise InputError(f"{path}: cannot be loaded ({described(error)})") from error
+        reason = hub.refusal(error, str(path)) or f"cannot be loaded ({described(error)})"
+        raise InputError(f"{path}: {reason}") from error
 
 
 def arguments_of(kind: type[DiffusionPipeline]) -> dict[str, inspect.Parameter]:
@@ -183,6 +185,8 @@ def read_model_index(path: str | Path, **load_kwargs) -> dict:
             raise ValueError("its model_index.json names no pipeline class")
         modular = config["_class_name"].endswith("ModularPipeline")
     except Exception as error:  # a file that is no JSON ends in exceptions of every kind
+        if reason := hub.refusal(error, str(path), load_kwargs.get("revision")):
+            raise InputError(f"{path}: {reason}") from None
         modular = isinstance(error, OSError) and _is_modular(path, **load_kwargs)
         if not modular:
             raise InputError(

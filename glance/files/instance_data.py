@@ -66,7 +66,10 @@ def read_dataset_row(args: argparse.Namespace) -> tuple[io.BytesIO, str]:
 
     saved = any(os.path.exists(Path(args.dataset_name) / name) for name in ("state.json", "dataset_dict.json"))
     try:
-        rows = datasets.load_from_disk(args.dataset_name) if saved else datasets.load_dataset(args.dataset_name)
+        if saved:
+            rows = datasets.load_from_disk(args.dataset_name)
+        else:
+            rows = datasets.load_dataset(args.dataset_name, cache_dir=args.cache_dir)
         rows = (rows[next(iter(rows))] if isinstance(rows, dict) else rows).with_format(None)
     except Exception as error:  # datasets raises a dozen kinds of its own
         raise InputError(f"--dataset_name {args.dataset_name}: {first_line(error)}") from None

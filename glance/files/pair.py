@@ -13,6 +13,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 
 from glance import command_line as cli
+from glance.ask import hub
 from glance.ask.pipeline import first_line, read_model_index
 from glance.files.recipe import NO_RECIPE, WEIGHT_NAME, Recipe, check_pair, read_recipe, schedule_of
 from glance_utils import PHASES, InputError, Schedule
@@ -39,9 +40,10 @@ def find_loras(args) -> dict[str, Path]:
             path = path / name
         elif not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
             try:
-                path = Path(hf_hub_download(source, name))
+                path = Path(hf_hub_download(source, name, cache_dir=args.cache_dir))
             except Exception as error:  # not there, no login, no network: each of another kind
-                raise InputError(f"{source}: neither a folder nor on the hub ({first_line(error)})") from error
+                reason = hub.refusal(error, source) or f"neither a folder nor on the hub ({first_line(error)})"
+                raise InputError(f"{source}: {reason}") from error
         if not os.path.isfile(path):
             raise InputError(f"{path}: no such {phase} LoRA file; train it with train_glance_lora.py")
         paths[phase] = path

@@ -30,7 +30,8 @@ def draw_command(args: Settings, folder: Path | str, phases: list[str]) -> str:
     is for the reader to fill in: captions do not belong in what a run prints.
     """
     values = lora_flags(folder, phases)
-    values |= {"revision": args.revision, "variant": args.variant, "dtype": DTYPES.get(args.mixed_precision)}
+    values |= {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    values["dtype"] = DTYPES.get(args.mixed_precision)
     values["quantization"] = args.quantization if args.quantization != "none" else None
     words = [python(), near(SCRIPT), *(joined(name, value) for name, value in values.items() if value)]
     words += ["--enable_group_offload"] if args.enable_group_offload else []
