@@ -44,7 +44,8 @@ from glance.files.lora import load_lora
 from glance.files.lora_forms import read_lora
 from glance.files.pair import find_loras, read_recipes, with_base
 from glance.files.recipe import Recipe
-from glance.training import distribution, estimate, launcher, out_of_memory
+from glance.training import distribution, launcher, out_of_memory
+from glance.training.weightless import load_without_weights
 from glance_utils import (
     PHASES,
     InputError,
@@ -104,7 +105,7 @@ def check_early(args, paths: dict[str, Path], call_of) -> None:
     """
     base, load_arguments = args.pretrained_model_name_or_path, cli.load_arguments(args)
     try:
-        pipe = estimate.load_without_weights(base, DTYPES[args.dtype], **load_arguments)
+        pipe = load_without_weights(base, DTYPES[args.dtype], **load_arguments)
     except InputError as error:
         if isinstance(error.__cause__, OSError):
             raise

@@ -44,11 +44,13 @@ from glance.files.lora import save_lora
 from glance.training import distribution, launcher, losses, out_of_memory, own_defaults, trackers, trajectories
 from glance.training.draw_command import draw_command
 from glance.training.draws import Draws
+from glance.training.dry_run import dry_run
+from glance.training.fit import resolve
 from glance.training.log import LossLog, check_finite
 from glance.training.model_card import create_hub_repo, draw_preview, push_to_hub, save_picture, write_model_card
 from glance.training.optimizer import TrainingState, make_optimizer
 from glance.training.phases import Phase, find_source, folders, plan_phases
-from glance.training.prepare import Prepared, dry_run, prepare_pipeline
+from glance.training.prepare import Prepared, prepare_pipeline
 from glance.training.settings import complete
 from glance_utils import PHASES, denoiser, timesteps_to_sigmas
 
@@ -139,7 +141,7 @@ def train_phase(args, accelerator, prepared: Prepared, phase: Phase) -> Path | N
 
     hidden = not accelerator.is_local_main_process
     progress = tqdm(total=args.max_train_steps, initial=step, desc=name, disable=hidden)
-    checkpointing = answers.checkpointing or not transformer._supports_gradient_checkpointing
+    checkpointing = args.gradient_checkpointing or not transformer._supports_gradient_checkpointing
     stage = out_of_memory.in_training(args, lambda: f"training {name}, step {step + 1}", checkpointing)
     with progress, stage:
         for draw in draws:
@@ -247,6 +249,7 @@ def train(args, accelerator, halves=None):
     args = own_defaults.with_one_frame(args)
     image, caption, size = load_pair(args, functools.partial(own_defaults.own_size, args))
     captions = [caption, *(prompt for prompt in cli.read_prompts(args.prompts_file) if prompt != caption)]
+    args = resolve(args, accelerator, image, captions, size, halves)
     source = find_source(args, accelerator.num_processes, image, captions)
     for folder in folders(args).values():
         faults.check_writable(folder, "--output_dir")

@@ -129,6 +129,10 @@ class Parser(argparse.ArgumentParser):
                     check_text(text, f"--{name}")
         return args
 
+    def typed(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """Return the values of `argv` alone, sys.argv's by default, without the config file's."""
+        return super().parse_known_args(sys.argv[1:] if argv is None else argv)[0]
+
     def _check_known(self, argv: list[str], path: str | None, settings: dict) -> None:
         """Raise ArgumentError where there are flags, or keys of the config file, that this parser does not have."""
         flags = [word.partition("=")[0] for word in argv if FLAG.match(word)]  # never a value
@@ -209,6 +213,15 @@ def positive(kind: type, most: float | None = None):
 
     convert.__name__ = kind.__name__
     return convert
+
+
+def memory(text: str) -> int:
+    """Return the bytes of "16GB" (1e9 each) or "16GiB" (2**30 each); an argparse type."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(G|Gi|M|Mi)B?", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no memory such as 16GB")
+    units = {"g": 10**9, "gi": 2**30, "m": 10**6, "mi": 2**20}
+    return int(float(match[1]) * units[match[2].lower()])
 
 
 def finite(text: str) -> float:

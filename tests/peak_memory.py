@@ -1,11 +1,11 @@
-"""Host memory at its peak, measured in a process of its own; each prints its numbers as JSON, in bytes.
+"""Host memory at its peak: by torch's own count, or measured in a process of its own, which prints it as JSON.
 
 python tests/peak_memory.py load PIPELINE QUANTIZATION      loading a transformer
 accelerate launch ... tests/peak_memory.py share PIPELINE...   loading under FSDP, each process for itself
-python tests/peak_memory.py step PIPELINE none|checkpointing   a training step of a FLUX of 90 M parameters
 """
 
 import contextlib
+import itertools
 import json
 import sys
 import threading
@@ -15,16 +15,11 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
 import torch  # noqa: E402
-from accelerate import Accelerator, init_empty_weights  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from diffusers import FluxTransformer2DModel  # noqa: E402
-from peft import LoraConfig  # noqa: E402
 
 from glance import base as load_base  # noqa: E402
-from glance.adapters import lora_layers  # noqa: E402
-from glance.ask import pipeline as ask  # noqa: E402
-from glance.ask.prompts import remember_prompts  # noqa: E402
-from glance.ask.velocity import PipelineVelocity  # noqa: E402
-from glance.training import distribution, estimate  # noqa: E402
+from glance.training import distribution  # noqa: E402
 
 
 def small_flux(**overrides) -> FluxTransformer2DModel:
@@ -58,6 +53,17 @@ def watched():
         thread.join()
 
 
+@contextlib.contextmanager
+def allocated():
+    """A dict that afterwards holds "peak", the most bytes that torch's allocator gave out inside: its own count."""
+    found = {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        yield found
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    found["peak"] = max(itertools.accumulate(sizes))
+
+
 def load(pipeline: str, quantization: str) -> dict:
     with watched() as samples:
         transformer = load_base.load_transformer(pipeline, torch.bfloat16, torch.device("cpu"), quantization)
@@ -77,29 +83,6 @@ def share(*pipelines: str) -> list[dict]:
     return found
 
 
-def step(pipeline: str, checkpointing: str) -> dict:
-    checkpointing = checkpointing == "checkpointing"
-    pipe = ask.load_pipeline(pipeline)
-    with init_empty_weights():
-        pipe.transformer = small_flux()
-    call = ask.call_arguments(pipe, "a red ring", 96, 96, None, {})
-    remember_prompts(pipe)
-    layers = lora_layers(pipe.transformer)
-    found = estimate.estimate(pipe, layers, 16, call, [checkpointing])
-    with watched() as samples:
-        transformer = pipe.transformer = small_flux().requires_grad_(False)
-        transformer.add_adapter(LoraConfig(r=16, target_modules=layers), "glance")
-        if checkpointing:
-            load_base.enable_gradient_checkpointing(transformer)
-        optimizer = torch.optim.AdamW([parameter for parameter in transformer.parameters() if parameter.requires_grad])
-        model = PipelineVelocity(pipe, **call)
-        for _ in range(2):
-            model(torch.randn(1, 576, 16), 0.5).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return {"estimated": found.peak("none", checkpointing), "measured": max(samples)}
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({"load": load, "share": share, "step": step}[sys.argv[1]](*sys.argv[2:])))
+    print(json.dumps({"load": load, "share": share}[sys.argv[1]](*sys.argv[2:])))

@@ -9,8 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from accelerate import init_empty_weights
-from conftest import REFUSED, ROOT, flags, picture_distance
+from conftest import REFUSED, ROOT, picture_distance
 from diffusers import DiffusionPipeline
 from peak_memory import small_flux
 from PIL import Image
@@ -20,15 +19,14 @@ from test_families import FAMILIES
 import infer_glance
 import train_glance_lora
 from glance import base as load_base
-from glance.adapters import fused_adapters, lora_layers
+from glance.adapters import fused_adapters
 from glance.ask import pipeline as ask
 from glance.ask import velocity as ask_velocity
 from glance.ask.guidance import ask_single_branch
 from glance.ask.velocity import PipelineVelocity, takes_timesteps
 from glance.files.lora import load_lora
 from glance.files.recipe import WEIGHT_NAME, read_recipe
-from glance.shared_flags import QUANTIZATIONS
-from glance.training import estimate, prepare
+from glance.training import prepare
 from glance_utils import PHASES, InputError, activate_adapter, glance_inference
 
 
@@ -334,97 +332,3 @@ def test_fused_loras_draw_the_same_and_leave_the_base_as_it_was(base, trained, p
         assert (unfused - fused).abs().max() < 1e-4 < (unfused - plain).abs().max()
     for name, value in pipe.transformer.state_dict().items():
         assert torch.equal(value, before[name]), name
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The estimate
-
-
-def test_estimated_sizes_are_the_loaded_ones(pipelines):
-    for base, path in pipelines.items():
-        pipe = ask.load_pipeline(str(path), torch.bfloat16)
-        for quantization in QUANTIZATIONS:
-            loaded = load_base.load_transformer(str(path), torch.bfloat16, CPU, quantization)
-            size = sum(value.numel() * value.element_size() for value in loaded.state_dict().values())
-            found = estimate.base_bytes(pipe.transformer, quantization)
-            # bitsandbytes' state also holds its table of 16 values and a few words for every layer
-            layers = sum(isinstance(layer, torch.nn.Linear) for layer in loaded.modules())
-            slack = 256 * layers if quantization in ("nf4", "int8") else 0
-            assert size - slack <= found <= size, (base, quantization)
-
-
-@pytest.mark.parametrize("base", ["flux", "sd3", "qwen"])
-def test_a_dry_run_reads_configs_alone(base, pipelines, pair, train, tmp_path, capsys):
-    """No weights lie there, and what is said of the LoRA is what training writes."""
-    for path in pipelines[base].rglob("*"):
-        if path.is_file() and path.suffix not in (".safetensors", ".bin"):
-            copy = tmp_path / "configs" / path.relative_to(pipelines[base])
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
-    settings = {"pretrained_model_name_or_path": tmp_path / "configs", "resolution": 32, "rank": 4, "dry_run": True}
-    train_glance_lora.main(flags(**settings, output_dir=tmp_path / "nothing"))
-    printed = capsys.readouterr().out
-    assert not (tmp_path / "nothing").exists()
-    count = sum(value.numel() for name, value in lora(train(base)).items() if name.startswith("slow"))
-    assert f"{estimate.readable(count, '')} parameters, {estimate.readable(4 * count, 'B')} a file" in printed
-    assert len([line for line in printed.splitlines() if line.startswith("| ")]) == 1 + 4 * 2 - 1
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize("checkpointing", ["none", "checkpointing"])
-def test_the_estimated_peak_is_the_measured_one(checkpointing, pipelines):
-    """A real step of 90 M parameters in a fresh process, by the process's own peak: within 15 %."""
-    found = peak_memory("step", pipelines["flux"], checkpointing)
-    assert found["estimated"] == pytest.approx(found["measured"], rel=0.15)
-
-
-def test_flops_are_those_of_the_products(pipelines):
-    """By hand for a FLUX of 90 M parameters, 576 image and 512 text tokens: forward, and backward to what the LoRA
-    needs alone, since the base is frozen."""
-    pipe = ask.load_pipeline(str(pipelines["flux"]))
-    with init_empty_weights():
-        pipe.transformer = small_flux()
-    call = ask.call_arguments(pipe, "a red ring", 96, 96, None, {})
-    layers = lora_layers(pipe.transformer, "proj_out")  # the last layer of each single block
-    found = estimate.estimate(pipe, layers, 1, call, [False])
-    width, image, text = 768, 576, 512
-    block = 12 * width * width * 2 * (image + text)
-    attention = 4 * (image + text) ** 2 * width
-    forward = 6 * (block + attention) + 2 * width * (2 * 16 * image + 32 * text)
-    # To the first single block's output and no further: three blocks, whose attention costs 2.5 times as much.
-    backward = 3 * (block + 2.5 * attention) + 2 * width * 16 * image
-    assert found.steps[False].flops == pytest.approx(forward + backward, rel=0.02)
-
-
-def test_checkpointing_is_switched_on_where_the_step_would_not_fit(train, tmp_path, monkeypatch):
-    switched, train_phase = [], train_glance_lora.train_phase
-
-    def watched(args, accelerator, prepared, phase):
-        switched.append(prepared.models.pipe.transformer.is_gradient_checkpointing)
-        train_phase(args, accelerator, prepared, phase)
-
-    monkeypatch.setattr(train_glance_lora, "train_phase", watched)
-    settings = {"phase": "slow", "max_train_steps": 1}
-    asked = settings | {"no-gradient_checkpointing": None}
-    train(output_dir=tmp_path / "fits", **asked)
-    monkeypatch.setattr(estimate, "free_memory", lambda device: 1_000_000)
-    train(output_dir=tmp_path / "does not", **asked)
-    train(output_dir=tmp_path / "but no", **settings, **{"no-gradient_checkpointing": True})
-    assert switched == [False, True, False]
-
-
-def test_a_model_that_decides_by_numbers_is_said_to(tmp_path):
-    make, size, _ = FAMILIES["hidream"]
-    with pytest.raises(InputError, match="HiDreamImageTransformer2DModel decides by numbers, so a step without"):
-        train_glance_lora.main(
-            flags(pretrained_model_name_or_path=make(tmp_path), resolution=size, rank=4, dry_run=True)
-        )
-
-
-def test_readable():
-    assert [estimate.readable(value, "B") for value in (5, 1234, 23.8e9, 2e15)] == [
-        "5 B",
-        "1.23 kB",
-        "23.8 GB",
-        "2e+03 TB",
-    ]

@@ -15,7 +15,8 @@ import train_glance_lora
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.files.recipe import WEIGHT_NAME, read_recipe
-from glance.training import estimate, own_defaults
+from glance.training import own_defaults
+from glance.training.weightless import load_without_weights
 from glance_utils import InputError
 
 
@@ -25,7 +26,7 @@ RECIPE = f"slow/{WEIGHT_NAME}"
 def test_the_size_asked_of_configs_is_the_one_that_is_drawn(pipelines):
     pipe = DiffusionPipeline.from_pretrained(pipelines["sd3"])
     drawn = pipe("a red ring", num_inference_steps=1).images[0]
-    asked = estimate.load_without_weights(str(pipelines["sd3"]), torch.float32)
+    asked = load_without_weights(str(pipelines["sd3"]), torch.float32)
     assert ask_latents.ask_size(asked, prompt="a red ring") == drawn.size[::-1] == (64, 64)  # 32 latents of factor 2
 
 
@@ -33,7 +34,7 @@ def test_the_size_asked_of_configs_is_the_one_that_is_drawn(pipelines):
 def test_a_size_in_the_signature_is_the_pipelines_own(name, tmp_path):
     """Video has its sides there; PRXPixel has no VAE, and Bria moves its VAE while it is built."""
     make, _, extra = FAMILIES[name]
-    pipe = estimate.load_without_weights(str(make(tmp_path)), torch.float32)
+    pipe = load_without_weights(str(make(tmp_path)), torch.float32)
     parameters = inspect.signature(type(pipe).__call__).parameters
     sides = tuple(parameters[side].default for side in ("height", "width"))
     square = {"prx_pixel": (1024, 1024), "bria": (256, 256)}  # a latent side of 64, of factor 4 with its patches
@@ -66,7 +67,7 @@ def test_a_side_that_is_given_leaves_the_other_to_the_pipeline(train, capsys, ca
 
 
 def test_a_size_that_is_said_asks_nothing(train, monkeypatch, caplog):
-    monkeypatch.setattr(estimate, "load_without_weights", None)
+    monkeypatch.setattr(own_defaults, "load_without_weights", None)
     train("sd3", phase="slow", max_train_steps=1)
     assert "Size:" not in caplog.text
 

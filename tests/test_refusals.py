@@ -15,7 +15,7 @@ import infer_glance
 from glance.ask import pipeline as ask
 from glance.ask import prompts as ask_prompts
 from glance.ask.velocity import takes_batches
-from glance.training import estimate
+from glance.training.weightless import load_without_weights
 from glance_utils import InputError
 
 
@@ -120,7 +120,7 @@ def test_a_malformed_base_is_one_line(pipelines, tmp_path):
             refused()
         (base / part / file).unlink()
         refused()
-        refused(estimate.load_without_weights)
+        refused(load_without_weights)
         (base / part / file).write_bytes(good)
 
 

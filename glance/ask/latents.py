@@ -123,6 +123,14 @@ def ask_layout(pipe: DiffusionPipeline, **kwargs) -> LatentLayout:
     return LatentLayout(latents_shape, z_shape, source, scale, shift)
 
 
+def vae_input(vae: torch.nn.Module, image: torch.Tensor, layout: LatentLayout) -> torch.Tensor:
+    """Return an image (1, 3, H, W) as the VAE takes it: of one frame, or with a fourth channel."""
+    if 4 in (vae.config.get("in_channels"), vae.config.get("input_channels")):
+        image = torch.cat([image, torch.ones_like(image[:, :1])], dim=1)  # opaque RGBA
+    frames = [1] * (len(layout.z_shape) - 4)
+    return image.reshape(*image.shape[:2], *frames, *image.shape[2:])
+
+
 def _vae_latents(pipe: DiffusionPipeline, image: torch.Tensor, layout: LatentLayout) -> torch.Tensor:
     """Return the VAE's latents of an image (1, 3, H, W) in -1..1, float32; the image itself where there is no VAE.
 
@@ -131,10 +139,7 @@ def _vae_latents(pipe: DiffusionPipeline, image: torch.Tensor, layout: LatentLay
     vae = getattr(pipe, "vae", None)
     if vae is None:
         return image.float().to(layout.scale.device)
-    frames = [1] * (len(layout.z_shape) - 4)
-    if 4 in (vae.config.get("in_channels"), vae.config.get("input_channels")):
-        image = torch.cat([image, torch.ones_like(image[:, :1])], dim=1)  # opaque RGBA
-    image = image.reshape(*image.shape[:2], *frames, *image.shape[2:])
+    image = vae_input(vae, image, layout)
     with torch.no_grad(), refusals(pipe):
         encoded = vae.encode(image.to(vae.device, vae.dtype))
     if hasattr(encoded, "latent_dist"):

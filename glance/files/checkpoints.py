@@ -36,6 +36,8 @@ NOT_COMPARED = {
     "train_batch_size",
     # how the same numbers are computed: by rounding alone, as on another accelerator, do they come out otherwise
     *("gradient_checkpointing", "compile", "enable_group_offload", "parallel_phases"),
+    # known by the flags that were chosen
+    *("fit", "memory"),
     # where the base's files are kept
     "cache_dir",
     # where things are written, and what is written beside the LoRAs

@@ -63,7 +63,7 @@ def check_combination(args, accelerator) -> None:
     if is_deepspeed(accelerator):
         if accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise InputError("ZeRO 3 would shard the LoRA alone; set zero_stage: 2, or shard the base by FSDP")
-        refuse(args, "DeepSpeed", "checkpointing_steps", "resume_from_checkpoint", "parallel_phases")
+        refuse(args, "DeepSpeed", "checkpointing_steps", "resume_from_checkpoint", "parallel_phases", "fit")
         refuse(args, "DeepSpeed", *(["optimizer"] if args.optimizer != "adamw" else []))  # it hands them flat parts
     if is_sharded():
         plugin = FullyShardedDataParallelPlugin()  # of what the launcher put into the environment
@@ -71,7 +71,7 @@ def check_combination(args, accelerator) -> None:
             raise InputError("FSDP 1 cannot shard a base whose LoRA is of another dtype; set fsdp_version: 2")
         if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
             raise InputError("fsdp_offload_params: a sharded base stays on its accelerators; launch more of them")
-        refuse(args, "FSDP", "compile", *(["quantization"] if args.quantization != "none" else []))
+        refuse(args, "FSDP", "compile", "fit", *(["quantization"] if args.quantization != "none" else []))
         if not torch.distributed.is_initialized():
             raise InputError("FSDP shards the base among several processes; launch them with --num_processes")
         disable_fsdp_ram_efficient_loading()  # with it transformers gives only the first process its text encoders
@@ -271,6 +271,17 @@ class Halves:
     phase: str
     output_dir: Path  # of both phases
     store: torch.distributed.Store  # all that the two have in common
+
+    def exchange(self, name: str, value) -> list:
+        """Return both halves' `value`, plain data, the slow one's first, on every process.
+
+        All processes of a half have the same one, and call this once with this name.
+        """
+        self.store.set(f"{name} {self.phase}", json.dumps(value))
+        keys = [f"{name} {phase}" for phase in PHASES]
+        while not self.store.check(keys):  # not Store.wait, inside which no signal would be heard
+            time.sleep(0.1)
+        return [json.loads(self.store.get(key)) for key in keys]
 
     def meet(self, accelerator, recipes: dict[str, Recipe]) -> dict[str, Recipe]:
         """Return both phases' recipes in the slow half, as soon as the fast half has written its LoRA.

@@ -1,215 +1,163 @@
-"""What will a training step need, before any weight is loaded? Parameters, memory, floating-point operations.
+"""What will a run need, before any weight is loaded? Memory at each of its stages, and floating-point operations.
 
-The transformer runs for real, forward and backward, on tensors that have a shape and no content (torch's
-FakeTensorMode), called by the pipeline as in training. What it would have allocated and multiplied is counted.
+The transformer and the VAE run as the run will have them run, without weights (weightless.py): the same function that
+computes a training step's loss is called, so that every call of the transformer counts that the step makes, whose
+activations all live until the backward pass.
 """
 
-import time
-import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import psutil
 import torch
 from accelerate import init_empty_weights
-from diffusers import ModelMixin
 from peft import LoraConfig
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-)
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from glance.adapters import compute_as_saved, with_adapters
+from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
-from glance.ask.components import component_class, denoiser_name
-from glance.ask.pipeline import first_line
+from glance.ask.pipeline import first_line, replaced
 from glance.base import enable_gradient_checkpointing
 from glance.shared_flags import QUANTIZATIONS
+from glance.training.optimizer import state_bytes
+from glance.training.weightless import UNKNOWN, Counter, empty, weightless, without_content
 from glance_utils import InputError, denoiser
 
 
-@dataclass
+@dataclass(frozen=True)
+class Choice:
+    """The flags that trade time for memory. Wherever one is taken, a run's settings serve as well."""
+
+    quantization: str = "none"
+    gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
+    enable_group_offload: bool = False
+
+
+@dataclass(frozen=True)
 class Step:
-    """One training step, forward and backward, of the frozen base with one LoRA."""
+    """What one step takes beyond the weights: of training, forward and backward, or of drawing, forward alone."""
 
-    activations: int  # bytes at the peak, beyond the weights; the gradients of the LoRA among them
+    activations: int  # bytes at the peak; in training the gradients of the LoRA are among them
     flops: int
+    calls: int  # of the transformer
 
 
-@dataclass
+@dataclass(frozen=True)
 class Estimate:
     """A run's needs; all sizes in bytes."""
 
     parameters: int  # the transformer's
     lora_parameters: int
+    rank: int
     base: dict[str, int]  # the transformer's weights, by quantization
-    dequantized: int  # the largest weight as it is unpacked, twice: to compute with it and to transpose it
-    encoders: int  # every other model's weights
-    steps: dict[bool, Step]  # by gradient checkpointing
+    layer: int  # the largest linear layer's weight, as it is unpacked to compute with it
+    block: int  # the weights of the largest block, in the same way
+    encoders: dict[str, int]  # every other model's weights, by the component's name
+    encoding: int  # what the VAE needs beyond them to encode the image
+    decoding: int  # the VAE's weights, and what it needs to decode the preview
+    training: dict[bool, Step]  # a micro-step, by gradient checkpointing
+    drawing: Step | None  # a step of the base, with its guidance; None where it draws nothing
+    preview: Step | None  # a step of the preview; None where one phase alone is trained
 
     def lora(self) -> int:
         """Return the size of the LoRA, which is float32."""
         return 4 * self.lora_parameters
 
-    def peak(self, quantization: str, gradient_checkpointing: bool, bytes_of_adam: float = 8) -> float:
-        """Return the larger of the two stages: the encoders answer and are freed, then the transformer trains.
+    def training_step(self, choice: Choice) -> Step:
+        """Return the micro-step of this choice; a model without checkpointing has one alone."""
+        return self.training.get(bool(choice.gradient_checkpointing)) or self.training[False]
 
-        `bytes_of_adam` is the optimizer's state for each parameter.
+    def weights(self, choice: Choice, backward: bool) -> int:
+        """Return the most of the transformer's weights that are on the device at once.
+
+        Packed weights are unpacked to compute with them and, backward, to transpose them. Layers whose full weight
+        comes and goes, by the cast to fp8 or by offload, stay through a block's backward pass.
         """
-        training = self.base[quantization] + self.lora() + bytes_of_adam * self.lora_parameters
-        training += self.steps[gradient_checkpointing].activations
-        training += 0 if quantization == "none" else self.dequantized
-        return max(self.encoders, training)
+        if choice.enable_group_offload:
+            return self.block + self.layer if backward else 2 * self.layer
+        unpacked = {"none": 0, "fp8": self.block if backward else self.layer}
+        return self.base[choice.quantization] + unpacked.get(choice.quantization, 2 * self.layer)
+
+    def stages(self, choice: Choice) -> dict[str, int]:
+        """Return the bytes on the device at the peak of each stage that the run has, in the order in which they come:
+        "encoding", "drawing", "training" and "preview".
+
+        The encoders answer and are freed; the base draws, where it must; the LoRAs are trained; the base draws the
+        preview and is freed, and the VAE decodes.
+        """
+        forward = self.weights(choice, backward=False)
+        state = self.lora() + round(state_bytes(choice.optimizer, self.rank) * self.lora_parameters)
+        step = max(self.training_step(choice).activations, 2 * self.lora())  # gradients, and the optimizer's own
+        stages = {"encoding": sum(self.encoders.values()) + self.encoding}
+        if self.drawing is not None:
+            stages["drawing"] = forward + self.drawing.activations
+        stages["training"] = self.weights(choice, backward=True) + state + step
+        if self.preview is not None:
+            stages["preview"] = max(forward + 2 * self.lora() + self.preview.activations, self.decoding)
+        return stages
+
+    def peak(self, choice: Choice) -> int:
+        """Return the bytes of the largest stage."""
+        return max(self.stages(choice).values())
 
 
-class PeakMemory(TorchDispatchMode):
-    """A count of the bytes of the storages alive: `now`, and `peak` at their most."""
+@dataclass(frozen=True)
+class Work:
+    """What a run has the transformer do, as functions that call its pipeline."""
 
-    def __init__(self, module: torch.nn.Module):
-        super().__init__()
-        self.sizes = {}  # of the storages alive
-        self.now = self.peak = 0
-        for tensor in (*module.parameters(), *module.buffers()):
-            self.sizes[tensor.untyped_storage()._cdata] = 0  # weights are counted elsewhere; views share them
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(output):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return output
-
-    def _count(self, storage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.sizes:
-            self.sizes[key] = size
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._free, key)
-
-    def _free(self, key) -> None:
-        self.now -= self.sizes.pop(key)
+    train: Callable[[], torch.Tensor]  # returns a micro-step's loss, () float32
+    draw: Callable[[], torch.Tensor] | None = None  # returns a velocity, as the base draws trajectories
+    preview: Callable[[], torch.Tensor] | None = None  # the same, as the preview is drawn
+    same: bool = False  # whether the two are, and one of them tells of both
 
 
-def _attention_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
-    return sdpa_flop_count(query, key, value)
+def measure(pipe, work: Callable[[], torch.Tensor], backward: bool = False) -> Step:
+    """Return what work() takes, or with `backward` work().backward(); the pipeline's transformer is `weightless`.
 
-
-def _attention_backward_flops(grad, query, key, value, *args, out_shape=None, **kwargs) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
-# What a tensor without content raises where its numbers are asked for.
-UNKNOWN = (UnsupportedFakeTensorException, DataDependentOutputException, DynamicOutputShapeException)
-# torch counts the attention kernels of GPUs only.
-ATTENTION_FLOPS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
-
-
-def weightless(module: torch.nn.Module, mode: FakeTensorMode) -> None:
-    """Give a module on the meta device parameters that say they are on the CPU and hold nothing."""
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and tensor.is_meta:
-                    fake = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
-                    is_parameter = tensors is part._parameters
-                    tensors[name] = torch.nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-
-
-def without_content(mode: FakeTensorMode):
-    """Return a function that takes the content out of the floating-point tensors of nested arguments.
-
-    Masks and ids keep theirs, since models decide by them. All of them are on the CPU, as the weights say they are.
+    Raise InputError where the transformer decides by numbers that are not there.
     """
-
-    def convert(tensor):
-        if isinstance(tensor, FakeTensor) or not tensor.is_floating_point():
-            return tensor.cpu()
-        return FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
-
-    return lambda values: tree_map_only(torch.Tensor, convert, values)
-
-
-def load_without_weights(path: str, dtype: torch.dtype, **load_arguments):
-    """Return the pipeline at `path`: configs, tokenizers and scheduler as they are, and models without weights.
-
-    `load_arguments` are from_pretrained's, revision and variant. Raise InputError where it is no diffusers pipeline.
-    """
-    mode, models = FakeTensorMode(allow_non_fake_inputs=True), {}
-    config = ask.read_model_index(path, **load_arguments)
-    for part, named in config.items():
-        kind = model_class(named)
-        if kind is not None and part != denoiser_name(config):
-            with ask.loading(f"{path}/{part}"), init_empty_weights():
-                if issubclass(kind, ModelMixin):
-                    models[part] = kind.from_config(kind.load_config(path, subfolder=part, **load_arguments))
-                else:
-                    models[part] = kind(kind.config_class.from_pretrained(path, subfolder=part, **load_arguments))
-            encode_without_weights(models[part].to(torch.float32 if part == "vae" else dtype), mode)
-    return ask.load_pipeline(path, dtype, models, **load_arguments)
-
-
-def model_class(named) -> type | None:
-    """Return the class behind an entry of model_index.json, ["library", "class name"], if it is a model's."""
-    try:
-        kind = component_class(named)
-    except (TypeError, ValueError, ImportError, AttributeError):
-        return None  # another kind of entry, or a class of the pipeline's own module
-    return kind if isinstance(kind, type) and issubclass(kind, torch.nn.Module) else None
-
-
-def encode_without_weights(module: torch.nn.Module, mode: FakeTensorMode) -> None:
-    """Let a text encoder that has no weights answer zeros of the right shape."""
-    weightless(module, mode)
-    encode, convert = module.forward, without_content(mode)
+    transformer = denoiser(pipe)
+    predict, calls = transformer.forward, 0
 
     def forward(*args, **kwargs):
-        output = encode(*convert(args), **convert(kwargs))
-        return tree_map_only(FakeTensor, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype), output)
+        nonlocal calls
+        calls += 1
+        return predict(*without_content(args), **without_content(kwargs))
 
-    module.forward = forward
-    module.to = lambda *args, **kwargs: module  # as some pipelines ask of their VAE while they are built
-
-
-def run_step(pipe, mode: FakeTensorMode, counter, call: dict) -> None:
-    """Run one step of the pipeline, forward and backward, inside `counter`; its transformer is `weightless`.
-
-    Raise InputError where the pipeline never calls its transformer.
-    """
-    transformer, convert = denoiser(pipe), without_content(mode)
-    predict = transformer.forward
-
-    def forward(*args, **kwargs):
-        with torch.enable_grad(), counter:
-            output = predict(*convert(args), **convert(kwargs))
-            sum(tensor.float().sum() for tensor in tree_iter(output) if isinstance(tensor, torch.Tensor)).backward()
-        transformer.zero_grad()
-        raise ask.Answer
-
+    counter = Counter(transformer)
     try:
-        ask.dry_step(pipe, forward, **call)
-    except ask.Answer:
-        return
-    raise InputError(f"{type(pipe).__name__}: asked for a step's memory, but it never called its transformer")
+        with replaced(transformer, "forward", forward), torch.set_grad_enabled(backward), counter:
+            result = work()
+            if backward:
+                result.backward()
+            del result
+    except (InputError, *UNKNOWN) as error:
+        cause = error if isinstance(error, UNKNOWN) else error.__cause__
+        if isinstance(cause, UNKNOWN):
+            raise InputError(
+                f"{type(transformer).__name__} decides by numbers, so a step without weights cannot be estimated "
+                f"({first_line(cause)})"
+            ) from error
+        raise
+    transformer.zero_grad()
+    return Step(counter.peak, counter.flops, calls)
 
 
-def measure_step(pipe, mode: FakeTensorMode, gradient_checkpointing: bool, call: dict, repeats: int) -> Step:
-    """Return what `repeats` steps of the pipeline with `call`, then one backward pass, take."""
-    if gradient_checkpointing:
-        enable_gradient_checkpointing(denoiser(pipe))
-    memory = PeakMemory(denoiser(pipe))
-    run_step(pipe, mode, memory, call)
-    operations = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)  # not both: it keeps tensors alive
-    run_step(pipe, mode, operations, call)
-    return Step(repeats * memory.peak, repeats * operations.get_total_flops())
+def measure_vae(vae: torch.nn.Module | None, layout: ask_latents.LatentLayout, size: tuple[int, int]):
+    """Return (bytes to encode an image of `size`, (height, width), bytes to decode its latents), beyond the weights.
+
+    The VAE is `weightless`. (0, 0) where there is none.
+    """
+    if vae is None:
+        return 0, 0
+    image = ask_latents.vae_input(vae, torch.zeros(1, 3, *size), layout)
+    peaks = []
+    for work, shape in ((vae.encode, image.shape), (vae.decode, layout.z_shape)):
+        counter = Counter(vae)
+        with torch.no_grad(), counter:
+            work(empty(shape, vae.dtype))
+        peaks.append(counter.peak)
+    return tuple(peaks)
 
 
 def base_bytes(transformer: torch.nn.Module, quantization: str) -> int:
@@ -218,7 +166,7 @@ def base_bytes(transformer: torch.nn.Module, quantization: str) -> int:
         with init_empty_weights():
             transformer = type(transformer).from_config(transformer.config).to(transformer.dtype)
         transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer.dtype)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in transformer.state_dict().values())
+    total = bytes_of(transformer)
     for module in transformer.modules():
         if isinstance(module, torch.nn.Linear) and quantization in ("nf4", "int8"):
             count, rows = module.weight.numel(), module.out_features
@@ -228,104 +176,54 @@ def base_bytes(transformer: torch.nn.Module, quantization: str) -> int:
     return total
 
 
-def estimate(
-    pipe, layers: list[str], rank: int, call: dict, checkpointing=(False, True), repeats: int = 1, dropout: float = 0.0
-) -> Estimate:
-    """Return what a training step needs that is the pipeline's step with `call`, so many times, and then backward.
+def bytes_of(module: torch.nn.Module) -> int:
+    """Return the bytes of its weights and of the buffers that are saved with them."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
-    The transformer is on the meta device, and of no other use afterwards. Raise InputError where it decides by
-    numbers that are not there.
+
+def estimate(
+    pipe, layers: list[str], rank: int, work: Work, vae=(0, 0), checkpointing=(False, True), dropout: float = 0.0
+) -> Estimate:
+    """Return what a run needs that does this work, with a LoRA on these layers.
+
+    `vae` is measure_vae's answer, `checkpointing` which steps are measured. The transformer is on the meta device,
+    and of no other use afterwards. Raise InputError where it decides by numbers that are not there.
     """
-    transformer, mode = denoiser(pipe), FakeTensorMode(allow_non_fake_inputs=True)
+    transformer = denoiser(pipe)
     with_adapters(transformer).requires_grad_(False)
     base = {quantization: base_bytes(transformer, quantization) for quantization in QUANTIZATIONS}
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
-    largest = max(layer.weight.numel() for layer in transformer.modules() if isinstance(layer, torch.nn.Linear))
+    linear = [layer.weight for layer in transformer.modules() if isinstance(layer, torch.nn.Linear)]
+    layer = max(weight.numel() * weight.element_size() for weight in linear)
+    lists = [part for part in transformer.modules() if isinstance(part, torch.nn.ModuleList)]
+    block = max((bytes_of(part) for blocks in lists for part in blocks), default=base["none"])
     lora = LoraConfig(r=rank, lora_dropout=dropout, target_modules=layers, init_lora_weights=False)
     transformer.add_adapter(lora, "estimate")
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
     compute_as_saved(transformer)
-    weightless(transformer, mode)
-    if not transformer._supports_gradient_checkpointing:
-        checkpointing = [choice for choice in checkpointing if not choice]
-    try:
-        steps = {choice: measure_step(pipe, mode, choice, call, repeats) for choice in checkpointing}
-    except InputError as error:
-        if isinstance(error.__cause__, UNKNOWN):
-            raise InputError(
-                f"{type(transformer).__name__} decides by numbers, so a step without weights cannot be estimated "
-                f"({first_line(error.__cause__)})"
-            ) from error
-        raise
-    encoders = sum(
-        tensor.numel() * tensor.element_size()
-        for model in ask.freeable_components(pipe).values()
-        for tensor in (*model.parameters(), *model.buffers())
+    weightless(transformer)
+    drawing = work.draw and measure(pipe, work.draw)
+    preview = work.preview and (drawing if drawing and work.same else measure(pipe, work.preview))
+    training = {}
+    for choice in checkpointing if transformer._supports_gradient_checkpointing else [False]:
+        if choice:
+            enable_gradient_checkpointing(transformer)
+        training[choice] = measure(pipe, work.train, backward=True)
+    encoding, decoding = vae
+    encoders = {name: bytes_of(model) for name, model in ask.freeable_components(pipe).items()}
+    return Estimate(
+        parameters=parameters,
+        lora_parameters=sum(map(torch.numel, trained)),
+        rank=rank,
+        base=base,
+        layer=layer,
+        block=block,
+        encoders=encoders,
+        encoding=encoding,
+        decoding=encoders.get("vae", 0) + decoding,
+        training=training,
+        drawing=drawing,
+        preview=preview,
     )
-    dequantized = 2 * largest * transformer.dtype.itemsize
-    return Estimate(parameters, sum(map(torch.numel, trained)), base, dequantized, encoders, steps)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The device
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that can still be allocated on the device."""
-    if device.type == "cuda":
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch holds it
-        return torch.cuda.mem_get_info(device)[0] + reusable
-    return psutil.virtual_memory().available
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the floating-point operations a second of a large matrix product, the median of five."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        c = a @ b
-        c[0, 0].item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / sorted(seconds[1:])[2]
-
-
-def readable(amount: float, unit: str) -> str:
-    """Return the amount in three digits with a prefix: 1234567890 B is 1.23 GB."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if amount < 999.5 or prefix == "T":
-            return f"{amount:.3g} {prefix}{unit}"
-        amount /= 1000
-
-
-def report(needed: Estimate, device: torch.device, dtype: torch.dtype) -> str:
-    """Return what --dry_run prints: the sizes, and a table by quantization and gradient checkpointing."""
-    name, rate = str(dtype).removeprefix("torch."), matmul_rate(device, dtype)
-    lines = [
-        f"transformer  {needed.parameters / 1e9:.3g} billion parameters",
-        f"LoRA         {readable(needed.lora_parameters, '')} parameters, {readable(needed.lora(), 'B')} a file",
-        f"encoders     {readable(needed.encoders, 'B')}, freed before the transformer is loaded",
-        f"device       {device.type}: {readable(free_memory(device), 'B')} free, "
-        f"{readable(rate, 'FLOP/s')} in {name} matrix products",
-        "",
-        "| base | gradient checkpointing | its weights | peak | peak, 8-bit Adam | FLOPs a step | seconds, at least |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for quantization, size in needed.base.items():
-        for checkpointing, step in needed.steps.items():
-            if quantization == "fp8" and not checkpointing and True in needed.steps:
-                continue  # refused, since every layer's full weight would stay
-            cells = (
-                name if quantization == "none" else quantization,
-                "yes" if checkpointing else "no",
-                readable(size, "B"),
-                readable(needed.peak(quantization, checkpointing), "B"),
-                readable(needed.peak(quantization, checkpointing, 2), "B"),
-                readable(step.flops, ""),
-                f"{step.flops / rate:.3g}",
-            )
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)

@@ -13,6 +13,8 @@ from glance.shared_flags import CALL_FLAGS, SIDE, add_shared, merge_call_flags
 # The flow loss's are the published method's, the trajectory loss's are what measured best (benchmarks/README.md).
 DEFAULTS = {"flow": {"grid": "glance", "solver": "euler"}, "trajectory": {"grid": "auto", "solver": "fitted"}}
 SEGMENT_WEIGHTS = ("uniform", "length", "length_squared")  # losses.SEGMENT_POWERS
+# What trades time for memory where --fit does not choose it; gradient checkpointing is chosen in any case.
+MEMORY = {"quantization": "none", "optimizer": "adamw", "enable_group_offload": False}
 # diffusers' SchedulerType, but for piecewise_constant, which takes rules; accelerate's LoggerType.
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
@@ -153,7 +155,12 @@ def add_training(parser: cli.Parser) -> None:
         choices=OPTIMIZERS,
         help="adamw by default; prodigy finds the learning rate itself (pip install prodigyopt)",
     )
-    add("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit: a quarter of the state")
+    add(
+        "--use_8bit_adam",
+        action="store_true",
+        default=None,
+        help="the same as --optimizer adamw8bit: a quarter of the state",
+    )
     add("--adam_beta1", type=cli.below_one, default=0.9, help="AdamW's and Prodigy's")
     add("--adam_beta2", type=cli.below_one, default=0.999, help="AdamW's and Prodigy's")
     add("--adam_epsilon", type=cli.positive(float), default=1e-8, help="AdamW's and Prodigy's")
@@ -169,7 +176,8 @@ def add_training(parser: cli.Parser) -> None:
 def add_memory(parser: cli.Parser) -> None:
     group = parser.add_argument_group("memory and speed")
     add = group.add_argument
-    add_shared(group, "--quantization", "--enable_group_offload", "--compile")
+    add_shared(group, "--quantization", "--enable_group_offload", default=None)
+    add_shared(group, "--compile")
     add(
         "--gradient_checkpointing",
         "--no-gradient_checkpointing",
@@ -178,6 +186,13 @@ def add_memory(parser: cli.Parser) -> None:
         help="less memory, about a third slower; by default where the step would not fit without",
     )
     add("--allow_tf32", action="store_true", help="multiply float32 matrices in TF32: faster, with 10 bits")
+    add(
+        "--fit",
+        choices=("auto",),
+        help="take the fastest of the flags that save memory with which the run fits; what is given is kept, but "
+        "where this stands on the command line, what a --config says of them is not",
+    )
+    add("--memory", type=cli.memory, help="of the device, such as 16GB, for --fit and --dry_run; what is free there")
     add("--dry_run", action="store_true", help="say what the run will need, from the configs alone, and stop")
 
 
@@ -201,11 +216,16 @@ def add_outputs(parser: cli.Parser) -> None:
 def parse(argv: list[str] | None = None) -> cli.Settings:
     """Return the flags' values, with the defaults that depend on other flags.
 
-    `custom_timesteps` is None until settings.complete. Raise ArgumentError where flags do not go together.
+    `custom_timesteps` is None until settings.complete, and what may still be chosen to fit the device is None until
+    fit.resolve. Raise ArgumentError where flags do not go together.
     """
     parser = make_parser()
     values = merge_call_flags(vars(parser.parse(argv)))
+    if (typed := parser.typed(argv)).fit:
+        values |= {name: getattr(typed, name) for name in (*MEMORY, "use_8bit_adam", "gradient_checkpointing")}
     values["optimizer"] = choose_optimizer(values.pop("use_8bit_adam"), values["optimizer"])
+    if not values["fit"]:
+        values |= {name: value for name, value in MEMORY.items() if values[name] is None}
     args = cli.Settings(values | {"custom_timesteps": None})
     if not args.pretrained_model_name_or_path:
         raise cli.mistake("--pretrained_model_name_or_path is missing; give a diffusers pipeline, folder or hub id")
@@ -218,11 +238,14 @@ def parse(argv: list[str] | None = None) -> cli.Settings:
     return args.replace(**defaults)
 
 
-def choose_optimizer(use_8bit_adam: bool, optimizer: str | None) -> str:
-    """Return which of OPTIMIZERS the two flags mean; raise ArgumentError where they contradict each other."""
+def choose_optimizer(use_8bit_adam: bool | None, optimizer: str | None) -> str | None:
+    """Return which of OPTIMIZERS the two flags mean, None where neither is given.
+
+    Raise ArgumentError where they contradict each other.
+    """
     if use_8bit_adam and optimizer not in (None, "adamw", "adamw8bit"):
         raise cli.mistake(f"--use_8bit_adam is not --optimizer {optimizer}; leave one of the two out")
-    return "adamw8bit" if use_8bit_adam else optimizer or "adamw"
+    return "adamw8bit" if use_8bit_adam else optimizer or ("adamw" if use_8bit_adam is False else None)
 
 
 def check_combination(args: cli.Settings, parser: cli.Parser) -> None:
@@ -235,6 +258,8 @@ def check_combination(args: cli.Settings, parser: cli.Parser) -> None:
     for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
         if args.optimizer == "adafactor" and getattr(args, name) != parser.get_default(name):
             raise cli.mistake(f"--{name} belongs to AdamW and Prodigy; adafactor has none, so leave it out")
+    if args.memory and not (args.fit or args.dry_run):
+        raise cli.mistake("--memory is for --fit auto or --dry_run; give one of them, or leave it out")
     if args.flow_custom_timesteps is not None and args.grid is not None:
         raise cli.mistake("--flow_custom_timesteps gives the timesteps; leave --grid out")
     if args.loss == "flow":

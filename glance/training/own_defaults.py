@@ -16,7 +16,7 @@ from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.command_line import Settings
 from glance.files.instance_data import SOURCES
-from glance.training import estimate
+from glance.training.weightless import load_without_weights
 from glance_utils import InputError
 
 
@@ -26,7 +26,7 @@ logger = get_logger(__name__)
 def own_size(args: Settings) -> tuple[int, int]:
     """Return (height, width) in pixels of what the base draws where it is asked for no size, by its configs alone."""
     path = args.pretrained_model_name_or_path
-    return size_of(estimate.load_without_weights(path, torch.float32, **cli.load_arguments(args)), args)
+    return size_of(load_without_weights(path, torch.float32, **cli.load_arguments(args)), args)
 
 
 def size_of(pipe: DiffusionPipeline, args: Settings) -> tuple[int, int]:

@@ -11,9 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 
@@ -27,11 +25,10 @@ from glance.ask.components import denoiser_name
 from glance.ask.guidance import ask_single_branch
 from glance.ask.prompt_lengths import PromptLengths
 from glance.ask.schedule import ask_timestep_table
-from glance.ask.velocity import check_instantaneous, check_memoryless, takes_batches, takes_timesteps
+from glance.ask.velocity import PipelineVelocity, check_instantaneous, check_memoryless, takes_batches, takes_timesteps
 from glance.command_line import Settings
-from glance.files.instance_data import SOURCES, chosen_size, load_pair
-from glance.training import distribution, estimate, out_of_memory, own_defaults
-from glance.training.optimizer import state_bytes
+from glance.training import distribution, estimate, losses, out_of_memory
+from glance.training.draws import Draw
 from glance.training.steps import Steps, choose_steps, pick_steps, warn_of_shares
 from glance.training.trajectories import Teacher, Trajectories, check_can_draw, draw_trajectories
 from glance_utils import InputError, denoiser
@@ -67,7 +64,6 @@ class Answers:
     layers: list[str]  # names of the linear layers that the LoRAs adapt
     takes_timesteps: bool  # whether the samples of a batch may have different ones
     takes_batches: bool  # whether one step may have several samples
-    checkpointing: bool  # of gradients
 
 
 @dataclass(frozen=True)
@@ -83,17 +79,18 @@ class Prepared:
     trajectories: Trajectories | None = None  # what the base drew
 
 
-def ask_call(args, pipe, caption: str, size: tuple[int, int]) -> tuple[dict, dict, list[str]]:
+def ask_call(args, pipe, caption: str, size: tuple[int, int], warn=logger.warning) -> tuple[dict, dict, list[str]]:
     """Return the call's arguments with and without classifier-free guidance, and the names of the layers to adapt.
 
-    `size` is (height, width) in pixels. Raise InputError where the pipeline cannot be trained so.
+    `size` is (height, width) in pixels; `warn` hears of what a prompt loses. Raise InputError where the
+    pipeline cannot be trained so.
     """
     call = ask.call_arguments(pipe, caption, *size, args.guidance_scale, args.pipeline_kwargs)
     transformer = denoiser(pipe)
     layers = lora_layers(transformer, args.lora_layers)
     if args.gradient_checkpointing and not transformer._supports_gradient_checkpointing:
         raise InputError(f"--gradient_checkpointing: {type(transformer).__name__} has none, so leave it out")
-    PromptLengths(pipe, logger.warning).watch(pipe)
+    PromptLengths(pipe, warn).watch(pipe)
     ask_prompts.remember_prompts(pipe)
     ask.dry_step(pipe, **call)
     check_instantaneous(pipe, **call)
@@ -106,13 +103,40 @@ def trained_call(args, call: dict, single_call: dict) -> dict:
     return call if args.loss == "trajectory" and args.guidance == "keep" else single_call
 
 
-def estimate_step(args, pipe, layers: list[str], train_call: dict, checkpointing=(False, True)) -> estimate.Estimate:
-    """Return what a micro-step needs, its samples together or, where the pipeline takes no batches, one by one."""
+def estimate_run(args, pipe, layers: list[str], call: dict, single_call: dict, size, draws: bool, checkpointing):
+    """Return what the run needs (estimate.Estimate), asked of a pipeline whose models have no weights.
+
+    `size` is (height, width) in pixels, `draws` whether the base draws before it is trained on, and `checkpointing`
+    which micro-steps are measured: without, with, or both. Raise InputError where it cannot be estimated.
+    """
+    layout = ask_latents.ask_layout(pipe, **call)
+    train_call = trained_call(args, call, single_call)
+    preview_call = single_call if args.guidance == "fold" else call
     samples = args.train_batch_size * args.timesteps_per_step
-    together = samples if samples == 1 or takes_batches(pipe, **train_call) else 1
-    call = train_call | {ask.batch_argument(pipe): together}
-    repeats = samples // together
-    return estimate.estimate(pipe, layers, args.rank, call, checkpointing, repeats, args.lora_dropout)
+    model = PipelineVelocity(
+        pipe,
+        takes_timesteps=args.timesteps_per_step > 1 and takes_timesteps(pipe, **train_call),
+        takes_batches=samples == 1 or takes_batches(pipe, **train_call),
+    )
+    latents = torch.zeros(layout.latents_shape)
+    points = latents.expand(1, args.train_batch_size, args.timesteps_per_step, *latents.shape[1:])
+    sigmas = [1 - 0.001 * index for index in range(args.timesteps_per_step)]  # other ones, in the reach of one model
+    flow = trajectory = None
+    if args.loss == "flow" or args.flow_weight:
+        flow = losses.Flow(latents, call=single_call)
+    if args.loss == "trajectory":
+        trajectory = losses.Trajectory(points, points, [call["prompt"]], train_call)
+    objective = losses.Objective(sigmas, flow, trajectory)
+    noise = torch.zeros(samples, *latents.shape[1:])
+    draw = Draw(list(range(len(sigmas))), noise, trajectories=tuple(range(args.train_batch_size)))
+    work = estimate.Work(
+        train=lambda: losses.step_losses(model, objective, draw)[0],
+        draw=(lambda: model(latents, 1.0, **call)) if draws else None,
+        preview=(lambda: model(latents, 1.0, **preview_call)) if len(args.custom_timesteps) == 2 else None,
+        same=preview_call == call,
+    )
+    vae = estimate.measure_vae(getattr(pipe, "vae", None), layout, size)
+    return estimate.estimate(pipe, layers, args.rank, work, vae, checkpointing, args.lora_dropout)
 
 
 def needs_drawing(args, image) -> bool:
@@ -152,7 +176,7 @@ def prepare_pipeline(args, accelerator, base: str, image, captions: list[str], s
     if needs_drawing(args, image):
         with out_of_memory.in_training(args, "drawing what is learned from the base"):
             prepared = learn_from_base(accelerator, prepared, base)
-    if prepared.answers.checkpointing:
+    if prepared.settings.gradient_checkpointing:
         load_base.enable_gradient_checkpointing(transformer)
     return prepared
 
@@ -185,7 +209,6 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
     train_calls = [train_call, single_call] if args.flow_weight else [train_call]
     sizes = batch_sizes(args.train_batch_size, args.timesteps_per_step, mixed, batched)
     remember_captions(pipe, captions, call, train_calls, sizes)
-    checkpointing = choose_checkpointing(args, accelerator, pipe, layers, train_call)
     vae = getattr(pipe, "vae", None)
     ask_prompts.free_components(pipe, **train_call)
     if vae is not None:
@@ -203,7 +226,6 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
         layers=layers,
         takes_timesteps=mixed,
         takes_batches=batched,
-        checkpointing=checkpointing,
     )
     models = Models(pipe, vae, functools.partial(load_transformer, args, accelerator))
     return Prepared(settings, models, answers, captions, steps, latents)
@@ -234,42 +256,3 @@ def learn_from_base(accelerator, prepared: Prepared, base: str) -> Prepared:
         picked = drawn.positions, drawn.grid, drawn.coefficients
         steps = pick_steps(settings.custom_timesteps, answers.timesteps, *picked)
     return dataclasses.replace(prepared, steps=steps, latents=latents, trajectories=drawn)
-
-
-def choose_checkpointing(args, accelerator, pipe, layers, train_call) -> bool:
-    """Return whether gradients are checkpointed: as asked, else where a step does not fit without, by the estimate.
-
-    Where weights are unpacked or moved for every layer, the graph would keep them all: there it is always on.
-    """
-    if args.gradient_checkpointing is not None or not denoiser(pipe)._supports_gradient_checkpointing:
-        return bool(args.gradient_checkpointing)
-    if args.enable_group_offload or args.quantization == "fp8":
-        return True
-    try:
-        needed = estimate_step(args, pipe, layers, train_call, [False])
-    except InputError as error:
-        logger.info(f"Gradient checkpointing is on, to be safe: {error}")
-        return True
-    peak = needed.peak(args.quantization, False, state_bytes(args.optimizer, args.rank))
-    free = estimate.free_memory(accelerator.device) + needed.encoders  # those are there now, and freed first
-    on = accelerator.gather(torch.tensor([peak > 0.9 * free], device=accelerator.device)).any().item()
-    if on:
-        logger.info(f"Gradient checkpointing is on: a step without needs {peak / 1e9:.1f} GB of {free / 1e9:.1f} free")
-    return on
-
-
-def dry_run(args) -> str:
-    """Return, as text, what the run will need, asked of the configs and the tokenizers alone."""
-    dtype, device = DTYPES[args.mixed_precision], PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
-    pipe = estimate.load_without_weights(args.pretrained_model_name_or_path, dtype, **cli.load_arguments(args))
-    args = own_defaults.with_one_frame(args)
-    own_size = functools.partial(own_defaults.size_of, pipe, args)
-    if args.instance_prompt or any(getattr(args, source) for source in SOURCES):
-        _, caption, size = load_pair(args, own_size)
-    else:
-        caption, size = "a picture", chosen_size(args, own_size)
-    call, single_call, layers = ask_call(args, pipe, caption, size)
-    settings, _, steps = choose_steps(args, pipe, call)
-    warn_of_shares(pipe, steps.phases, ask_timestep_table(pipe, settings.num_base_steps, **call), single_call)
-    train_call = trained_call(args, call, single_call)
-    return estimate.report(estimate_step(args, pipe, layers, train_call), device, dtype)

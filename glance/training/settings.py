@@ -20,8 +20,8 @@ def complete(args: Settings) -> Settings:
     args = launcher.with_defaults(args)
     if args.report_to not in ("none", "all", *(kind.value for kind in get_available_trackers())):
         raise InputError(f"--report_to {args.report_to}: it is not installed; pip install {args.report_to}")
-    optimizer_class(args.optimizer)
-    load_base.check_combination(args.quantization, args.enable_group_offload)
+    optimizer_class(args.optimizer or "adamw")
+    load_base.check_combination(args.quantization or "none", args.enable_group_offload)
     phases = choose_phases(args.phase, args.flow_custom_timesteps)
     if args.num_inference_steps == 1 and "fast" in phases:
         raise InputError("--num_inference_steps 1 leaves the fast phase no step; give 2 or more, or --phase slow")

@@ -125,6 +125,22 @@ def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], measured:
     return grid, positions, coefficients
 
 
+def seeds_per_caption(args) -> int:
+    """Return how many trajectories of a caption are learned from."""
+    return args.num_trajectories if args.loss == "trajectory" else 1
+
+
+def list_jobs(args, captions: list[str]) -> list[tuple[str, int]]:
+    """Return (caption, seed) of every trajectory that is drawn: those that are learned from and, where there would be
+    none to measure a sampler by, one more."""
+    seeds = seeds_per_caption(args)
+    # Other noises than the preview's, which has --seed itself.
+    jobs = [(caption, args.seed + 1 + i * seeds + k) for i, caption in enumerate(captions) for k in range(seeds)]
+    if len(jobs) == 1 and (args.grid == "auto" or args.solver == "fitted"):
+        jobs.append((captions[0], args.seed + 2))  # nothing is trained on it
+    return jobs
+
+
 def draw_trajectories(args, accelerator, teacher: Teacher, base: str, captions: list[str]) -> Trajectories:
     """Return the base's trajectories: those in the output folder if they are of these settings, else drawn by all
     processes together, each of them once. They are not written yet. `base` is base.identify's."""
@@ -135,12 +151,8 @@ def draw_trajectories(args, accelerator, teacher: Teacher, base: str, captions: 
     if all(distribution.gather_on_host(saved is not None)):
         logger.info(f"Trajectories: those in {path}")
         return saved
-    seeds = args.num_trajectories if args.loss == "trajectory" else 1
-    # Other noises than the preview's, which has --seed itself.
-    jobs = [(caption, args.seed + 1 + i * seeds + k) for i, caption in enumerate(captions) for k in range(seeds)]
-    number = len(jobs)
-    if number == 1 and (args.grid == "auto" or args.solver == "fitted"):
-        jobs.append((captions[0], args.seed + 2))  # nothing is trained on it
+    seeds, jobs = seeds_per_caption(args), list_jobs(args, captions)
+    number = len(captions) * seeds
     # A few of them, spread over all but the last, tell the sampler; the last measures it. They are drawn first, with
     # as many more as there are processes that would draw none.
     spread = sorted({(number - 1) * part // MOST_FITTED for part in range(MOST_FITTED)})

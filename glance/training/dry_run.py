@@ -1,0 +1,167 @@
+"""What does --dry_run print? The run's needs by stage, in memory and time, and which settings would fit."""
+
+import functools
+import time
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from glance import command_line as cli
+from glance.ask.schedule import ask_timestep_table
+from glance.files.instance_data import SOURCES, chosen_size, load_pair
+from glance.training import fit, own_defaults
+from glance.training.estimate import Choice, Estimate, Step
+from glance.training.prepare import DTYPES, ask_call, estimate_run, needs_drawing
+from glance.training.steps import choose_steps, warn_of_shares
+from glance.training.trajectories import list_jobs
+from glance.training.weightless import load_without_weights
+from glance_utils import denoiser
+
+
+SHARE_OF_RATE = 0.5  # of the rate of large matrix products, that a run reaches
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the floating-point operations a second of a large matrix product, the median of five."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        c = a @ b
+        c[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / sorted(seconds[1:])[2]
+
+
+def readable(amount: float, unit: str) -> str:
+    """Return the amount in three digits with a prefix: 1234567890 B is 1.23 GB."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if amount < 999.5 or prefix == "P":
+            return f"{amount:.3g} {prefix}{unit}"
+        amount /= 1000
+
+
+def parts(settings, needed: Estimate, choice: Choice, captions: list[str]) -> dict[str, tuple[int, Step]]:
+    """Return (number of steps, one of them) for each part of the run that calls the transformer.
+
+    "fitting" is what --grid auto and --solver fitted draw to measure their ways against each other.
+    """
+    found, steps = {}, settings.num_inference_steps
+    if needed.drawing is not None:
+        found["drawing"] = len(list_jobs(settings, captions)) * settings.num_base_steps, needed.drawing
+        ways = (3 if settings.grid == "auto" else 1) * (2 if settings.solver == "fitted" else 1)
+        checked = settings.loss == "trajectory" and settings.guidance == "keep"
+        fitting = (ways * steps if ways > 1 else 0) + (steps if checked else 0)
+        if fitting:
+            found["fitting"] = fitting, needed.drawing
+    micro_steps = len(settings.custom_timesteps) * settings.max_train_steps * settings.gradient_accumulation_steps
+    found["training"] = micro_steps, needed.training_step(choice)
+    if needed.preview is not None:
+        found["preview"] = steps, needed.preview
+    return found
+
+
+def flops_of(found: dict[str, tuple[int, Step]]) -> int:
+    """Return the floating-point operations of all parts."""
+    return sum(count * step.flops for count, step in found.values())
+
+
+def stage_table(needed: Estimate, choice: Choice, found: dict[str, tuple[int, Step]], rate: float) -> list[str]:
+    """Return the lines of a table of the run's stages with this choice, at so many operations a second."""
+    stages = needed.stages(choice)
+    lines = [
+        f"the run, {fit.as_flags(choice)}:",
+        "",
+        "| stage | peak | steps | model calls | FLOPs | minutes |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = {"encoding": None, "drawing": None} if "drawing" in stages else {"encoding": None}
+    for stage in rows | found:
+        count, step = found.get(stage, (0, None))
+        peak = readable(stages[stage], "B") if stage in stages else ""
+        done = [str(count), str(count * step.calls), *time_cells(count * step.flops, rate)] if step else [""] * 4
+        lines.append(f"| {' | '.join([stage, peak, *done])} |")
+    calls = str(sum(count * step.calls for count, step in found.values()))
+    total = [readable(needed.peak(choice), "B"), "", calls, *time_cells(flops_of(found), rate)]
+    return [*lines, f"| {' | '.join(['all', *total])} |"]
+
+
+def time_cells(flops: int, rate: float) -> list[str]:
+    """Return the operations, and the minutes that they take at so many a second."""
+    return [readable(flops, ""), f"{flops / rate / 60:.3g}"]
+
+
+def settings_table(needed: Estimate, dtype: str, rate: float) -> list[str]:
+    """Return the lines of a table of training by quantization and gradient checkpointing."""
+    lines = [
+        "| base | gradient checkpointing | its weights | training | training, 8-bit Adam | FLOPs a step | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for quantization, size in needed.base.items():
+        for checkpointing, step in needed.training.items():
+            if quantization == "fp8" and not checkpointing and True in needed.training:
+                continue  # refused, since every layer's full weight would stay
+            choices = [Choice(quantization, checkpointing, optimizer) for optimizer in ("adamw", "adamw8bit")]
+            cells = (
+                dtype if quantization == "none" else quantization,
+                "yes" if checkpointing else "no",
+                readable(size, "B"),
+                *(readable(needed.stages(choice)["training"], "B") for choice in choices),
+                readable(step.flops, ""),
+                f"{step.flops / rate:.3g}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def advice(needed: Estimate, choices: list[Choice], memory: int, place: str) -> str:
+    """Return one line: the first of the choices that fits into so many bytes, which are those of `place`."""
+    choice = fit.first_fit(needed, choices, memory)
+    if choice is None:
+        least = min(fit.needed_for(needed, choice) for choice in choices)
+        return f"on {place}: nothing fits, since {readable(least, 'B')} are needed at least; choose a smaller size"
+    line = f"on {place}: {fit.as_flags(choice)}, peak {fit.needed_for(needed, choice) / 1e9:.1f} GB"
+    encoding = needed.stages(choice)["encoding"]
+    if not fit.fits(encoding, memory):
+        line += f"; the encoders, {readable(encoding, 'B')}, do not fit beside one another"
+    return line
+
+
+def dry_run(args) -> str:
+    """Return, as text, what the run will need, asked of the configs and the tokenizers alone."""
+    dtype, device = DTYPES[args.mixed_precision], PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    pipe = load_without_weights(args.pretrained_model_name_or_path, dtype, **cli.load_arguments(args))
+    args = own_defaults.with_one_frame(args)
+    own_size = functools.partial(own_defaults.size_of, pipe, args)
+    if args.instance_prompt or any(getattr(args, source) for source in SOURCES):
+        image, caption, size = load_pair(args, own_size)
+    else:
+        image, caption, size = "any", "a picture", chosen_size(args, own_size)
+    captions = [caption, *cli.read_prompts(args.prompts_file)]
+    call, single_call, layers = ask_call(args, pipe, max(captions, key=len), size)
+    settings, _, steps = choose_steps(args, pipe, call)
+    warn_of_shares(pipe, steps.phases, ask_timestep_table(pipe, settings.num_base_steps, **call), single_call)
+    checkpoints = denoiser(pipe)._supports_gradient_checkpointing
+    needed = estimate_run(args, pipe, layers, call, single_call, size, needs_drawing(args, image), (False, True))
+    free, rate, name = fit.free_memory(device), matmul_rate(device, dtype), str(dtype).removeprefix("torch.")
+    memory, place = args.memory or free, fit.memory_name(args, device, args.memory or free)
+    choices = fit.candidates(fit.as_choice(args), checkpoints)
+    choice = fit.first_fit(needed, choices, memory) or choices[-1]
+    encoders = ", ".join(f"{part} {readable(size, 'B')}" for part, size in needed.encoders.items() if size)
+    lines = [
+        f"transformer  {needed.parameters / 1e9:.3g} billion parameters",
+        f"LoRA         {readable(needed.lora_parameters, '')} parameters, {readable(needed.lora(), 'B')} a file",
+        f"encoders     {encoders}; freed before the transformer is loaded",
+        f"device       {device.type}: {readable(free, 'B')} free, "
+        f"{readable(rate, 'FLOP/s')} in {name} matrix products",
+        f"minutes      at {SHARE_OF_RATE:.0%} of that rate",
+        "",
+        *stage_table(needed, choice, parts(settings, needed, choice, captions), SHARE_OF_RATE * rate),
+        "",
+        *settings_table(needed, name, SHARE_OF_RATE * rate),
+        "",
+        advice(needed, fit.candidates(Choice(*[None] * 4), checkpoints), memory, place),
+    ]
+    return "\n".join(lines)
