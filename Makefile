@@ -1,7 +1,8 @@
 # make demo   train both LoRAs on the demo model and draw the comparison: output/demo/comparison.png
 # make test   lint and the whole test suite
 # make soak   kill -9 and resume training runs 50 times at random moments: how many survived, how many came out equal
-# Each creates .venv and install into it first; nothing else is needed but Python 3.11 or newer.
+# make gpu    on a machine with a CUDA GPU: the tests marked gpu, then all benchmarks: docs/measured/CARD.md
+# Each creates .venv and installs into it first; nothing else is needed but Python 3.11 or newer.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +13,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 export MALLOC_TOP_PAD_ := 268435456
 
-.PHONY: demo test soak clean
+.PHONY: demo test soak gpu clean
 
 .venv/runtime: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -38,6 +39,9 @@ test: .venv/development
 
 soak: .venv/development
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --rounds 50
+
+gpu: .venv/development
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf .venv output

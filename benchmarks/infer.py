@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None):
     pipe, call, latents = shapes.make_pipeline(args)
     schedule = derive_timesteps(ask_timesteps(pipe, 50, **call))
     count = sum(map(len, schedule.values()))
-    counted = shapes.count_flops(lambda: velocity_once(pipe, call, latents))
+    counted = shapes.count_flops(pipe.transformer, lambda: velocity_once(pipe, call, latents))
     add_loras(pipe.transformer, args.rank)
     if args.compile:
         load_base.compile_blocks(pipe.transformer)

@@ -4,6 +4,7 @@ A pipeline is loaded from a directory, or built at a named shape with random wei
 transformer is made on the device itself, what its text encoders would say is random, and it has no VAE.
 """
 
+import contextlib
 import json
 import math
 import platform
@@ -11,6 +12,7 @@ import resource
 import statistics
 import sys
 import time
+import types
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -40,13 +42,16 @@ from glance.ask import pipeline as ask  # noqa: E402
 from glance.ask import prompts as ask_prompts  # noqa: E402
 from glance.ask.guidance import ask_single_branch  # noqa: E402
 from glance.shared_flags import QUANTIZATIONS  # noqa: E402
+from glance.training import estimate  # noqa: E402
 from glance_utils import InputError  # noqa: E402
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+TINY = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 32, "joint_attention_dim": 64}
+TINY |= {"axes_dims_rope": (8, 12, 12)}
 # Pipeline, transformer and what differs from its config's defaults; the defaults are FLUX.1-schnell's, SD3 medium's
-# and Qwen-Image's. `resolution` is the default of the benchmarks: 4,096 image tokens, "small" 1,024.
+# and Qwen-Image's.
 SHAPES = {
     "flux-dev": (FluxPipeline, FluxTransformer2DModel, {"guidance_embeds": True}),
     "qwen-image": (QwenImagePipeline, QwenImageTransformer2DModel, {}),
@@ -68,7 +73,17 @@ SHAPES = {
         FluxTransformer2DModel,
         {"guidance_embeds": True, "num_layers": 2, "num_single_layers": 6, "num_attention_heads": 6},
     ),
+    # For a CPU, in a second: nothing is measured with them.
+    "tiny-flux": (FluxPipeline, FluxTransformer2DModel, TINY | {"num_single_layers": 2, "guidance_embeds": True}),
+    "tiny-qwen": (QwenImagePipeline, QwenImageTransformer2DModel, TINY),
+    "tiny-sd3.5": (
+        StableDiffusion3Pipeline,
+        SD3Transformer2DModel,
+        {name: TINY[name] for name in TINY if name != "axes_dims_rope"}
+        | {"caption_projection_dim": 128, "in_channels": 16, "pos_embed_max_size": 64, "qk_norm": "rms_norm"},
+    ),
 }
+RESOLUTIONS = {"small": 512, **dict.fromkeys(("tiny-flux", "tiny-qwen", "tiny-sd3.5"), 128)}  # of the others 1024
 
 
 def parser(description: str) -> cli.Parser:
@@ -77,7 +92,7 @@ def parser(description: str) -> cli.Parser:
     add = parser.add_argument
     add("--pretrained_model_name_or_path", help="a diffusers pipeline: folder or hub id")
     add("--shape", choices=tuple(SHAPES), help="or: random weights of this shape; small unless something is said")
-    add("--resolution", type=cli.positive(int), help="height and width; 1024, for --shape small 512")
+    add("--resolution", type=cli.positive(int), help="height and width; 1024, for a small shape less")
     add("--batch_size", type=cli.positive(int), default=1)
     add("--text_tokens", type=cli.positive(int), default=512, help="length of a shape's random prompt")
     add("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of the frozen base")
@@ -86,6 +101,7 @@ def parser(description: str) -> cli.Parser:
     add("--warmup", type=int, default=2, help="steps before them")
     add("--quantization", choices=QUANTIZATIONS, default="none")
     add("--gradient_checkpointing", action="store_true")
+    add("--use_8bit_adam", action="store_true")
     add("--compile", action="store_true", help="regional compilation of the transformer's repeated blocks")
     add("--process_time", action="store_true", help="count the processor's seconds: for a CPU shared with other work")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -100,7 +116,7 @@ def parse(parser: cli.Parser, argv: list[str] | None = None):
         raise InputError("give --pretrained_model_name_or_path or --shape, not both")
     if not args.pretrained_model_name_or_path:
         args.shape = args.shape or "small"
-    args.resolution = args.resolution or (512 if args.shape == "small" else 1024)
+    args.resolution = args.resolution or RESOLUTIONS.get(args.shape, 1024)
     cli.set_up_logging()
     return args
 
@@ -113,16 +129,15 @@ def make_pipeline(args) -> tuple[DiffusionPipeline, dict, torch.Tensor]:
     """Return the pipeline as training has it, its call's arguments without guidance, and latents (B, ...) float32."""
     dtype = DTYPES[args.dtype]
     if args.shape:
-        pipe = random_pipeline(args.shape, args.text_tokens, dtype, args.device)
+        _, kind, config = SHAPES[args.shape]
+        transformer = random_transformer(kind, config, dtype, args.device, args.quantization)
+        pipe = random_pipeline(args.shape, args.text_tokens, transformer, args.device)
     else:
         pipe = ask.load_pipeline(args.pretrained_model_name_or_path, dtype)
         for component in ask.freeable_components(pipe).values():
             component.to(args.device)
         ask_prompts.remember_prompts(pipe)
-    call = {"prompt": "a red ring", "height": args.resolution, "width": args.resolution}
-    ask.dry_step(pipe, **call)
-    call |= ask_single_branch(pipe, **call)
-    call |= {ask.batch_argument(pipe): args.batch_size}
+    call = single_call(args, pipe)
     latents = loop_latents(pipe, **call)
     if not args.shape:
         ask_prompts.free_components(pipe)
@@ -130,8 +145,6 @@ def make_pipeline(args) -> tuple[DiffusionPipeline, dict, torch.Tensor]:
         pipe.transformer = load_base.load_transformer(
             args.pretrained_model_name_or_path, dtype, device, args.quantization
         )
-    elif args.quantization != "none":
-        quantize(pipe.transformer, args.quantization)
     with_adapters(pipe.transformer).requires_grad_(False)
     if args.gradient_checkpointing:
         load_base.enable_gradient_checkpointing(pipe.transformer)
@@ -141,13 +154,33 @@ def make_pipeline(args) -> tuple[DiffusionPipeline, dict, torch.Tensor]:
     return pipe, call, latents
 
 
-def random_pipeline(shape: str, text_tokens: int, dtype: torch.dtype, device: str) -> DiffusionPipeline:
-    """Return a pipeline of one of SHAPES with random weights and prompts, without text encoders and VAE."""
-    pipeline, transformer, config = SHAPES[shape]
-    transformer = random_transformer(transformer, config, dtype, device)
+def single_call(args, pipe) -> dict:
+    """Return the arguments of the pipeline's call, without guidance."""
+    call = {"prompt": "a red ring", "height": args.resolution, "width": args.resolution}
+    ask.dry_step(pipe, **call)
+    call |= ask_single_branch(pipe, **call)
+    return call | {ask.batch_argument(pipe): args.batch_size}
+
+
+def weightless_pipeline(args) -> DiffusionPipeline:
+    """Return the pipeline with a transformer on the meta device, all else on the CPU: enough for the estimate."""
+    dtype = DTYPES[args.dtype]
+    if args.pretrained_model_name_or_path:
+        return estimate.load_without_weights(args.pretrained_model_name_or_path, dtype)
+    _, kind, config = SHAPES[args.shape]
+    with init_empty_weights():
+        transformer = kind(**config).to(dtype)
+    pipe = random_pipeline(args.shape, args.text_tokens, transformer, "cpu")
+    pipe.text_encoder = types.SimpleNamespace(device=torch.device("cpu"), dtype=dtype)  # says where the pipeline works
+    return pipe
+
+
+def random_pipeline(shape: str, text_tokens: int, transformer, device: str) -> DiffusionPipeline:
+    """Return a pipeline of one of SHAPES with this transformer and random prompts, without text encoders and VAE."""
+    pipeline, _, _ = SHAPES[shape]
     parts = dict.fromkeys(name for name in pipeline._get_signature_types() if name != "self")
     pipe = pipeline(**parts | {"transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler()})
-    config, random = transformer.config, {"dtype": dtype, "device": device}
+    config, random = transformer.config, {"dtype": transformer.dtype, "device": device}
     prompt = torch.randn(1, text_tokens, config.joint_attention_dim, **random)
     pooled = torch.randn(1, config.get("pooled_projection_dim", 1), **random)
 
@@ -163,39 +196,50 @@ def random_pipeline(shape: str, text_tokens: int, dtype: torch.dtype, device: st
     return pipe
 
 
-def random_transformer(kind, config: dict, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """Return a transformer whose weights are made on the device, in `dtype`: no second copy of 20 billion anywhere."""
+def random_transformer(kind, config: dict, dtype: torch.dtype, device: str, quantization: str) -> torch.nn.Module:
+    """Return a transformer whose weights are made on the device, in `dtype`: no second copy of 20 billion anywhere.
+
+    Quantized, it is as glance.base.load_transformer leaves that of a file; nf4 and int8 one layer after the other, so
+    that a card need not hold the whole in `dtype`.
+    """
     with init_empty_weights():
         transformer = kind(**config)
     generator = torch.Generator(device).manual_seed(0)
-    for module in transformer.modules():
-        for name, parameter in module.named_parameters(recurse=False):
+    for name, module in list(transformer.named_modules()):
+        for part, parameter in list(module.named_parameters(recurse=False)):
             value = torch.empty(parameter.shape, dtype=dtype, device=device)
             if value.ndim > 1:
                 value.normal_(0, 1 / math.sqrt(value[0].numel()), generator=generator)
             else:
-                value.fill_(float(name == "weight"))  # of norms; biases are 0
-            setattr(module, name, torch.nn.Parameter(value))
-    return transformer.to(device).eval()
-
-
-def quantize(transformer, quantization: str) -> None:
-    """Quantize weights that no file holds as glance.base.load_transformer does those of a file."""
+                value.fill_(float(part == "weight"))  # of norms; biases are 0
+            setattr(module, part, torch.nn.Parameter(value))
+        if isinstance(module, torch.nn.Linear) and quantization in ("nf4", "int8"):
+            transformer.set_submodule(name, quantized(module, quantization))
+    transformer = transformer.to(device, dtype).eval()
+    for module in transformer.modules():  # as load_transformer does: bitsandbytes' kernel for eval has no backward
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.train()
+    if quantization == "int8":
+        load_base.forget_frozen_inputs()
     if quantization == "fp8":
-        return transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer.dtype)
-    for name in [name for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)]:
-        layer = transformer.get_submodule(name)
-        sizes = layer.in_features, layer.out_features
-        weight, has_bias = layer.weight.data, layer.bias is not None
-        if quantization == "nf4":
-            new = bnb.nn.Linear4bit(*sizes, bias=has_bias, compute_dtype=weight.dtype, quant_type="nf4")
-            new.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4").to(weight.device)
-        else:
-            new = bnb.nn.Linear8bitLt(*sizes, bias=has_bias, has_fp16_weights=False)
-            new.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
-            new = new.to(weight.device)
-        new.bias = layer.bias
-        transformer.set_submodule(name, new)
+        transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+    return transformer
+
+
+def quantized(layer: torch.nn.Linear, quantization: str) -> torch.nn.Linear:
+    """Return the layer as one of bitsandbytes', in nf4 or int8, on its device."""
+    sizes = layer.in_features, layer.out_features
+    weight, has_bias = layer.weight.data, layer.bias is not None
+    if quantization == "nf4":
+        kinds = {"compress_statistics": False, "quant_type": "nf4"}
+        new = bnb.nn.Linear4bit(*sizes, bias=has_bias, compute_dtype=weight.dtype, **kinds)
+        new.weight = bnb.nn.Params4bit(weight, requires_grad=False, **kinds).to(weight.device)
+    else:
+        new = bnb.nn.Linear8bitLt(*sizes, bias=has_bias, has_fp16_weights=False)
+        rows, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+        new.weight = bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales)
+    new.bias = layer.bias
+    return new
 
 
 def loop_latents(pipe: DiffusionPipeline, **call) -> torch.Tensor:
@@ -235,9 +279,19 @@ class CountFlops(TorchFunctionMode):
         return output
 
 
-def count_flops(forward) -> CountFlops:
-    """Return the count of forward(), which is called once, without gradients."""
-    with torch.no_grad(), CountFlops() as counted:
+def count_flops(transformer, forward) -> CountFlops:
+    """Return the count of forward(), which is called once, without gradients.
+
+    bitsandbytes' layers, whose kernels differ by device, are counted as the products with the weights they stand for.
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in transformer.modules():
+            if isinstance(layer, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+                sizes = layer.out_features, layer.in_features
+                product = lambda x, sizes=sizes: torch.nn.functional.linear(x, x.new_zeros(sizes))  # noqa: E731
+                stack.enter_context(ask.replaced(layer, "forward", product))
+        stack.enter_context(torch.no_grad())
+        counted = stack.enter_context(CountFlops())
         forward()
     return counted
 
@@ -296,12 +350,19 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
+def free_memory(device: str) -> int:
+    """Return the bytes that can still be allocated there."""
+    return estimate.free_memory(torch.device(device))
+
+
 def machine(device: str) -> dict:
     cuda = device.startswith("cuda")
     return {
         "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "bitsandbytes": bnb.__version__,
         "diffusers": diffusers.__version__,
         "peft": peft.__version__,
     }
@@ -315,6 +376,7 @@ def model_facts(args, pipe, latents) -> dict:
         "latents": list(latents.shape),
         "dtype": args.dtype,
         "rank": args.rank,
+        "quantization": args.quantization,
         "gradient_checkpointing": args.gradient_checkpointing,
         "compile": args.compile,
         "clock": "process" if args.process_time else "wall",

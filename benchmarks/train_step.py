@@ -31,9 +31,11 @@ from glance import command_line as cli
 from glance.adapters import lora_layers
 from glance.ask import pipeline as ask
 from glance.ask.velocity import PipelineVelocity
+from glance.training import estimate
 from glance.training.draws import Draw
 from glance.training.log import check_finite
 from glance.training.losses import Flow, Objective, step_losses
+from glance_utils import InputError
 
 
 SIGMAS = (1.0, 0.97, 0.94, 0.91, 0.88)
@@ -43,7 +45,8 @@ def glance_step(args, pipe, call, latents, layers: str | None = None):
     """Return (a function that trains one step, as the loop of train_glance_lora.py does, and returns the loss; the
     model whose velocity it trains)."""
     settings = ["--pretrained_model_name_or_path", "-", "--rank", str(args.rank)]
-    settings = train.parse_args(settings + (["--compile"] if args.compile else []))
+    settings += ["--compile"] if args.compile else []
+    settings = train.parse_args(settings + (["--use_8bit_adam"] if args.use_8bit_adam else []))
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=shapes.MIXED_PRECISION[args.dtype])
     layers = lora_layers(pipe.transformer, layers)
     parameters = train.fresh_adapter(settings, accelerator, pipe.transformer, layers)
@@ -74,14 +77,19 @@ def glance_step(args, pipe, call, latents, layers: str | None = None):
 
 def main(argv: list[str] | None = None):
     args = shapes.parse(shapes.parser("Time a training step."), argv)
+    estimated = estimated_peak(args)
+    if estimated > (free := shapes.free_memory(args.device)):
+        raise InputError(f"it needs {estimated / 2**30:.1f} GiB by the estimate, {free / 2**30:.1f} GiB are free")
     pipe, call, latents = shapes.make_pipeline(args)
-    counted = shapes.count_flops(lambda: velocity_once(pipe, call, latents))
+    counted = shapes.count_flops(pipe.transformer, lambda: velocity_once(pipe, call, latents))
     step, _ = glance_step(args, pipe, call, latents)
+    held = measured_peak(args, pipe.transformer, step) if args.device == "cpu" else None
     times = shapes.in_turns({"step": step}, args)["step"]
     memory = shapes.peak_memory(args.device)
     flops, rate = shapes.training_flops(counted), shapes.matmul_rate(args)
     median = statistics.median(times)
     result = shapes.model_facts(args, pipe, latents) | {
+        "use_8bit_adam": args.use_8bit_adam,
         "step_seconds": median,
         "step_seconds_all": [round(value, 4) for value in times],
         "model_tflop": flops / 1e12,
@@ -89,8 +97,28 @@ def main(argv: list[str] | None = None):
         "matmul_tflop_per_second": rate / 1e12,
         "share_of_matmul_rate": flops / median / rate,
         "peak_memory_gib": memory / 2**30,
+        "tensors_at_peak_gib": (held or memory) / 2**30,
+        "estimated_peak_gib": estimated / 2**30,
     }
     shapes.report(result | shapes.machine(args.device), args.json)
+
+
+def estimated_peak(args) -> int:
+    """Return the bytes that the estimate (glance/training/estimate.py) says this step needs."""
+    pipe = shapes.weightless_pipeline(args)
+    call, layers = shapes.single_call(args, pipe), lora_layers(pipe.transformer)
+    needed = estimate.estimate(pipe, layers, args.rank, call, [args.gradient_checkpointing])
+    return needed.peak(args.quantization, args.gradient_checkpointing, 2 if args.use_8bit_adam else 8)
+
+
+def measured_peak(args, transformer, step) -> int:
+    """Return the most bytes of tensors alive in two steps, the first of which makes the optimizer's state: on a CPU,
+    whose allocator tells nothing."""
+    weights = sum(value.numel() * value.element_size() for value in transformer.state_dict().values())
+    with estimate.PeakMemory(transformer) as memory:
+        step()
+        step()
+    return weights + memory.peak
 
 
 def velocity_once(pipe, call, latents):

@@ -14,12 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import against_diffusers  # noqa: E402
+import gpu  # noqa: E402
 import infer  # noqa: E402
 import shapes  # noqa: E402
 import train_step  # noqa: E402
 
 from glance.ask import pipeline as ask  # noqa: E402
 from glance.ask.velocity import PipelineVelocity  # noqa: E402
+from glance_utils import InputError  # noqa: E402
 
 
 @pytest.fixture
@@ -76,7 +78,7 @@ def test_flops_are_those_that_torch_counts(base, pipelines):
     settings = flags(pretrained_model_name_or_path=pipelines[base], resolution=32, dtype="float32", batch_size=2)
     args = shapes.parse(shapes.parser(""), settings)
     pipe, call, latents = shapes.make_pipeline(args)
-    counted = shapes.count_flops(lambda: train_step.velocity_once(pipe, call, latents))
+    counted = shapes.count_flops(pipe.transformer, lambda: train_step.velocity_once(pipe, call, latents))
     # Attention as plain products, so that torch counts it; what requires gradients here is the input of all blocks.
     call.pop(ask.batch_argument(pipe))
     model = PipelineVelocity(pipe, **call)
@@ -99,3 +101,62 @@ def _as_leaf(value):
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.detach().requires_grad_()
     return value
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# All of them on one page
+
+
+def test_the_page_is_written_though_a_part_fails(tmp_path, monkeypatch, capsys):
+    tiny = " --resolution 32 --text_tokens 8"
+    monkeypatch.setattr(gpu, "STEPS", [f"--shape flux-dev{tiny}", "--shape sd3.5-large --rank 0"])
+    monkeypatch.setattr(gpu, "INFERENCE", [f"--shape flux-dev{tiny}"])
+    monkeypatch.setattr(gpu, "AGAINST", [f"--shape flux-dev{tiny} --pipeline_only"])
+    monkeypatch.setattr(gpu, "SMALL_FLAGS", "--device cpu --steps 1 --warmup 1")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert gpu.main(["--small", "--output", str(tmp_path)]) == 1
+    page = (tmp_path / "cpu.md").read_text()
+    assert "nothing here says anything of a card" in page
+    assert "| failed: argument --rank: 0 is not above 0" in page
+    [row] = [line for line in page.splitlines() if line.startswith("| FLUX.1-dev in bf16: the steps of a pair")]
+    assert "at most 60 s" in row and ("| met |" in row or "| missed by " in row)
+    assert "| Qwen-Image in nf4: peak | at most 16 GiB |  | not measured |" in page
+    rows = [line for line in page.splitlines() if line.startswith("| `--shape tiny-")]
+    assert len(rows) == 4 and sum("failed" in row for row in rows) == 1
+    assert "torch | 2." in page and capsys.readouterr().out.endswith(f"{tmp_path / 'cpu.md'}\n")
+
+
+def test_what_does_not_fit_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "STEPS", ["--shape flux-dev --resolution 32 --text_tokens 8"])
+    monkeypatch.setattr(shapes, "free_memory", lambda device: 1000)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert gpu.main(["--small", "--output", str(tmp_path), "--only", "train_step"]) == 0
+    assert "left out: it needs 0.0 GiB by the estimate, 0.0 GiB are free" in (tmp_path / "cpu.md").read_text()
+
+
+def test_what_came_of_the_tests_is_said(tmp_path):
+    path = tmp_path / "test_three.py"
+    path.write_text(
+        "import pytest\n\ndef test_good(): pass\n\ndef test_bad(): assert 1 == 2, 'no luck'\n\n"
+        "def test_left(): pytest.skip('one card')\n"
+    )
+    tests = gpu.run_tests(100, str(path))
+    [(name, message)] = tests.failed.items()
+    assert tests.passed == 1 and name.endswith("test_three.test_bad") and "no luck" in message
+    assert tests.skipped == {"one card": 1}
+    assert gpu.run_tests(0, str(path)).error == "not done after 0 s"
+    lines = "\n".join(gpu.test_lines(tests))
+    assert "1 passed, 1 failed" in lines and "skipped, 1: one card" in lines
+
+
+def test_a_target_says_by_how_much_it_is_missed():
+    assert gpu.Target("peak", 12.0, 10.0, "GiB").verdict() == "missed by 20.0 %"
+    assert gpu.Target("peak", 10.0, 10.0, "GiB").verdict() == "met"
+    assert gpu.Target("share", 45.0, 60.0, "%", least=True).verdict() == "missed by 25.0 %"
+    assert gpu.Target("share", None, 60.0, "%", least=True).verdict() == "not measured"
+
+
+def test_without_a_gpu_it_is_said_what_can_be_done(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="no CUDA device here; --small"):
+        gpu.main([])

@@ -19,6 +19,7 @@ from glance_utils import denoiser
 SHORT = {"max_train_steps": 2, "num_base_steps": 12, "num_inference_steps": 4}
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "base, settings",
     [
@@ -35,6 +36,7 @@ def test_encoders_are_gone_before_the_base_is_read_and_the_base_before_the_vae_d
     assert moments == EXPECTED and (output / "glance.png").exists()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "base, model, settings",
     [("flux", "FluxTransformer2DModel", {"compare": True}), ("sd3", "SD3Transformer2DModel", {"guidance": "fold"})],

@@ -31,6 +31,7 @@ from glance_utils import PHASES, InputError, activate_adapter, glance_inference
 
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def lora(folder) -> dict[str, torch.Tensor]:
@@ -68,6 +69,7 @@ def assert_same_direction(one: dict, other: dict, least: float):
 # The base in less memory
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("base", ["flux", "sd3", "qwen"])
 @pytest.mark.parametrize("quantization, kind", [("nf4", "Linear4bit"), ("int8", "Linear8bitLt"), ("fp8", "Linear")])
 def test_a_quantized_base_trains_and_draws(base, quantization, kind, train, infer, tmp_path, monkeypatch):
@@ -95,6 +97,7 @@ def test_a_quantized_base_trains_and_draws(base, quantization, kind, train, infe
         )
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("quantization, least", [("nf4", 0.97), ("int8", 0.995), ("fp8", 0.99)])
 def test_a_quantized_base_gives_nearly_the_same_gradient(quantization, least, train, tmp_path):
     plain = first_step(train, output_dir=tmp_path / "plain")
@@ -102,6 +105,7 @@ def test_a_quantized_base_gives_nearly_the_same_gradient(quantization, least, tr
     assert_same_direction(quantized, plain, least)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("settings", [{"enable_group_offload": True}, {"gradient_checkpointing": True}])
 def test_offload_and_checkpointing_leave_the_gradient_as_it_is(settings, train, tmp_path):
     plain = first_step(train, output_dir=tmp_path / "plain")
@@ -110,6 +114,7 @@ def test_offload_and_checkpointing_leave_the_gradient_as_it_is(settings, train, 
         assert (gradient - other[index]).abs().max() <= 1e-5
 
 
+@pytest.mark.gpu
 def test_an_offloaded_pipeline_draws_the_same(trained, infer, tmp_path):
     wanted = infer(lora=trained())
     assert picture_distance(infer(lora=trained(), enable_group_offload=True, output=tmp_path / "b.png"), wanted) <= 1
@@ -153,11 +158,12 @@ def peak_memory(*arguments) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.gpu
 def test_checkpointing_frees_the_inputs_of_int8_layers(pipelines):
     """bitsandbytes keeps them as attributes, which checkpointing cannot see."""
-    transformer = load_base.load_transformer(str(pipelines["flux"]), torch.float32, CPU, "int8")
+    transformer = load_base.load_transformer(str(pipelines["flux"]), torch.float32, DEVICE, "int8")
     layer = next(layer for layer in transformer.modules() if type(layer).__name__ == "Linear8bitLt")
-    output = layer(torch.randn(1, 4, layer.in_features, requires_grad=True))
+    output = layer(torch.randn(1, 4, layer.in_features, device=DEVICE, requires_grad=True))
     nodes, seen = [output.grad_fn], []
     while nodes:
         node = nodes.pop()
@@ -261,6 +267,7 @@ def test_equal_timesteps_side_by_side_are_one_remembered_run(train, monkeypatch)
 # Compiled blocks, fused LoRAs
 
 
+@pytest.mark.gpu
 def test_compiled_training_is_the_same_and_compiles_once_for_both_phases(train, tmp_path, monkeypatch):
     compiled, train_phase = [], train_glance_lora.train_phase
 
@@ -277,9 +284,14 @@ def test_compiled_training_is_the_same_and_compiles_once_for_both_phases(train, 
     fast = lora(train(output_dir=tmp_path / "compiled", compile=True, **settings))
     assert compiled[2] == compiled[3] > 0
     for name, value in plain.items():
-        assert (value - fast[name]).abs().max() <= 1e-3, name
+        difference = value - fast[name]
+        if DEVICE == CPU:
+            assert difference.abs().max() <= 1e-3, name
+        else:  # AdamW steps by the gradient's sign, which other kernels turn where it is nearly 0
+            assert difference.norm() <= 0.1 * value.norm(), name
 
 
+@pytest.mark.gpu
 def test_the_hand_off_compiles_nothing(trained, infer, tmp_path, monkeypatch):
     """The second picture, with its two hand-offs, finds everything compiled; and so does the first one's own."""
     counted, activate = [], infer_glance.fused_adapters
