@@ -37,6 +37,9 @@ RENAMED = {
     "compile": "torch_compile dynamo_backend dynamo_mode dynamo_fullgraph dynamo_dynamic compile_backend compile_mode "
     "compile_dynamic compile_fullgraph compile_cache_size_limit dynamo_use_regional_compilation",
     "allow_tf32": "cuda_allow_tf32",
+    "aspect keep": "aspect_ratio_buckets "
+    "use_aspect_ratio_buckets enable_bucket min_bucket_reso max_bucket_reso "
+    "bucket_reso_steps bucket_no_upscale aspect_bucket_rounding disable_bucket_pruning resolution_type crop_aspect",
     "flow_custom_timesteps, --flow_timesteps_mode or --grid": "weighting_scheme logit_mean logit_std mode_scale "
     "timestep_sampling timestep_type timestep_bias_strategy timestep_bias_begin timestep_bias_end "
     "timestep_bias_multiplier timestep_bias_portion discrete_flow_shift flow_shift training_shift sigmoid_scale "
@@ -106,9 +109,6 @@ ALWAYS = {
 }
 # What is not done here, with the reason.
 NOT_DONE = {
-    "one image has one size: --resolution, or --height and --width": "aspect_ratio_buckets "
-    "use_aspect_ratio_buckets enable_bucket min_bucket_reso max_bucket_reso "
-    "bucket_reso_steps bucket_no_upscale aspect_bucket_rounding disable_bucket_pruning resolution_type crop_aspect",
     "the one image is learned as it is": "random_flip flip_aug color_aug random_crop face_crop_aug_range "
     "random_scale minimum_image_size",
     "a caption is learned whole": "caption_dropout caption_dropout_rate caption_dropout_probability "

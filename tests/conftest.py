@@ -55,9 +55,9 @@ def pair(tmp_path_factory):
     return path
 
 
-def own_size() -> tuple[int, int]:
-    """A pipeline's own size, for load_pair without a pipeline."""
-    return 1024, 1024
+def own_size(height=1024, width=1024) -> tuple[int, int]:
+    """A pipeline's own size, or the one near these, for load_pair without a pipeline."""
+    return height // 16 * 16, width // 16 * 16
 
 
 def picture_distance(one, other) -> int:

@@ -31,7 +31,7 @@ NOT_COMPARED = {
     *("pretrained_model_name_or_path", "revision", "instance_image", "instance_prompt", "instance_data_dir"),
     *("data_backend_config", "prompts_file", "dataset_name", "dataset_index", "image_column", "caption_column"),
     # known by what they lead to in the recipe: its phase, timesteps, height and width
-    *("phase", "flow_custom_timesteps", "custom_timesteps", "resolution", "height", "width"),
+    *("phase", "flow_custom_timesteps", "custom_timesteps", "resolution", "height", "width", "aspect"),
     # counted in the total batch, which is compared
     "train_batch_size",
     # how the same numbers are computed: by rounding alone, as on another accelerator, do they come out otherwise

@@ -6,6 +6,7 @@ A further source is one more of SOURCES and one more case in load_pair; what the
 import argparse
 import io
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ SOURCES = ("instance_image", "instance_data_dir", "data_backend_config", "datase
 def one_image_in(directory: str, below: bool = False) -> Path:
     """Return the one file in a folder, or also `below` it, that is named as an image.
 
-    Hidden files do not count, as macOS writes ._a.png beside a.png. Raise InputError where there is not just one.
+    macOS writes a hidden ._a.png beside a.png. Raise InputError where there is not just one.
     """
     if not os.path.isdir(directory):  # False, too, for a name that is too long
         raise InputError(f"{directory}: no such folder; it should hold one image and its caption")
@@ -35,17 +36,23 @@ def one_image_in(directory: str, below: bool = False) -> Path:
     def refuse(error: OSError):
         raise InputError(f"{directory}: cannot be read ({error.strerror}); it should hold one image and its caption")
 
-    images = []
-    for folder, folders, files in os.walk(directory, onerror=refuse):
-        folders[:] = [name for name in folders if below and not name.startswith(".")]
-        paths = [Path(folder, name) for name in files if not name.startswith(".")]
-        images += [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
+    images = images_in(directory, below, refuse)
     if len(images) != 1:
         names = f" ({', '.join(path.name for path in sorted(images)[:3])}, ...)" if images else ""
         raise InputError(
             f"{directory}: {len(images)} images found{names}; Glance learns from one, or name it: --instance_image"
         )
     return images[0]
+
+
+def images_in(directory: str, below: bool, onerror=None) -> list[Path]:
+    """Return the files in a folder, or also `below` it, that are named as images and not hidden."""
+    images = []
+    for folder, folders, files in os.walk(directory, onerror=onerror):
+        folders[:] = [name for name in folders if below and not name.startswith(".")]
+        paths = [Path(folder, name) for name in files if not name.startswith(".")]
+        images += [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
+    return images
 
 
 def find_backend(args: argparse.Namespace) -> dict:
@@ -61,6 +68,12 @@ def read_dataset_row(args: argparse.Namespace) -> tuple[io.BytesIO, str]:
 
     Raise InputError where the data set, the column or the row is not there or cannot be read.
     """
+    captioned = [image for image in images_in(args.dataset_name, below=True) if image.with_suffix(".txt").exists()]
+    if captioned:  # which datasets would read as a data set of texts
+        raise InputError(
+            f"--dataset_name {args.dataset_name}: a folder of images with .txt captions is no data set; give "
+            f"--instance_data_dir for the one pair in a folder, or --instance_image {min(captioned)}"
+        )
     import datasets  # a second of imports
     import fsspec
 
@@ -131,11 +144,13 @@ def load_pair(
 ) -> tuple[Image.Image | None, str, tuple[int, int]]:
     """Return the image, cropped to (height, width) in pixels, its caption and that size.
 
-    own_size() is the pipeline's own (height, width), for where neither a flag nor the data says one. The image is None
-    where --instance_prompt stands alone: the base can draw it. Raise InputError where there are several sources, no
-    readable image or no caption.
+    own_size() is the pipeline's own (height, width), for where neither a flag nor the data says one; own_size(height,
+    width) is the one near these that it draws, for --aspect keep. The image is None where --instance_prompt stands
+    alone: the base can draw it. Raise InputError where there are several sources, no readable image or no caption.
     """
     given = [name for name in SOURCES if getattr(args, name)]
+    if not given and args.aspect == "keep":
+        raise InputError("--aspect keep: there is no image whose aspect ratio to keep; give one, or leave it out")
     if not given and args.instance_prompt and args.instance_prompt.strip():
         return None, args.instance_prompt.strip(), chosen_size(args, own_size)
     if len(given) != 1:
@@ -162,7 +177,29 @@ def load_pair(
     if not caption:
         raise InputError("the caption is empty; describe the image in --instance_prompt or the .txt beside it")
     image = read_image(file, name)
-    if entry and not (args.resolution or args.height or args.width):
+    if entry and not (args.resolution or args.height or args.width or args.aspect == "keep"):
         check_shape(entry, *image.size)
-    height, width = chosen_size(args, own_size, args.resolution or side_of(entry))
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS), caption, (height, width)
+    size = chosen_size(args, own_size, args.resolution or side_of(entry))
+    kept = kept_size(image, size)
+    if args.aspect == "keep":
+        size = own_size(*kept)
+    else:
+        say_cropped(image, name, size, kept)
+    return ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS), caption, size
+
+
+def kept_size(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the (height, width) with the image's aspect ratio that has as many pixels as `size`."""
+    scale = math.sqrt(size[0] * size[1] / (image.height * image.width))
+    return round(image.height * scale), round(image.width * scale)
+
+
+def say_cropped(image: Image.Image, name: str, size: tuple[int, int], kept: tuple[int, int]) -> None:
+    """Say how much of the image is left out at (height, width) `size`, where it is more than a fiftieth."""
+    height, width = size
+    share = min(width * image.height / (height * image.width), height * image.width / (width * image.height))
+    if share < 0.98:
+        logger.info(
+            f"{name}: {1 - share:.0%} of its {image.width}x{image.height} pixels are cropped away at {width}x{height};"
+            f" --aspect keep keeps all, at about {kept[1]}x{kept[0]}"
+        )

@@ -192,6 +192,6 @@ def check_shape(entry: dict, width: int, height: int) -> None:
     for key, supported in square.items():
         if entry.get(key, supported[0]) not in supported and round(ratio, 2) != 1:
             hint = "Glance crops to the size that is asked for, around the center"
-            raise refusal(key, entry[key], f"{size_text}, and {hint}; crop it yourself, or give --height and --width")
+            raise refusal(key, entry[key], f"{size_text}, and {hint}; give --aspect keep, or --height and --width")
     if entry.get("crop_aspect") == "random":
         raise refusal("crop_aspect", "random", 'Glance learns from one size; give "square"')

@@ -52,6 +52,12 @@ def add_data(parser: cli.Parser) -> None:
     add_shared(group, "--prompts_file", help="further captions for the trajectory loss, one a line")
     add("--resolution", type=SIDE, help="height and width in pixels; the pipeline's own size by default")
     add_shared(group, "--height", "--width", help="in pixels; --resolution by default")
+    add(
+        "--aspect",
+        choices=("crop", "keep"),
+        default="crop",
+        help="crop the image to that size, or choose one of as many pixels with its aspect ratio",
+    )
 
 
 def add_schedule(parser: cli.Parser) -> None:
@@ -260,6 +266,8 @@ def check_combination(args: cli.Settings, parser: cli.Parser) -> None:
             raise cli.mistake(f"--{name} belongs to AdamW and Prodigy; adafactor has none, so leave it out")
     if args.memory and not (args.fit or args.dry_run):
         raise cli.mistake("--memory is for --fit auto or --dry_run; give one of them, or leave it out")
+    if args.aspect == "keep" and (args.height or args.width):
+        raise cli.mistake("--aspect keep chooses height and width; give --resolution in their place, or leave it out")
     if args.flow_custom_timesteps is not None and args.grid is not None:
         raise cli.mistake("--flow_custom_timesteps gives the timesteps; leave --grid out")
     if args.loss == "flow":

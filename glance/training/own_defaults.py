@@ -4,6 +4,7 @@ It is asked before any weight is loaded, since the image is cropped to that size
 that is taken from the pipeline is said in one line.
 """
 
+import contextlib
 import re
 
 import diffusers
@@ -23,22 +24,41 @@ from glance_utils import InputError
 logger = get_logger(__name__)
 
 
-def own_size(args: Settings) -> tuple[int, int]:
-    """Return (height, width) in pixels of what the base draws where it is asked for no size, by its configs alone."""
+def own_size(args: Settings, *near: int) -> tuple[int, int]:
+    """Return size_of's answer for the base, by its configs alone."""
     path = args.pretrained_model_name_or_path
-    return size_of(load_without_weights(path, torch.float32, **cli.load_arguments(args)), args)
+    return size_of(load_without_weights(path, torch.float32, **cli.load_arguments(args)), args, *near)
 
 
-def size_of(pipe: DiffusionPipeline, args: Settings) -> tuple[int, int]:
+def size_of(pipe: DiffusionPipeline, args: Settings, *near: int) -> tuple[int, int]:
     """Return (height, width) in pixels of what the pipeline, whose models need no weights, draws where it is asked for
-    no size; raise InputError where it must be."""
+    no size or, given a height and a width, the size near these that it draws as it is asked for.
+
+    Raise InputError where it must be asked for one, or where there is none near.
+    """
     call = ask.call_arguments(pipe, "a picture", None, None, args.guidance_scale, args.pipeline_kwargs)
+    if near:
+        return drawn_near(pipe, *near, **call)
     try:
         height, width = ask_latents.ask_size(pipe, **call)
     except InputError as error:
         raise InputError(f"{error}; without a size, so give --resolution, or --height and --width") from error
     logger.info(f"Size: {width}x{height}, {type(pipe).__name__}'s own")
     return height, width
+
+
+def drawn_near(pipe: DiffusionPipeline, height: int, width: int, **call) -> tuple[int, int]:
+    """Return the size near this one whose sides are multiples of as few pixels as the pipeline takes, and keeps."""
+    for pixels in (8, 16, 32, 64):
+        size = tuple(max(round(side / pixels), 1) * pixels for side in (height, width))
+        with contextlib.suppress(InputError):
+            if ask_latents.ask_size(pipe, **call, height=size[0], width=size[1]) == size:
+                logger.info(f"Size: {size[1]}x{size[0]}, with the image's aspect ratio in multiples of {pixels}")
+                return size
+    raise InputError(
+        f"--aspect keep: {type(pipe).__name__} draws no size near {width}x{height} just as it is asked for; give "
+        "--height and --width"
+    )
 
 
 def with_one_frame(args: Settings) -> Settings:
