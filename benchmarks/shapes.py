@@ -42,7 +42,7 @@ from glance.ask import pipeline as ask  # noqa: E402
 from glance.ask import prompts as ask_prompts  # noqa: E402
 from glance.ask.guidance import ask_single_branch  # noqa: E402
 from glance.shared_flags import QUANTIZATIONS  # noqa: E402
-from glance.training import estimate  # noqa: E402
+from glance.training import fit, weightless  # noqa: E402
 from glance_utils import InputError  # noqa: E402
 
 
@@ -166,7 +166,7 @@ def weightless_pipeline(args) -> DiffusionPipeline:
     """Return the pipeline with a transformer on the meta device, all else on the CPU: enough for the estimate."""
     dtype = DTYPES[args.dtype]
     if args.pretrained_model_name_or_path:
-        return estimate.load_without_weights(args.pretrained_model_name_or_path, dtype)
+        return weightless.load_without_weights(args.pretrained_model_name_or_path, dtype)
     _, kind, config = SHAPES[args.shape]
     with init_empty_weights():
         transformer = kind(**config).to(dtype)
@@ -352,7 +352,7 @@ def peak_memory(device: str) -> int:
 
 def free_memory(device: str) -> int:
     """Return the bytes that can still be allocated there."""
-    return estimate.free_memory(torch.device(device))
+    return fit.free_memory(torch.device(device))
 
 
 def machine(device: str) -> dict:

@@ -35,6 +35,7 @@ from glance.training import estimate
 from glance.training.draws import Draw
 from glance.training.log import check_finite
 from glance.training.losses import Flow, Objective, step_losses
+from glance.training.weightless import Counter
 from glance_utils import InputError
 
 
@@ -106,19 +107,24 @@ def main(argv: list[str] | None = None):
 def estimated_peak(args) -> int:
     """Return the bytes that the estimate (glance/training/estimate.py) says this step needs."""
     pipe = shapes.weightless_pipeline(args)
-    call, layers = shapes.single_call(args, pipe), lora_layers(pipe.transformer)
-    needed = estimate.estimate(pipe, layers, args.rank, call, [args.gradient_checkpointing])
-    return needed.peak(args.quantization, args.gradient_checkpointing, 2 if args.use_8bit_adam else 8)
+    call = shapes.single_call(args, pipe)
+    latents = torch.zeros_like(shapes.loop_latents(pipe, **call))
+    model = PipelineVelocity(pipe, **{name: value for name, value in call.items() if name != ask.batch_argument(pipe)})
+    objective, draw = Objective(list(SIGMAS), Flow(latents)), Draw([0], latents)
+    work = estimate.Work(train=lambda: step_losses(model, objective, draw)[0])
+    layers, checkpointing = lora_layers(pipe.transformer), args.gradient_checkpointing
+    needed = estimate.estimate(pipe, layers, args.rank, work, checkpointing=[checkpointing])
+    optimizer = "adamw8bit" if args.use_8bit_adam else "adamw"
+    return needed.stages(estimate.Choice(args.quantization, checkpointing, optimizer))["training"]
 
 
 def measured_peak(args, transformer, step) -> int:
     """Return the most bytes of tensors alive in two steps, the first of which makes the optimizer's state: on a CPU,
     whose allocator tells nothing."""
-    weights = sum(value.numel() * value.element_size() for value in transformer.state_dict().values())
-    with estimate.PeakMemory(transformer) as memory:
+    with Counter(transformer) as counter:
         step()
         step()
-    return weights + memory.peak
+    return estimate.bytes_of(transformer) + counter.peak
 
 
 def velocity_once(pipe, call, latents):
