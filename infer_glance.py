@@ -254,7 +254,10 @@ def draw_all(
             width, height = (calls[number].get(side, size) for side, size in zip(("width", "height"), image.size))
             if not drawn and (width, height) != image.size:
                 logger.warning(f"{width}x{height} was asked, {type(pipe).__name__} draws {image.width}x{image.height}")
-            strip = pictures.draw_row(row, jobs[number][0]) if args.compare else None
+            labelled = [
+                (label, image, f"{seconds:.2f} s, {count} model calls") for label, image, seconds, count in row
+            ]
+            strip = pictures.draw_row(labelled, jobs[number][0]) if args.compare else None
             pictures.save_image(strip or image, files[number])
             drawn.append((number, strip, seconds, count))
     return drawn, failed

@@ -52,6 +52,7 @@ from glance.training.optimizer import TrainingState, make_optimizer
 from glance.training.phases import Phase, find_source, folders, plan_phases
 from glance.training.prepare import Prepared, prepare_pipeline
 from glance.training.settings import complete
+from glance.training.validation import Validation
 from glance_utils import PHASES, denoiser, timesteps_to_sigmas
 
 
@@ -118,8 +119,8 @@ def make_draws(args, accelerator, prepared: Prepared, phase: str) -> Draws:
     )
 
 
-def train_phase(args, accelerator, prepared: Prepared, phase: Phase) -> Path | None:
-    """Train one LoRA for --max_train_steps and leave it in the transformer.
+def train_phase(args, accelerator, prepared: Prepared, phase: Phase, validation: Validation) -> Path | None:
+    """Train one LoRA for --max_train_steps and leave it in the transformer, drawing validation pictures on the way.
 
     Where a signal asked to stop, return the folder of the checkpoint that was written instead of going on.
     """
@@ -168,7 +169,9 @@ def train_phase(args, accelerator, prepared: Prepared, phase: Phase) -> Path | N
             trained_on = ",".join(f"{timestep:.0f}" for timestep in chosen)
             progress.set_postfix(loss=f"{mean_loss:.4f}", timestep=trained_on, refresh=False)
             total = phase.steps_before + step
-            trackers.log(accelerator, log.newest | {"lr": lr_scheduler.get_last_lr()[0]}, total)
+            newest = log.newest | {"lr": lr_scheduler.get_last_lr()[0]} | trackers.memory(accelerator)
+            newest |= {} if norm is None else {f"{name}/grad_norm": float(norm)}
+            trackers.log(accelerator, newest, total)
             stop = accelerator.check_trigger()  # on every process, where a signal reached any
             due = args.checkpointing_steps and step % args.checkpointing_steps == 0
             if (stop or due) and accelerator.is_main_process:
@@ -178,12 +181,13 @@ def train_phase(args, accelerator, prepared: Prepared, phase: Phase) -> Path | N
                 logger.info(f"Saved {folder}")
             if stop:
                 return Path(args.output_dir) / f"checkpoint-{total}"
+            validation.on_the_way(name, step, total)
     logger.info(f"  {name}: mean loss {log.means()}")
     accelerator.free_memory()
     return None
 
 
-def train_phases(args, accelerator, prepared: Prepared, phases: list[Phase]) -> None:
+def train_phases(args, accelerator, prepared: Prepared, phases: list[Phase], validation: Validation) -> None:
     """Train every phase that is not finished and write its LoRA; end the process where a signal asked to stop."""
     # DeepSpeed's optimizer is in parts, which no checkpoint holds: there a signal ends the run at once.
     resumable = not distribution.is_deepspeed(accelerator)
@@ -195,7 +199,7 @@ def train_phases(args, accelerator, prepared: Prepared, phases: list[Phase]) -> 
                 continue
             timesteps = ", ".join(f"{timestep:.4f}" for timestep in phase.recipe.timesteps)
             logger.info(f"  {phase.recipe.phase}: {timesteps}")
-            stopped = train_phase(args, accelerator, prepared, phase)
+            stopped = train_phase(args, accelerator, prepared, phase, validation)
             if stopped:
                 trackers.end(accelerator)
                 accelerator.end_training()
@@ -279,14 +283,16 @@ def train(args, accelerator, halves=None):
     logger.info(f"  Phases = {', '.join(recipes)}, {args.max_train_steps} steps each")
     logger.info(f"  Image = {size[1]}x{size[0]}, latents {tuple(prepared.latents.shape)}")
     logger.info(f"  Total batch size = {batch}")
-    train_phases(args, accelerator, prepared, phases)
+    validation = Validation(args, accelerator, prepared, ADAPTER, halves.output_dir if halves else output_dir)
+    train_phases(args, accelerator, prepared, phases, validation)
 
     if halves is not None:
         recipes, output_dir = halves.meet(accelerator, recipes), halves.output_dir
     preview = None
-    if len(recipes) == 2 and (accelerator.is_main_process or distribution.is_sharded()):
+    drawn = len(recipes) == 2 or recipes and validation.jobs
+    if drawn and (accelerator.is_main_process or distribution.is_sharded()):
         with out_of_memory.in_preview():
-            preview = draw_preview(prepared, recipes, output_dir, args.seed)
+            preview = draw_preview(prepared, recipes, output_dir, args.seed, validation)
     if accelerator.is_main_process and recipes:
         with faults.one_line_errors(output_dir):
             if halves is not None:

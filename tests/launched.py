@@ -35,8 +35,8 @@ moments, walks = watch(setattr), []
 train_phase, forward, walk = train_glance_lora.train_phase, PipelineVelocity.forward, grids.walk
 
 
-def train_and_keep(args, accelerator, prepared, phase):
-    stopped = train_phase(args, accelerator, prepared, phase)
+def train_and_keep(args, accelerator, prepared, phase, *others):
+    stopped = train_phase(args, accelerator, prepared, phase, *others)
     lora = get_peft_model_state_dict(denoiser(prepared.models.pipe), adapter_name=train_glance_lora.ADAPTER)
     torch.save(lora, Path(args.output_dir) / f"{phase.recipe.phase}-rank-{accelerator.process_index}.pt")
     return stopped

@@ -9,12 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.utils import is_deepspeed_available
 from conftest import ROOT, flags, picture_distance, run_train
 from lifetimes import EXPECTED
 from peak_memory import small_flux
+from PIL import Image
 from test_train import assert_close, lora, recipe_of
 
 from glance.files.checkpoints import find_checkpoints
@@ -31,6 +33,7 @@ DEEPSPEED_ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ACCELERATE
 # Gives memory back at once, so that it can be measured.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
 COMMON = {"resolution": 32, "rank": 4, "max_train_steps": 4, "learning_rate": 1e-4}
+VALIDATED = {"validation_prompt": "a blue disc"}
 QUICK = {"no-gradient_checkpointing": True}  # as conftest.run_train; the others ask whether a step fits
 
 
@@ -102,6 +105,7 @@ def single(settings, trajectory, tmp_path_factory):
             base, further = {
                 "trajectory": ("flux", trajectory),
                 "fp8": ("flux", {"quantization": "fp8"}),
+                "flux": ("flux", VALIDATED),
             }.get(name, (name, {}))
             further |= {"timesteps_per_step": 2} if name == "qwen" else {}
             folders[name] = run_train(settings(base, tmp_path_factory.mktemp("single") / name, 1), further)
@@ -119,13 +123,18 @@ def launched(settings, trajectory, tmp_path_factory):
     def call(kind: str, processes: int) -> tuple:
         if (kind, processes) not in found:
             root = tmp_path_factory.mktemp(f"{kind}-{processes}")
-            stopped = settings("flux", root / "stopped", processes, **QUICK)
-            runs = [(settings("flux", root / "flux", processes), 0)]
+            stopped = settings("flux", root / "stopped", processes, **QUICK, **VALIDATED)
+            runs = [(settings("flux", root / "flux", processes, **VALIDATED), 0)]
             if processes == 2:
                 runs += [
                     (settings("qwen", root / "qwen", 2, gradient_checkpointing=True, timesteps_per_step=2), 0),
                     (settings("flux", root / "trajectory", 2, **trajectory, **QUICK), 0),
-                    (settings("sd3", root / "bf16", 2, mixed_precision="bf16", **QUICK), 0),
+                    (
+                        settings(
+                            "sd3", root / "bf16", 2, mixed_precision="bf16", validation_steps=2, **QUICK, **VALIDATED
+                        ),
+                        0,
+                    ),
                     *[(settings("flux", root / "fp8", 2, quantization="fp8"), 0)] * (kind == "ddp"),
                     (stopped, signal.SIGTERM),
                     (stopped | {"resume_from_checkpoint": "latest"}, 0),
@@ -154,6 +163,7 @@ def test_several_processes_equal_one_with_the_same_batch(kind, processes, base, 
     assert max(value.abs().max() for name, value in lora(single(base) / "slow").items() if "lora_B" in name) > 1e-4
     assert_close(root / base, single(base), 1e-5)
     assert picture_distance(root / base / "glance.png", single(base) / "glance.png") <= 1
+    assert (root / base / "validation" / "step_0008.png").exists() == (base == "flux")
     for phase in PHASES:
         ranks = [torch.load(root / base / f"{phase}-rank-{rank}.pt") for rank in range(processes)]
         assert len(ranks[0]) == len(lora(single(base) / phase))
@@ -205,6 +215,11 @@ def test_a_sharded_base_in_half_precision_is_the_base(launched):
     for phase in PHASES:
         wanted, found = lora(ddp / phase), lora(fsdp / phase)
         assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+    names = [f"step_{step:04d}.png" for step in (2, 4, 6, 8)]
+    assert sorted(path.name for path in (fsdp / "validation").iterdir()) == names
+    for name in names:  # drawn by the first of two processes, or by both; an error may round up in one of them
+        wanted, found = (np.asarray(Image.open(folder / "validation" / name)).astype(int) for folder in (ddp, fsdp))
+        assert np.abs(wanted - found).mean() < 1
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -276,7 +291,7 @@ def test_no_process_but_the_first_ever_holds_the_whole_base(pipelines, tmp_path)
 
 def test_phases_in_parallel_equal_phases_in_turn(launched, settings, tmp_path):
     """On two halves of two processes each, under FSDP2; all files."""
-    run = settings("flux", tmp_path / "output", 2, parallel_phases=True)
+    run = settings("flux", tmp_path / "output", 2, parallel_phases=True, **VALIDATED)
     done = launch_runs(KINDS["fsdp"], 4, tmp_path, [(run, 0)])
     assert done.returncode == 0, done.stderr[-5000:]
     assert_same_output(tmp_path / "output", launched("fsdp", 2)[0] / "flux")
@@ -287,7 +302,8 @@ def test_phases_in_parallel_equal_phases_in_turn(launched, settings, tmp_path):
 def test_phases_in_parallel_stop_together_and_go_on(single, settings, tmp_path):
     """On two halves of one process each, by one command line, which starts anew where there is nothing: the fast one
     is told to stop, and has then nothing to go on from."""
-    run = settings("flux", tmp_path / "output", 1, parallel_phases=True, resume_from_checkpoint="latest", **QUICK)
+    go_on = {"resume_from_checkpoint": "latest"} | QUICK | VALIDATED
+    run = settings("flux", tmp_path / "output", 1, parallel_phases=True, **go_on)
     done = launch_runs(KINDS["ddp"], 2, tmp_path, [(run, signal.SIGTERM)])
     output = tmp_path / "output"
     assert [step for step, _ in find_checkpoints(output / "fast")] == [3], done.stderr[-5000:]

@@ -146,9 +146,9 @@ def test_flops_are_those_of_the_products(pipelines):
 def test_checkpointing_is_switched_on_where_the_step_would_not_fit(train, tmp_path, monkeypatch):
     switched, train_phase = [], train_glance_lora.train_phase
 
-    def watched(args, accelerator, prepared, phase):
+    def watched(args, accelerator, prepared, phase, *others):
         switched.append(prepared.models.pipe.transformer.is_gradient_checkpointing)
-        train_phase(args, accelerator, prepared, phase)
+        train_phase(args, accelerator, prepared, phase, *others)
 
     monkeypatch.setattr(train_glance_lora, "train_phase", watched)
     settings = {"phase": "slow", "max_train_steps": 1}

@@ -102,8 +102,8 @@ def deltas(transformer, adapter) -> dict[str, torch.Tensor]:
 def test_files_load_in_stock_diffusers_at_the_trained_strength(base, factor, train, pipelines, monkeypatch):
     trained_deltas, train_phase = {}, train_glance_lora.train_phase
 
-    def watched(args, accelerator, prepared, phase):
-        train_phase(args, accelerator, prepared, phase)
+    def watched(args, accelerator, prepared, phase, *others):
+        train_phase(args, accelerator, prepared, phase, *others)
         trained_deltas[phase.recipe.phase] = deltas(prepared.models.pipe.transformer, train_glance_lora.ADAPTER)
 
     monkeypatch.setattr(train_glance_lora, "train_phase", watched)

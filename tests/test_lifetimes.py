@@ -13,6 +13,7 @@ from accelerate.hooks import CpuOffload
 from lifetimes import EXPECTED, watch
 
 import infer_glance
+from glance.training.validation import Validation
 from glance_utils import denoiser
 
 
@@ -23,7 +24,7 @@ SHORT = {"max_train_steps": 2, "num_base_steps": 12, "num_inference_steps": 4}
 @pytest.mark.parametrize(
     "base, settings",
     [
-        ("flux", {"enable_group_offload": True}),
+        ("flux", {"enable_group_offload": True, "validation_prompt": "a blue disc"}),
         ("qwen", {"loss": "trajectory", "timesteps_per_step": 2, "quantization": "fp8"}),
         ("sd3", {"instance_image": None, "instance_prompt": "a red ring", "flow_custom_timesteps": "900,500;300,100"}),
     ],
@@ -34,6 +35,19 @@ def test_encoders_are_gone_before_the_base_is_read_and_the_base_before_the_vae_d
     moments = watch(monkeypatch.setattr)
     output = train(base, **SHORT | settings)
     assert moments == EXPECTED and (output / "glance.png").exists()
+
+
+def test_pictures_on_the_way_need_the_vae_and_no_encoder(train, monkeypatch):
+    """And the last ones, which are drawn from the files, come after the base has gone."""
+    moments, write, decoding = watch(monkeypatch.setattr), Validation.write_the_end, []
+
+    def watched_end(self, *args):
+        decoding.append(moments.pop("decoding"))
+        return write(self, *args)
+
+    monkeypatch.setattr(Validation, "write_the_end", watched_end)
+    train(**SHORT, validation_prompt="a blue disc", validation_steps=1)
+    assert decoding == [{"vae", "base"}] and moments == EXPECTED
 
 
 @pytest.mark.gpu

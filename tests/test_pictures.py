@@ -169,7 +169,7 @@ TEXTS = [
 
 
 def test_every_prompt_is_labelled_at_once(tmp_path):
-    row = [("Glance", Image.new("RGB", (32, 32), "red"), 1.0, 10)] * 3
+    row = [("Glance", Image.new("RGB", (32, 32), "red"), "1.00 s")] * 3
     start = time.process_time()
     strips = [pictures.draw_row(row, text) for text in TEXTS]
     assert time.process_time() - start < 5  # two minutes each before

@@ -82,9 +82,9 @@ def around_phase(monkeypatch):
     def call(look):
         train_phase = train_glance_lora.train_phase
 
-        def watched(args, accelerator, prepared, phase):
+        def watched(args, accelerator, prepared, phase, *others):
             look("before", prepared, phase.recipe)
-            train_phase(args, accelerator, prepared, phase)
+            train_phase(args, accelerator, prepared, phase, *others)
             look("after", prepared, phase.recipe)
 
         monkeypatch.setattr(train_glance_lora, "train_phase", watched)

@@ -40,6 +40,8 @@ NOT_COMPARED = {
     *("fit", "memory"),
     # where the base's files are kept
     "cache_dir",
+    # what is drawn on the way: it has its own seeds and puts the adapter back, and no gradient comes of it
+    *("validation_prompt", "num_validation_images", "validation_steps"),
     # where things are written, and what is written beside the LoRAs
     *("output_dir", "logging_dir", "report_to", "push_to_hub", "hub_model_id", "checkpointing_steps"),
     *("checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "config", "model_type", "model_family"),

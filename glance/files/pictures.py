@@ -111,18 +111,18 @@ def _shown_size(picture: tuple[int, int]) -> tuple[int, int]:
 
 
 def draw_row(row: list[tuple], prompt: str) -> Image.Image:
-    """Return a comparison of one prompt: its (label, image, seconds, model calls) beside each other."""
+    """Return a comparison of one prompt: its (label, image, details) beside each other."""
     size = row[0][1].size
     font = ImageFont.load_default(16)
     width, height = _shown_size(size)
     canvas = Image.new("RGB", comparison_size(size, len(row), 1), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((GAP, GAP), _shortened(prompt, font, canvas.width - 2 * GAP), "black", font)
-    for column, (label, image, seconds, calls) in enumerate(row):
+    for column, (label, image, details) in enumerate(row):
         left, top = GAP + column * (width + GAP), GAP + LINE
         canvas.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top))
         draw.text((left, top + height + 2), label, "black", font)
-        draw.text((left, top + LINE + height), f"{seconds:.2f} s, {calls} model calls", "dimgray", font)
+        draw.text((left, top + LINE + height), details, "dimgray", font)
     return canvas
 
 

@@ -26,8 +26,10 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(
         foreign_flags.ANSWERS, description="Train Glance's Slow-LoRA and Fast-LoRA on one image and its caption."
     )
-    for add_group in (add_model, add_data, add_schedule, add_learned, add_lora, add_training, add_memory, add_outputs):
+    for add_group in (add_model, add_data, add_schedule, add_learned, add_lora, add_training, add_memory):
         add_group(parser)
+    add_validation(parser)
+    add_outputs(parser)
     return parser
 
 
@@ -202,6 +204,14 @@ def add_memory(parser: cli.Parser) -> None:
     add("--dry_run", action="store_true", help="say what the run will need, from the configs alone, and stop")
 
 
+def add_validation(parser: cli.Parser) -> None:
+    group = parser.add_argument_group("validation", "the base's full steps | the same few steps without LoRA | Glance")
+    add = group.add_argument
+    add("--validation_prompt", action="append", help="a prompt to draw at the end; may be given several times")
+    add("--num_validation_images", type=cli.positive(int), default=1, help="of each prompt, image i with --seed + i")
+    add("--validation_steps", type=cli.positive(int), help="draw them every so many steps of a phase as well")
+
+
 def add_outputs(parser: cli.Parser) -> None:
     add = parser.add_argument_group("checkpoints, logs, hub").add_argument
     add("--output_dir", default="output/glance", help="where all of it is written")
@@ -241,6 +251,7 @@ def parse(argv: list[str] | None = None) -> cli.Settings:
     usual = 1.0 if args.optimizer == "prodigy" else 1e-5 if near_base else 3e-4
     defaults["learning_rate"] = args.learning_rate or usual
     defaults["lora_alpha"] = args.lora_alpha or args.rank
+    defaults["validation_prompt"] = [text.strip() for text in args.validation_prompt or () if text.strip()]
     return args.replace(**defaults)
 
 
@@ -281,5 +292,14 @@ def check_combination(args: cli.Settings, parser: cli.Parser) -> None:
         )
     if args.flow_custom_timesteps is not None and args.solver == "fitted":
         raise cli.mistake("--solver fitted is fitted to steps of the model's own; leave --flow_custom_timesteps out")
+    if args.validation_steps or args.num_validation_images != parser.get_default("num_validation_images"):
+        if not any(map(str.strip, args.validation_prompt or ())):
+            name = "validation_steps" if args.validation_steps else "num_validation_images"
+            raise cli.mistake(f"--{name}: there is nothing to draw; give --validation_prompt TEXT, or leave it out")
+    if args.parallel_phases and args.validation_steps:
+        raise cli.mistake(
+            "--parallel_phases has neither LoRA whole before its end, when --validation_prompt is drawn; leave "
+            "--validation_steps out"
+        )
     if args.parallel_phases and args.resume_from_checkpoint not in (None, "latest"):
         raise cli.mistake("--parallel_phases resumes each phase from its own checkpoint; give latest")

@@ -39,8 +39,9 @@ def pictures(phases: int) -> list[str]:
     return ["instance.png", "glance.png"][:phases]
 
 
-def draw_preview(prepared, recipes: dict[str, Recipe], output_dir: Path, seed: int) -> Image.Image:
-    """Return the caption's picture with the LoRA files just written, drawn as infer_glance.py does.
+def draw_preview(prepared, recipes: dict[str, Recipe], output_dir: Path, seed: int, validation) -> Image.Image | None:
+    """Return the caption's picture with both LoRA files just written, drawn as infer_glance.py does, None of one
+    phase; what there is to validate is drawn and written too.
 
     The transformer is freed, then the VAE decodes. Raise FloatingPointError where latents or pixels are not finite.
     """
@@ -50,19 +51,29 @@ def draw_preview(prepared, recipes: dict[str, Recipe], output_dir: Path, seed: i
     for part in parts[1:]:
         setattr(pipe, part, models.load_transformer(part=part))
     for phase in recipes:
-        load_lora(pipe, output_dir / phase / WEIGHT_NAME, phase)
+        folder = output_dir / phase if len(recipes) == 2 else output_dir
+        load_lora(pipe, folder / WEIGHT_NAME, phase)
+    latents = preview_latents(pipe, answers, recipes, seed) if len(recipes) == 2 else None
+    drawn = validation.at_the_end(recipes)
+    for part in parts:
+        setattr(pipe, part, None)
+    release_memory()
+    validation.write_the_end(drawn, recipes)
+    if latents is None:
+        return None
+    with faults.explained("the preview was not written, the LoRAs are"):
+        vae = None if models.vae is None else models.vae.to(device)
+        return ask_latents.decode(vae, latents, answers.layout)
+
+
+def preview_latents(pipe, answers, recipes: dict[str, Recipe], seed: int) -> torch.Tensor:
+    """Return the caption's final latents, (1, ...) float32 on the CPU, with both LoRAs, loaded as their phases."""
     schedule = dataclasses.replace(schedule_of(recipes), timestep_table=answers.timestep_table)
     inference = glance_inference(pipe, schedule)
     with inference as kwargs, ask.plain_call(pipe, answers.preview_call) as call:
         generator = torch.Generator().manual_seed(seed)
         with torch.compiler.set_stance("force_eager"):  # one picture is not worth compiling for
-            latents = ask_latents.loop_points(pipe, **call, **kwargs, generator=generator)[-1]
-    for part in parts:
-        setattr(pipe, part, None)
-    release_memory()
-    with faults.explained("the preview was not written, the LoRAs are"):
-        vae = None if models.vae is None else models.vae.to(device)
-        return ask_latents.decode(vae, latents, answers.layout)
+            return ask_latents.loop_points(pipe, **call, **kwargs, generator=generator)[-1]
 
 
 def save_picture(image: Image.Image, path: Path) -> None:

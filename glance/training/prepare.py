@@ -198,6 +198,11 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
     warn_of_shares(pipe, steps.phases, timestep_table, single_call)
     if needs_drawing(args, image):
         check_can_draw(pipe)
+    if args.validation_steps and ask.further_denoisers(pipe):
+        raise InputError(
+            f"--validation_steps: {type(pipe).__name__} guides with a second model, which training does not load; "
+            "leave it out, --validation_prompt is drawn at the end"
+        )
     layout = ask_latents.ask_layout(pipe, **call)
     latents = None
     if image is not None:
@@ -209,6 +214,8 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
     train_calls = [train_call, single_call] if args.flow_weight else [train_call]
     sizes = batch_sizes(args.train_batch_size, args.timesteps_per_step, mixed, batched)
     remember_captions(pipe, captions, call, train_calls, sizes)
+    preview_call = single_call if args.guidance == "fold" else call
+    remember_captions(pipe, args.validation_prompt, call, [preview_call], [1])
     vae = getattr(pipe, "vae", None)
     ask_prompts.free_components(pipe, **train_call)
     if vae is not None:
@@ -217,7 +224,7 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
         call=call,
         single_call=single_call,
         train_call=train_call,
-        preview_call=single_call if args.guidance == "fold" else call,
+        preview_call=preview_call,
         timesteps=timesteps,
         timestep_table=timestep_table,
         layout=layout,

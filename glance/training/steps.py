@@ -26,6 +26,7 @@ class Steps:
     grid: str | None  # how they were picked from the base's own; None where they were given
     phases: dict[str, list[float]]  # the timesteps (0..1000, descending) of each phase that is trained
     first: dict[str, int]  # the index of each phase's first step
+    whole: dict[str, list[float]]  # of both phases, also where but one of them is trained
     coefficients: list[list[float]] | None = None  # a fitted solver's, [a, c] for each step of both phases
 
     def places(self, phase: str) -> slice:
@@ -47,7 +48,11 @@ def pick_steps(
     """Return the phases that `custom` names, with its lists or, where there is None, the base's own at `positions`."""
     derived = derive_timesteps(base_timesteps, positions)
     phases = {phase: timesteps or derived[phase] for phase, timesteps in custom.items()}
-    return Steps(grid, phases, {"slow": 0, "fast": len(derived["slow"])}, coefficients)
+    # A given list need not chain with the derived ones of the other phase.
+    slow = phases.get("slow") or [timestep for timestep in derived["slow"] if timestep > phases["fast"][0]]
+    fast = phases.get("fast") or [timestep for timestep in derived["fast"] if timestep < slow[-1]]
+    first = {"slow": 0, "fast": len(derived["slow"])}
+    return Steps(grid, phases, first, {"slow": slow, "fast": fast}, coefficients)
 
 
 def choose_count(args, pipe, grid: str, walked: int, fixed: bool) -> int:

@@ -5,7 +5,10 @@ import contextlib
 import shutil
 from pathlib import Path
 
+import numpy as np
+import torch
 from accelerate.logging import get_logger
+from PIL import Image
 
 from glance.ask.pipeline import first_line
 from glance_utils import InputError
@@ -62,6 +65,23 @@ def log(accelerator, values: dict, step: int) -> None:
     """Log the values by their names; warn and go on without where that fails."""
     with forgiven(accelerator):
         accelerator.log(values, step=step)
+
+
+def log_picture(accelerator, name: str, picture: Image.Image, step: int) -> None:
+    """Show the picture in TensorBoard and wandb; the other trackers have the file beside the LoRAs."""
+    with forgiven(accelerator):
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: np.asarray(picture)[None]}, step, dataformats="NHWC")
+            if tracker.name == "wandb":
+                tracker.log_images({name: [picture]}, step)
+
+
+def memory(accelerator) -> dict[str, float]:
+    """Return the most that torch has held on the accelerator so far, in GB, by the name to log it; {} on a CPU."""
+    if accelerator.device.type == "cpu":
+        return {}
+    return {"peak_memory_gb": torch.accelerator.max_memory_allocated(accelerator.device) / 1e9}
 
 
 def end(accelerator) -> None:
