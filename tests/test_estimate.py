@@ -1,11 +1,13 @@
 """What a run will need, said before: held against what it then allocates, and the settings that are chosen by it."""
 
+import functools
 import json
+import shutil
 
 import pytest
 import torch
-from accelerate import init_empty_weights
-from conftest import flags
+from accelerate import Accelerator, init_empty_weights
+from conftest import REFUSED, flags
 from peak_memory import allocated, small_flux
 from safetensors.torch import load_file
 from test_families import FAMILIES
@@ -13,14 +15,15 @@ from tiny_pipelines import make_flux, make_qwen, make_sd3
 
 import train_glance_lora
 from glance import base as load_base
+from glance import command_line as cli
 from glance.adapters import lora_layers
 from glance.ask import pipeline as ask
 from glance.ask.velocity import PipelineVelocity
 from glance.files.recipe import WEIGHT_NAME
 from glance.shared_flags import QUANTIZATIONS
-from glance.training import estimate, fit
+from glance.training import distribution, estimate, fit, prepare
 from glance.training.dry_run import readable
-from glance_utils import InputError
+from glance_utils import PHASES, InputError
 
 
 CPU = torch.device("cpu")
@@ -98,6 +101,165 @@ def test_the_estimated_peak_of_training_is_the_measured_one(base, settings, wide
     args = found["args"]
     needed = fit.estimate_settings(args, found["captions"], (side, side), False, [args.gradient_checkpointing], print)
     assert needed.stages(args)["training"] == pytest.approx(found["measured"], rel=0.15)
+
+
+def test_drawing_and_preview_take_what_was_said(wider, train, monkeypatch):
+    """The base alone, with its guidance, and then with both LoRAs."""
+    found = {}
+
+    def measured(owner, name: str, stage: str):
+        original = getattr(owner, name)
+
+        def call(*arguments, **more):
+            pipe = next(part for part in arguments if isinstance(part, prepare.Prepared)).models.pipe
+            weights = size_of(pipe.transformer)
+            with allocated() as memory:
+                answer = original(*arguments, **more)
+            found[stage] = weights + memory["peak"]
+            return answer
+
+        monkeypatch.setattr(owner, name, call)
+
+    measured(prepare, "learn_from_base", "drawing")
+    measured(train_glance_lora, "draw_preview", "preview")
+    chosen = []
+    monkeypatch.setattr(train_glance_lora, "train_phases", chosen_settings(chosen, train_glance_lora.train_phases))
+    train(wider["sd3"], resolution=96, rank=8, max_train_steps=1, **TRAJECTORY, **OFF)
+    needed = fit.estimate_settings(chosen[0], ["a red ring"], (96, 96), True, [False], print)
+    stages = needed.stages(chosen[0])
+    assert list(stages) == ["encoding", "drawing", "training", "preview"]
+    assert {stage: stages[stage] for stage in found} == pytest.approx(found, rel=0.15)
+
+
+def chosen_settings(found: list, original):
+    """`original`, which gets a run's settings first; they are added to `found`."""
+
+    def call(args, *more):
+        found.append(args)
+        return original(args, *more)
+
+    return call
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What fits
+
+
+@pytest.fixture(scope="module")
+def needed(wider):
+    """The estimate of a run of the wider FLUX at 96x96."""
+    args = train_glance_lora.parse_args(
+        flags(pretrained_model_name_or_path=wider["flux"], instance_prompt="a red ring", rank=8, resolution=96)
+    )
+    return fit.estimate_settings(args, ["a red ring"], (96, 96), True, [False, True], print)
+
+
+def test_the_fastest_that_fits_is_taken(needed):
+    """Each setting saves more than the one before it, and is taken as soon as that no longer fits. A base of four
+    blocks is smaller in four bits than two of its layers are."""
+    choices = list(fit.LADDER[:-1])
+    sizes = [fit.needed_for(needed, choice) for choice in choices]
+    assert sizes == sorted(sizes, reverse=True)
+    for choice, size in zip(choices, sizes):
+        assert fit.first_fit(needed, choices, int(size / 0.9) + 2) == choice
+    assert fit.first_fit(needed, choices, int(sizes[-1] / 0.9) - 2) is None
+
+
+def given(**flags) -> fit.Choice:
+    return fit.Choice(**dict.fromkeys(("quantization", "gradient_checkpointing", "optimizer"), None) | flags)
+
+
+def test_what_is_given_is_kept():
+    assert fit.candidates(given(enable_group_offload=None), True) == list(fit.LADDER)
+    assert fit.LADDER[-1] not in fit.candidates(given(enable_group_offload=None), True, processes=2)
+    for choice in fit.candidates(given(quantization="int8", optimizer="prodigy", enable_group_offload=None), True):
+        assert (choice.quantization, choice.optimizer, choice.enable_group_offload) == ("int8", "prodigy", False)
+    # Weights that come and go would all stay without checkpointing; where a model has none, it is not asked for.
+    assert fit.candidates(given(quantization="fp8", optimizer="adamw"), True) == [fit.Choice("fp8", True)]
+    assert not any(choice.gradient_checkpointing for choice in fit.candidates(given(), False))
+    without_fit = fit.Choice("nf4", None, "adamw", False)
+    assert fit.candidates(without_fit, True) == [fit.Choice("nf4"), fit.Choice("nf4", True)]
+
+
+def memory_for(needed, place: int) -> str:
+    """What --memory must say for this step of the ladder."""
+    return f"{int(fit.needed_for(needed, fit.LADDER[place]) / 0.9 / 1e4 + 1) / 100}MB"
+
+
+def test_a_run_takes_the_advice_and_a_resumed_one_keeps_it(needed, wider, train, monkeypatch, caplog, tmp_path):
+    caplog.set_level("INFO")
+    chosen = []
+    monkeypatch.setattr(train_glance_lora, "train_phases", chosen_settings(chosen, train_glance_lora.train_phases))
+    settings = {"resolution": 96, "rank": 8, "max_train_steps": 2, "phase": "slow", "fit": "auto"}
+    settings |= {"output_dir": tmp_path / "output", **ON}
+    run = functools.partial(train, wider["flux"], **settings)
+    run(memory=memory_for(needed, 4), checkpointing_steps=1)
+    assert fit.as_choice(chosen[0]) == fit.LADDER[4]
+    assert "--quantization nf4 --gradient_checkpointing --use_8bit_adam: 0.0 GB; next to it, " in caplog.text
+    before = load_file(tmp_path / "output" / WEIGHT_NAME)
+    (tmp_path / "output" / WEIGHT_NAME).unlink()
+    shutil.rmtree(tmp_path / "output" / "checkpoint-2")
+    run(memory="80GB", resume_from_checkpoint="latest")  # where all would fit
+    assert fit.as_choice(chosen[1]) == fit.LADDER[4]
+    after = load_file(tmp_path / "output" / WEIGHT_NAME)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_halves_of_other_memory_choose_alike(phase, needed, wider, tmp_path):
+    """The scarcer memory counts, and what the checkpoint of either half was made with."""
+    args = train_glance_lora.parse_args(
+        flags(pretrained_model_name_or_path=wider["flux"], instance_prompt="a red ring", rank=8, fit="auto", **ON)
+    )
+    mine, other = {"slow": (4, 3), "fast": (3, 4)}[phase]
+    other_phase = next(name for name in PHASES if name != phase)
+    memory = cli.memory(memory_for(needed, other))
+    made_with = {"quantization": "int8", "optimizer": "adamw"}
+    for saved, wanted in (({}, fit.LADDER[4]), (made_with, fit.Choice("int8", True, "adamw"))):
+        store = torch.distributed.HashStore()
+        store.set(f"fit {other_phase}", json.dumps([[memory, saved]]))
+        here = args.replace(memory=cli.memory(memory_for(needed, mine)))
+        halves = distribution.Halves(phase, tmp_path, store)
+        found = fit.resolve(here, Accelerator(cpu=True), None, ["a red ring"], (96, 96), halves)
+        assert fit.as_choice(found) == wanted
+        assert json.loads(store.get(f"fit {phase}")) == [[here.memory, {}]]
+
+
+def test_what_cannot_be_fitted_is_said(train, tmp_path):
+    with pytest.raises(InputError, match="--fit auto: nothing fits 0.001 GB, of which a tenth is left; the least is "):
+        train(fit="auto", memory="1MB", **{"no-gradient_checkpointing": None})
+    make, size, _ = FAMILIES["hidream"]
+    with pytest.raises(InputError, match="--fit auto: HiDream.* decides by numbers, .*; give --quantization"):
+        train(make(tmp_path / "hidream"), resolution=size, fit="auto", **{"no-gradient_checkpointing": None})
+    for text in ("16", "16 apples", "0GB"):
+        with pytest.raises(REFUSED, match="is no memory such as 16GB"):
+            train(dry_run=True, memory=text)
+    with pytest.raises(REFUSED, match="--memory is for --fit auto or --dry_run; give one of them"):
+        train(memory="16GB")
+
+
+def test_fit_on_the_command_line_overrules_a_config(tmp_path):
+    path, saving = tmp_path / "config.json", {"quantization": "int8", "use_8bit_adam": True}
+    settings = {"pretrained_model_name_or_path": "x", "gradient_checkpointing": True} | saving
+
+    def chosen(*flags: str, **further) -> fit.Choice:
+        path.write_text(json.dumps(settings | further))
+        return fit.as_choice(train_glance_lora.parse_args([f"--config={path}", *flags]))
+
+    assert chosen() == fit.LADDER[3]
+    assert chosen("--fit=auto") == fit.Choice(None, None, None, None)
+    kept = chosen("--fit=auto", "--quantization=none", "--use_8bit_adam=false")
+    assert kept == fit.Choice("none", None, "adamw", None)
+    assert chosen(fit="auto") == fit.Choice("int8", True, "adamw8bit", None)
+
+
+def test_memory_is_in_units():
+    assert [cli.memory(text) for text in ("16GB", "15.5 GiB", "24g", "500MB")] == [
+        16_000_000_000,
+        int(15.5 * 2**30),
+        24_000_000_000,
+        500_000_000,
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------------
