@@ -2,9 +2,11 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from glance.ask import pipeline as ask
 from glance.ask import prompt_lengths
@@ -62,6 +64,30 @@ def test_watching_changes_nothing(base, pipelines):
             for how in ({}, {"truncation": True, "max_length": 9, "padding": "max_length", "return_tensors": "pt"}):
                 for text in (LONG, ["a", LONG], ""):
                     assert str(dict(other(text, **how))) == str(dict(tokenizer(text, **how)))
+
+
+@pytest.fixture
+def few_words(pipelines, tmp_path):
+    """FLUX whose second tokenizer knows the words of "a red ring" and no others."""
+    base = shutil.copytree(pipelines["flux"], tmp_path / "few words")
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "</s>": 2, "a": 3, "red": 4, "ring": 5}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    kwargs = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>", "model_max_length": 512}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **kwargs).save_pretrained(base / "tokenizer_2")
+    return base
+
+
+def test_what_a_tokenizer_does_not_know(few_words):
+    lines, pipe = [], ask.load_pipeline(few_words)
+    prompt_lengths.PromptLengths(pipe, lines.append).watch(pipe)
+    for prompt in ("a red ring", "a blue ring", "a red zebra drinks"):  # of the last two half at most
+        ask.dry_step(pipe, prompt=prompt, height=32, width=32)
+    assert lines == []
+    for prompt in ("", "ein rotes Zebra trinkt a", "ein rotes Zebra"):
+        ask.dry_step(pipe, prompt=prompt, height=32, width=32)
+    (line,) = lines
+    assert line.startswith("4 of 5 tokens of a prompt are unknown to tokenizer_2, ") and "Zebra" not in line
 
 
 def test_training_and_inference_say_it_once(train, infer, caplog, capfd):

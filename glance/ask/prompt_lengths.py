@@ -1,4 +1,4 @@
-"""Does an encoder see less of a prompt than was written? CLIP takes 77 tokens, most T5 512.
+"""Does an encoder see less of a prompt than was written? CLIP takes 77 tokens, most T5 512, and some know few words.
 
 Only watched here, never changed: the pipeline encodes as it would. Lengths may be reported, a prompt's words may not.
 """
@@ -24,12 +24,14 @@ class PromptLengths:
         self.reported = set()  # lengths in tokens
         parts = {name: getattr(part, "tokenizer", part) for name, part in pipe.components.items()}  # or a processor's
         self.tokenizers = {name: part for name, part in parts.items() if isinstance(part, PreTrainedTokenizerBase)}
+        self.unknown_to = set()  # names of tokenizers, as reported
         self.passed_on = dict.fromkeys(self.tokenizers, 0)  # the longest text that was not cut, in tokens
 
     def watch(self, pipe: DiffusionPipeline) -> None:
-        """Call say(line) from now on when the pipeline cuts a prompt, once for each length that it cuts to.
+        """Call say(line) from now on when the pipeline cuts a prompt, once for each length that it cuts to, and when a
+        tokenizer does not know most of one, once for each tokenizer.
 
-        The line tells how many tokens are kept, and nothing of the prompt. To be called before `remember_prompts`.
+        The line tells how many tokens are seen, and nothing of the prompt. To be called before `remember_prompts`.
         """
         for name, tokenizer in self.tokenizers.items():
             self._watch_tokenizer(name, tokenizer)
@@ -43,6 +45,17 @@ class PromptLengths:
             self.reported.add(most)
             self.say(f"A prompt is cut: {name} keeps {most} of its {tokens} tokens; what is beyond them is not seen")
 
+    def _report_unknown(self, name: str, texts: list[list[int]], unknown: int) -> None:
+        """Say that a tokenizer has no token for most of a text, of which it made its id `unknown`."""
+        for ids in texts:
+            missing = ids.count(unknown)
+            if missing > len(ids) / 2 and name not in self.unknown_to:
+                self.unknown_to.add(name)
+                self.say(
+                    f"{missing} of {len(ids)} tokens of a prompt are unknown to {name}, so its encoder sees little of "
+                    "it; write it in the language and the letters of the model"
+                )
+
     def _watch_tokenizer(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """Give this very tokenizer a class of its own, whose calls are compared with ones that may not cut."""
         kind = type(tokenizer)
@@ -50,6 +63,9 @@ class PromptLengths:
         def call(tokenizer, *args, **kwargs):
             whole = {"truncation": False, "padding": False, "max_length": None, "return_tensors": None}
             tokens = count_tokens(kind.__call__(tokenizer, *args, **kwargs | whole))
+            if tokenizer.unk_token_id is not None:
+                plain = kind.__call__(tokenizer, *args, **kwargs | whole | {"add_special_tokens": False})
+                self._report_unknown(name, id_lists(plain), tokenizer.unk_token_id)
             most = kwargs.get("max_length") or tokenizer.model_max_length
             if kwargs.get("truncation") not in (None, False, "do_not_truncate") and tokens > most:
                 self._report(name, most, tokens)
@@ -93,5 +109,10 @@ class PromptLengths:
 
 def count_tokens(encoding) -> int:
     """Return the length in tokens of the longest text that was encoded."""
+    return max(map(len, id_lists(encoding)), default=0)
+
+
+def id_lists(encoding) -> list[list[int]]:
+    """Return the ids of each text that was encoded."""
     ids = encoding["input_ids"]
-    return max(map(len, ids), default=0) if ids and isinstance(ids[0], list) else len(ids)
+    return ids if ids and isinstance(ids[0], list) else [ids]
