@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, flags
 
 import infer_glance
@@ -92,6 +93,28 @@ def test_what_accelerate_cannot_begin_is_one_line(train, infer, trained, monkeyp
             call()
         assert "accelerate cannot begin as it was launched (invalid truth value perhaps)" in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_processes_than_accelerators(monkeypatch, tmp_path):
+    devices = torch.accelerator.device_count()
+    few, many = max(devices, 1), devices + 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(few))
+    parse()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(many))
+    line = (
+        f"{many} processes were launched on a machine of {devices} accelerators; launch with --num_processes {few}, "
+    )
+    with pytest.raises(InputError, match=line):
+        parse(output_dir=tmp_path / "output")
+    with pytest.raises(InputError, match=line):
+        infer_glance.parse_args(flags(pretrained_model_name_or_path="base", prompt="a dog"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    parse()
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setenv("LOCAL_RANK", str(many - 1))  # all that some launchers say
+    with pytest.raises(InputError, match=line):
+        parse()
 
 
 def test_accelerate_launch_decides_the_bases_dtype(pipelines):

@@ -4,6 +4,7 @@ Another cause from outside belongs here; what is wrong with an input is said whe
 """
 
 import contextlib
+import os
 import re
 import signal
 import sys
@@ -19,6 +20,8 @@ from glance.start import say_stopped
 from glance_utils import InputError
 
 
+# How many processes others than torch's launcher have started, which may know nothing of each other.
+STARTED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 TRAJECTORIES = "trajectories.safetensors"  # what the base drew before training
 # As atomic.replace_file names what it has not yet renamed.
 LEFTOVER = re.compile(
@@ -90,9 +93,10 @@ def locked(output_dir: str | Path):
     try:
         lock.acquire()
     except Timeout:
-        raise InputError(
-            f"--output_dir {path.parent}: another run is writing there; wait for it or name another folder"
-        ) from None
+        other = "another run is writing there; wait for it or name another folder"
+        if any(os.environ.get(name, "1") != "1" for name in STARTED):
+            other += "; or processes of one run were started apart: start them by `accelerate launch`"
+        raise InputError(f"--output_dir {path.parent}: {other}") from None
     except OSError:  # a file system that knows no locks
         pass
     try:

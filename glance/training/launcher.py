@@ -8,6 +8,7 @@ launcher that nothing here does belongs in REFUSED.
 import contextlib
 import os
 
+import torch
 from accelerate.utils import parse_flag_from_env
 
 from glance.ask.pipeline import first_line
@@ -76,6 +77,21 @@ def check() -> None:
         value = launched_value(variable)
         if value not in (None, "false", "0", "1" if variable.endswith("_SIZE") else None):
             raise InputError(f"accelerate was launched with {variable}={value}: {instead}")
+    check_devices()
+
+
+def check_devices() -> None:
+    """Raise InputError where more processes were launched on this machine than it has accelerators.
+
+    Without any, accelerate would let each of them train alone; with too few, torch says "invalid device ordinal".
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or int(os.environ.get("LOCAL_RANK", 0)) + 1)
+    devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if launched_value("ACCELERATE_USE_CPU") in (None, "false", "0") and local > max(devices, 1):
+        raise InputError(
+            f"{local} processes were launched on a machine of {devices} accelerator{'s' * (devices != 1)}; launch with --num_processes "
+            f"{max(devices, 1)}, or all of them on the CPU with --cpu"
+        )
 
 
 def with_defaults(args: Settings) -> Settings:
