@@ -52,6 +52,11 @@ RENAMED = {
     "negative_prompt": "neg validation_negative_prompt",
     "true_cfg_scale": "validation_guidance_real",
     "guidance_scale": "validation_guidance validation_guidance_scale",
+    "validation_prompt": "final_validation_prompt validation_prompts validation_prompt_library user_prompt_library "
+    "sample_prompts prompts prompt samples",
+    "num_validation_images": "num_eval_images",
+    "validation_steps": "validation_epochs sample_every sample_every_n_steps sample_every_n_epochs "
+    "validate_every_n_steps",
     "checkpointing_steps": "save_every save_every_n_steps save_every_n_epochs save_steps checkpoint_step_interval "
     "checkpointing_epochs save_n_epoch_ratio save_state checkpoint_epoch_interval",
     "checkpoints_total_limit": "max_step_saves_to_keep save_last_n_steps save_last_n_epochs save_last_n_steps_state "
@@ -134,13 +139,11 @@ NOT_DONE = {
     "controlnet_model_name_or_path cond_image_column conditioning_data_dir masked_loss alpha_mask control_path "
     "ctrl_img ctrl_img_1 ctrl_img_2 ctrl_img_3",
     "a data set is read as it is by default, one row of it: see --dataset_index": "dataset_config_name",
-    "validation draws in ten steps and compares with the base: see --help": "validation_epochs "
-    "final_validation_prompt skip_final_inference validation_resolution validation_num_inference_steps "
-    "validation_seed validation_scheduler validation_disable_unconditional validation_prompt_library "
-    "user_prompt_library validation_torch_compile num_eval_images evaluation_type eval_steps_interval "
-    "sample_every sample_every_n_steps sample_every_n_epochs sample_at_first sample_prompts sample_sampler "
-    "sample_steps sample_start_step skip_first_sample disable_sampling walk_seed prompts prompt samples "
-    "sample_height sample_width validation_split validate_every_n_steps validation_prompts",
+    "validation draws as inference will, beside the base: see --validation_prompt": "skip_final_inference "
+    "validation_resolution validation_num_inference_steps validation_seed validation_scheduler sample_sampler "
+    "validation_disable_unconditional validation_torch_compile evaluation_type eval_steps_interval sample_steps "
+    "sample_start_step skip_first_sample disable_sampling walk_seed sample_height sample_width validation_split "
+    "sample_at_first",
     "trackers and the repository get names from --output_dir": "tracker_project_name tracker_run_name tracker_name "
     "wandb_run_name wandb_entity training_comment hf_private huggingface_repo_type huggingface_repo_visibility "
     "name hub_private_repo metadata_title metadata_author metadata_description metadata_license metadata_tags",

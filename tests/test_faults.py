@@ -324,6 +324,10 @@ def test_a_second_run_in_the_same_folder_is_refused(train, at_step, tmp_path):
     with pytest.raises(InputError) as error:
         train()
     assert_one_line(error, str(output), "another run")
+    assert "apart" not in str(error.value)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="of one run were started apart"):
+        patch.setenv("SLURM_STEP_NUM_TASKS", "2")
+        train()
     assert [path.name for path in output.iterdir()] == [".lock"]
     other.kill()
     other.communicate()

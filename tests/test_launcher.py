@@ -101,9 +101,7 @@ def test_more_processes_than_accelerators(monkeypatch, tmp_path):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(few))
     parse()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(many))
-    line = (
-        f"{many} processes were launched on a machine of {devices} accelerators; launch with --num_processes {few}, "
-    )
+    line = f"{many} processes were launched on a machine of {devices} accelerators?; launch with --num_processes {few}"
     with pytest.raises(InputError, match=line):
         parse(output_dir=tmp_path / "output")
     with pytest.raises(InputError, match=line):
