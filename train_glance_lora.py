@@ -12,20 +12,21 @@ are asked of the pipeline itself (glance/ask/).
 """
 
 from glance import start
-from glance.training import flags
+from glance.training import flags, summary
 
 
 if __name__ == "__main__":
     settings = start.as_script("not while training, so no checkpoint was written", flags.parse)
+    summary.begin(settings)
 
 import contextlib
 import functools
+import logging
 import signal
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -41,12 +42,12 @@ from glance.files import faults
 from glance.files.checkpoints import save_checkpoint, with_run
 from glance.files.instance_data import load_pair
 from glance.files.lora import save_lora
-from glance.training import distribution, launcher, losses, out_of_memory, own_defaults, trackers, trajectories
+from glance.training import distribution, launcher, losses, out_of_memory, own_defaults, stages, trackers, trajectories
 from glance.training.draw_command import draw_command
 from glance.training.draws import Draws
 from glance.training.dry_run import dry_run
 from glance.training.fit import resolve
-from glance.training.log import LossLog, check_finite
+from glance.training.log import LossLog, check_finite, join_losses, read_losses, write_losses
 from glance.training.model_card import create_hub_repo, draw_preview, push_to_hub, save_picture, write_model_card
 from glance.training.optimizer import TrainingState, make_optimizer
 from glance.training.phases import Phase, find_source, folders, plan_phases
@@ -56,7 +57,7 @@ from glance.training.validation import Validation
 from glance_utils import PHASES, denoiser, timesteps_to_sigmas
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 ADAPTER = "glance"
 
@@ -138,10 +139,12 @@ def train_phase(args, accelerator, prepared: Prepared, phase: Phase, validation:
     if phase.checkpoint is not None:
         step = phase.checkpoint["step"]
         state.restore(phase.checkpoint, step * args.gradient_accumulation_steps)
+        log.restore(phase.checkpoint["losses"])
+        logger.info(f"Resuming from {phase.checkpoint['folder']} ({name}, step {step} of {args.max_train_steps})")
     distribution.copy_from_first(accelerator, parameters)
 
     hidden = not accelerator.is_local_main_process
-    progress = tqdm(total=args.max_train_steps, initial=step, desc=name, disable=hidden)
+    progress = tqdm(total=args.max_train_steps, initial=step, desc=name, delay=0, disable=hidden)
     checkpointing = args.gradient_checkpointing or not transformer._supports_gradient_checkpointing
     stage = out_of_memory.in_training(args, lambda: f"training {name}, step {step + 1}", checkpointing)
     with progress, stage:
@@ -151,7 +154,7 @@ def train_phase(args, accelerator, prepared: Prepared, phase: Phase, validation:
             with accelerator.accumulate(model):
                 loss, by_timestep = losses.step_losses(model, objective, draw)
                 by_timestep = accelerator.gather(by_timestep.detach()[None]).mean(0).tolist()
-                mean_loss = log.add(draw.positions, by_timestep)
+                mean_loss = log.add(step + 1, draw.positions, by_timestep)
                 check_finite(mean_loss, "loss", name, step + 1, max(chosen))
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -167,7 +170,8 @@ def train_phase(args, accelerator, prepared: Prepared, phase: Phase, validation:
             lr_scheduler.step()
             progress.update()
             trained_on = ",".join(f"{timestep:.0f}" for timestep in chosen)
-            progress.set_postfix(loss=f"{mean_loss:.4f}", timestep=trained_on, refresh=False)
+            shown = {} if log.last_round() is None else {"loss": f"{log.last_round():.4f}"}
+            progress.set_postfix(**shown, timestep=trained_on, refresh=False)
             total = phase.steps_before + step
             newest = log.newest | {"lr": lr_scheduler.get_last_lr()[0]} | trackers.memory(accelerator)
             newest |= {} if norm is None else {f"{name}/grad_norm": float(norm)}
@@ -175,14 +179,17 @@ def train_phase(args, accelerator, prepared: Prepared, phase: Phase, validation:
             stop = accelerator.check_trigger()  # on every process, where a signal reached any
             due = args.checkpointing_steps and step % args.checkpointing_steps == 0
             if (stop or due) and accelerator.is_main_process:
-                content = state.content() | {"settings": phase.compared, "step": step}
+                content = state.content() | {"settings": phase.compared, "step": step, "losses": log.state()}
                 with faults.one_line_errors(args.output_dir):
                     folder = save_checkpoint(args.output_dir, content, total, args.checkpoints_total_limit)
                 logger.info(f"Saved {folder}")
             if stop:
                 return Path(args.output_dir) / f"checkpoint-{total}"
             validation.on_the_way(name, step, total)
-    logger.info(f"  {name}: mean loss {log.means()}")
+    logger.info(f"  {name}: loss of each timestep, first round -> last: {log.first_and_last()}")
+    if accelerator.is_main_process:  # before the LoRA, by which a resumed run knows that the phase is finished
+        with faults.one_line_errors(args.output_dir):
+            write_losses(args.output_dir, read_losses(args.output_dir, phase.earlier) + log.rows())
     accelerator.free_memory()
     return None
 
@@ -199,6 +206,7 @@ def train_phases(args, accelerator, prepared: Prepared, phases: list[Phase], val
                 continue
             timesteps = ", ".join(f"{timestep:.4f}" for timestep in phase.recipe.timesteps)
             logger.info(f"  {phase.recipe.phase}: {timesteps}")
+            stages.enter(f"training {phase.recipe.phase}")
             stopped = train_phase(args, accelerator, prepared, phase, validation)
             if stopped:
                 trackers.end(accelerator)
@@ -237,7 +245,7 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
             # not prepared, so there is no autocast. Accelerate still brings fp16's loss scaling.
             kwargs_handlers=[InitProcessGroupKwargs(timeout=distribution.PATIENCE)],
         )
-    cli.set_up_logging()
+    cli.set_up_logging(accelerator.is_main_process, f"{halves.phase}: " if halves else "")
     if args.allow_tf32:
         torch.set_float32_matmul_precision("high")
     distribution.check_combination(args, accelerator)
@@ -245,10 +253,11 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
     if halves is not None:
         locks, output_dir = locks and halves.phase == "slow", halves.output_dir
     with faults.signals_handled(), faults.locked(output_dir) if locks else contextlib.nullcontext():
-        train(args, accelerator, halves)
+        with stages.measured(accelerator.device) as measurement:
+            train(args, accelerator, measurement, halves)
 
 
-def train(args, accelerator, halves=None):
+def train(args, accelerator, measurement, halves=None):
     """Do the whole run, or with --parallel_phases its half, in an output folder that no other run writes to."""
     args = own_defaults.with_one_frame(args)
     image, caption, size = load_pair(args, functools.partial(own_defaults.own_size, args))
@@ -282,6 +291,7 @@ def train(args, accelerator, halves=None):
     logger.info("***** Running training *****")
     logger.info(f"  Phases = {', '.join(recipes)}, {args.max_train_steps} steps each")
     logger.info(f"  Image = {size[1]}x{size[0]}, latents {tuple(prepared.latents.shape)}")
+    summary.say_steps(prepared.steps, prepared.answers.timesteps)
     logger.info(f"  Total batch size = {batch}")
     validation = Validation(args, accelerator, prepared, ADAPTER, halves.output_dir if halves else output_dir)
     train_phases(args, accelerator, prepared, phases, validation)
@@ -291,12 +301,14 @@ def train(args, accelerator, halves=None):
     preview = None
     drawn = len(recipes) == 2 or recipes and validation.jobs
     if drawn and (accelerator.is_main_process or distribution.is_sharded()):
+        stages.enter("preview")
         with out_of_memory.in_preview():
             preview = draw_preview(prepared, recipes, output_dir, args.seed, validation)
     if accelerator.is_main_process and recipes:
         with faults.one_line_errors(output_dir):
             if halves is not None:
                 faults.sweep(output_dir)
+                join_losses(output_dir)
                 save_picture(image, output_dir / "instance.png")
             if preview is not None:
                 save_picture(preview, output_dir / "glance.png")
@@ -307,6 +319,7 @@ def train(args, accelerator, halves=None):
     if args.push_to_hub and accelerator.is_main_process and recipes:
         push_to_hub(output_dir, repo_id, list(recipes))
     if accelerator.is_main_process and recipes:
+        summary.say_done(measurement.report(), output_dir, list(recipes))
         print(draw_command(args, output_dir, list(recipes)))
 
 

@@ -300,16 +300,28 @@ def load_arguments(args: argparse.Namespace) -> dict:
     return {key: value for key in ("revision", "variant", "cache_dir") if (value := getattr(args, key))}
 
 
-def set_up_logging() -> None:
-    """Show our own messages, and only the errors of the libraries: a pipeline repeats its advice at every step."""
+def show_own_logs(level: int = logging.INFO, name: str = "") -> None:
+    """Show our own messages from `level` on, after a name where there is one, and the warnings of the libraries."""
+    form = logging.Formatter(f"%(asctime)s - %(levelname)s - {name}%(message)s", "%H:%M:%S")
+    logging.basicConfig()
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:  # the one that was just made, or earlier
+            handler.setFormatter(form)
+    for own in ("glance", "__main__"):
+        logging.getLogger(own).setLevel(level)
+
+
+def set_up_logging(speaks: bool = True, name: str = "") -> None:
+    """Show our own messages, where this process `speaks`, and only the errors of the libraries: a pipeline repeats its
+    advice at every step. `name` tells the processes apart where several speak."""
     import diffusers
     import transformers
 
-    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    show_own_logs(logging.INFO if speaks else logging.ERROR, name)
     for library in (diffusers, transformers):
         library.logging.set_verbosity_error()
-        library.logging.disable_progress_bar()
+        if not speaks:
+            library.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
 
 

@@ -35,6 +35,7 @@ def as_script(hint: str, parse: Callable[[], Settings] | None = None) -> Setting
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DELAY", "1")  # of what takes a second, no bar is needed
     if sys.stdout:  # a caption that the terminal cannot show ends no run
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -28,7 +28,12 @@ found["parameters"] = [parameter.tolist() for parameter in parameters]
 for kind in ("whole", "sharded"):
     os.environ["ACCELERATE_USE_FSDP"] = str(kind == "sharded")
     done = []
-    results = distribution.share([1, 2, 3], lambda job: done.append(job) or torch.full((2,), float(job)), kind)
+
+    def work(job, advance):
+        done.append(job)
+        return torch.full((2,), float(job))
+
+    results = distribution.share([1, 2, 3], work, kind)
     found[kind] = done, [result.tolist() for result in results]
 torch.save(found, Path(sys.argv[1]) / f"{rank}.pt")
 distribution.leave()

@@ -19,11 +19,13 @@ import train_glance_lora
 from glance.ask.velocity import PipelineVelocity
 from glance.files import checkpoints, faults
 from glance.files.recipe import WEIGHT_NAME, read_recipe
+from glance.training import log
 from glance_utils import InputError
 
 
 PHASES = ("slow", "fast")
-FILES = {"instance.png", "glance.png", "README.md", *(f"{phase}/{WEIGHT_NAME}" for phase in PHASES)}
+FILES = {"instance.png", "glance.png", "README.md", "loss.csv", "loss.png"}
+FILES |= {f"{phase}/{WEIGHT_NAME}" for phase in PHASES}
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -403,14 +405,15 @@ def test_fp16s_scaler_leaves_a_step_with_infinite_gradients_out(train, bad_gradi
     assert any(not torch.equal(value, states[2]["lora"][name]) for name, value in states[0]["lora"].items())
 
 
-def test_the_log_ends_with_each_timesteps_mean_loss(train, caplog):
+def test_the_log_ends_with_each_timesteps_first_and_last_loss(train, caplog):
     with caplog.at_level("INFO"):
         output = train(phase="slow", max_train_steps=10, report_to="tensorboard")
     logs = EventAccumulator(str(next((output / "logs").rglob("events.out*")).parent))
     logs.Reload()
-    means = []
+    changes, rows = [], {}
     for timestep in read_recipe(output / WEIGHT_NAME).timesteps:
-        losses = [log.value for log in logs.Scalars(f"slow/loss_at_{timestep:.0f}")]
-        means.append(f"{sum(losses) / len(losses):.4f} at {timestep:.0f}")
-        assert len(losses) == 2
-    assert any(message.endswith(f"slow: mean loss {', '.join(means)}") for message in caplog.messages)
+        first, last = logs.Scalars(f"slow/loss_at_{timestep:.0f}")
+        changes.append(f"{timestep:.0f}: {first.value:.3g} -> {last.value:.3g}")
+        rows |= {event.step: ("slow", event.step, timestep, pytest.approx(event.value)) for event in (first, last)}
+    assert any(message.endswith(", ".join(changes)) for message in caplog.messages)
+    assert log.read_losses(output, ["slow"]) == [rows[step] for step in range(1, 11)]

@@ -31,6 +31,7 @@ from glance_utils import __version__, activate_adapter, add_noise, flow_matching
 
 
 PHASES = ("slow", "fast")
+WRITTEN = {"README.md", "instance.png", "loss.csv", "loss.png"}
 # The last block's text output goes nowhere, so what makes it is in the LoRA but gets no gradient.
 UNREACHABLE = {
     "flux": r"$^",
@@ -545,7 +546,7 @@ def test_simpletuners_recipe_runs_as_written(train, infer, pair, tmp_path, monke
 
 def test_output_folder_and_recipes(train, pipelines, pair):
     output = train(height=32, width=48, guidance_scale=2.5, lora_alpha=8)
-    assert {path.name for path in output.iterdir()} == {"slow", "fast", "README.md", "instance.png", "glance.png"}
+    assert {path.name for path in output.iterdir()} == {"slow", "fast", *WRITTEN, "glance.png"}
     assert Image.open(output / "instance.png").size == Image.open(output / "glance.png").size == (48, 32)
     timesteps = []
     for phase in PHASES:
@@ -584,7 +585,7 @@ def test_output_folder_and_recipes(train, pipelines, pair):
 
 def test_one_phase_is_written_directly_into_the_output_folder(train):
     output = train(phase="fast")
-    assert {path.name for path in output.iterdir()} == {WEIGHT_NAME, "README.md", "instance.png"}
+    assert {path.name for path in output.iterdir()} == {WEIGHT_NAME, *WRITTEN}
     assert recipe_of(output).phase == "fast"
     assert "](./glance.png)" not in (output / "README.md").read_text()
 

@@ -104,12 +104,12 @@ def segment_targets(points, sigmas, positions, coefficients=None) -> tuple[list[
 
 
 def walk(
-    pipe: DiffusionPipeline, timesteps: list[float], timestep_table, seed: int, coefficients=None, **call
+    pipe: DiffusionPipeline, timesteps: list[float], timestep_table, seed: int, coefficients=None, advance=None, **call
 ) -> list[torch.Tensor]:
     """Return the latents (B, ...) before each of these steps of the pipeline and after the last, on the CPU.
 
     They are summed up in float32, whatever the pipeline computes in. `coefficients`, [a, c] for each step, are
-    fit_coefficients' answer; Euler's steps without.
+    fit_coefficients' answer; Euler's steps without. advance() is called after each step.
     """
     sigmas = [*timesteps_to_sigmas(timesteps), 0.0]
     sign = -1 if counts_image(pipe.scheduler) else 1
@@ -123,6 +123,8 @@ def walk(
         if index == 0:
             points.append(sample.to(torch.float32, copy=True))  # some pipelines write into it
         points.append(points[-1] + (sigmas[index + 1] - sigmas[index]) * (a * velocity + c * previous))
+        if advance is not None:
+            advance()
         if index == len(timesteps) - 1:
             raise Answer  # what some pipelines do to the final latents needs the VAE, which was freed
         previous = velocity

@@ -9,19 +9,19 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
 
 import torch
-from accelerate.logging import get_logger
 
 from glance.files.atomic import replace_file
 from glance.files.recipe import WEIGHT_NAME, Recipe, read_recipe, shown
 from glance_utils import PHASES, InputError
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 STATE_NAME = "training_state.pt"
 # All flags are compared, later ones too, when a run goes on from what another left, except these, which cannot
@@ -105,7 +105,9 @@ def load_checkpoint(name: str | None, output_dir: str | Path) -> dict | None:
             raise ValueError("phase")
         if not {"lora", "optimizer", "lr_scheduler", "generator"} <= set(state) or type(state["step"]) is not int:
             raise KeyError("state")
-        return state
+        if state.setdefault("losses", torch.zeros(0, 3)).shape[1:] != (3,):
+            raise ValueError("losses")
+        return state | {"folder": path.name}
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"--resume_from_checkpoint {path}: no {STATE_NAME} there; name a checkpoint-N") from None
     except Exception as error:  # a damaged file: zip, unpickling and key errors of several kinds

@@ -23,9 +23,10 @@ from glance_utils import InputError
 # How many processes others than torch's launcher have started, which may know nothing of each other.
 STARTED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 TRAJECTORIES = "trajectories.safetensors"  # what the base drew before training
+LOSSES = "loss.csv"
 # As atomic.replace_file names what it has not yet renamed.
 LEFTOVER = re.compile(
-    rf"\.({'|'.join(map(re.escape, (WEIGHT_NAME, STATE_NAME, TRAJECTORIES)))}|README\.md|\w+\.png)\.\d+"
+    rf"\.({'|'.join(map(re.escape, (WEIGHT_NAME, STATE_NAME, TRAJECTORIES, LOSSES)))}|README\.md|\w+\.png)\.\d+"
 )
 
 

@@ -27,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import distribute_tensor
+from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
 from glance import base as load_base
@@ -121,8 +122,10 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def share(jobs: list, work, description: str) -> list:
-    """Return [work(job) for job in jobs] on every process; job i is done by process i modulo their number.
+def share(jobs: list, work, description: str, steps: int = 1) -> list:
+    """Return [work(job, advance) for job in jobs] on every process; job i is done by process i modulo their number.
+
+    Each job has so many `steps`, after each of which it may call advance(), for a progress bar.
 
     A sharded model computes on all processes or on none: where the jobs of the last round are fewer, the processes
     without one do its last job too.
@@ -130,11 +133,14 @@ def share(jobs: list, work, description: str) -> list:
     state = PartialState()
     count, rank = state.num_processes, state.process_index
     results = []
-    for start in tqdm(range(0, len(jobs), count), desc=description, disable=not state.is_local_main_process):
-        part = jobs[start : start + count]
-        busy = rank < len(part)
-        result = work(part[rank if busy else -1]) if busy or is_sharded() else None
-        results += gather_on_host(result if busy else None)[: len(part)]
+    starts, hidden = range(0, len(jobs), count), not state.is_local_main_process
+    with tqdm(total=len(starts) * steps, desc=description, delay=1, disable=hidden) as progress:
+        for done, start in enumerate(starts, 1):
+            part = jobs[start : start + count]
+            busy = rank < len(part)
+            result = work(part[rank if busy else -1], progress.update) if busy or is_sharded() else None
+            results += gather_on_host(result if busy else None)[: len(part)]
+            progress.update(done * steps - progress.n)
     return results
 
 
@@ -191,7 +197,9 @@ def shard(transformer: torch.nn.Module, weights: dict, device: torch.device, res
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for part in transformer.children():
         for block in part if isinstance(part, torch.nn.ModuleList) else ():
+            block.register_forward_hook(without_views)
             fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    transformer.register_forward_hook(without_views)
     fully_shard(transformer, mesh=mesh)
     rows = {}
     for name, parameter in transformer.named_parameters():
@@ -202,6 +210,14 @@ def shard(transformer: torch.nn.Module, weights: dict, device: torch.device, res
     transformer.load_state_dict(rows, strict=False, assign=True)
     kind = type(transformer)  # named as diffusers knows it: a pipeline writes down its models' classes
     kind.__name__, kind.__module__ = kind.__mro__[2].__name__, kind.__mro__[2].__module__
+
+
+def without_views(module, args, output):
+    """Return a block's output with copies of what are views.
+
+    Where the model adds to a view in place, FSDP's hook on it is lost, and with it the block's weights in backward.
+    """
+    return tree_map_only(torch.Tensor, lambda part: part.clone() if part._is_view() else part, output)
 
 
 def prepare(args, accelerator, model, parameters, optimizer):

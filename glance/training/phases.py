@@ -36,7 +36,8 @@ class Phase:
     recipe: Recipe
     folder: Path  # where its file is written
     compared: dict  # the settings that its checkpoints have in common with a run that goes on from them
-    steps_before: int  # that earlier phases were trained
+    earlier: list[str]  # the phases of this run before it
+    steps_before: int  # that those were trained
     finished: bool  # an earlier run has written it
     checkpoint: dict | None  # to go on from
 
@@ -112,6 +113,7 @@ def plan_phases(
             recipes[phase],
             folders(args)[phase],
             compared[phase],
+            list(phases)[:number],
             number * args.max_train_steps,
             phase in finished,
             checkpoints.get(phase),

@@ -7,13 +7,15 @@ answered, which is data, as long as the run. Whoever keeps a model beyond its ti
 import dataclasses
 import functools
 import itertools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from accelerate.logging import get_logger
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
+from tqdm.auto import tqdm
 
 from glance import base as load_base
 from glance import command_line as cli
@@ -27,14 +29,14 @@ from glance.ask.prompt_lengths import PromptLengths
 from glance.ask.schedule import ask_timestep_table
 from glance.ask.velocity import PipelineVelocity, check_instantaneous, check_memoryless, takes_batches, takes_timesteps
 from glance.command_line import Settings
-from glance.training import distribution, estimate, losses, out_of_memory
+from glance.training import distribution, estimate, losses, out_of_memory, stages, summary
 from glance.training.draws import Draw
 from glance.training.steps import Steps, choose_steps, pick_steps, warn_of_shares
 from glance.training.trajectories import Teacher, Trajectories, check_can_draw, draw_trajectories
 from glance_utils import InputError, denoiser
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -154,7 +156,7 @@ def batch_sizes(samples: int, timesteps: int, takes_timesteps: bool, takes_batch
 
 def remember_captions(pipe, captions: list[str], call: dict, train_calls: list[dict], sizes: list[int]) -> None:
     """Let the pipeline encode every caption as it will be asked for: alone to draw it, in batches to train on it."""
-    for caption in captions:
+    for caption in tqdm(captions, desc="encoding", delay=1, disable=not PartialState().is_local_main_process):
         ask.dry_step(pipe, **call | {"prompt": caption})
         for train_call, size in itertools.product(train_calls, sizes):
             ask.dry_step(pipe, **train_call | {ask.batch_argument(pipe): size, "prompt": caption})
@@ -170,6 +172,8 @@ def prepare_pipeline(args, accelerator, base: str, image, captions: list[str], s
         prepared = ask_everything(args, accelerator, image, captions, size)
     accelerator.free_memory()
     pipe = prepared.models.pipe
+    summary.say_adapted(denoiser(pipe), prepared.answers.layers, args.rank)
+    stages.enter("loading transformer")
     with out_of_memory.in_training(args, "loading the transformer"):
         transformer = with_adapters(prepared.models.load_transformer())
     setattr(pipe, denoiser_name(pipe.config), transformer)
@@ -188,9 +192,11 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
     left that could keep one in memory while the transformer is there.
     """
     path, dtype = args.pretrained_model_name_or_path, DTYPES[args.mixed_precision]
+    stages.enter("loading encoders")
     pipe = ask.load_pipeline(path, dtype, **cli.load_arguments(args))
     for component in ask.freeable_components(pipe).values():
         component.to(accelerator.device)
+    stages.enter("encoding")
     call, single_call, layers = ask_call(args, pipe, captions[0], size)
     train_call = trained_call(args, call, single_call)
     settings, timesteps, steps = choose_steps(args, pipe, call)

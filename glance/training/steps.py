@@ -3,9 +3,8 @@
 The numbers of steps in the settings may be None, "as the base has them"; here they become numbers.
 """
 
+import logging
 from dataclasses import dataclass
-
-from accelerate.logging import get_logger
 
 from glance.ask.sampler import most_positions
 from glance.ask.schedule import ask_timesteps, has_own_steps
@@ -14,7 +13,7 @@ from glance.command_line import Settings
 from glance_utils import InputError, derive_timesteps, grid_positions
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 BASE_STEPS, STEPS = 50, 10  # unless flags or the base say otherwise
 

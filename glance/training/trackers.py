@@ -2,19 +2,19 @@
 cannot begin, and no run is lost to one that fails later."""
 
 import contextlib
+import logging
 import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from PIL import Image
 
 from glance.ask.pipeline import first_line
 from glance_utils import InputError
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def begin(args, accelerator) -> None:

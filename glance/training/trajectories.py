@@ -7,11 +7,11 @@ draws the same, need not draw them again.
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.logging import get_logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 
@@ -22,11 +22,11 @@ from glance.ask.velocity import PipelineVelocity
 from glance.files import faults
 from glance.files.atomic import replace_file
 from glance.files.checkpoints import NOT_COMPARED, NOT_DRAWN
-from glance.training import distribution
+from glance.training import distribution, stages
 from glance_utils import InputError, __version__, denoiser, grid_positions, segment_slopes, timesteps_to_sigmas
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 FORMAT = 2  # of the file, and of how its content is made; one of another format is drawn again
 MOST_FITTED = 4  # trajectories that tell the sampler; the grid of one alone varies by a tenth in what it loses
 
@@ -62,15 +62,22 @@ class Teacher:
         self.timestep_table = timestep_table
         self.sigmas = [*timesteps_to_sigmas(base_timesteps), 0.0]
 
-    def draw(self, caption: str, seed: int, positions=None, coefficients=None) -> list[torch.Tensor]:
+    def draw(self, caption: str, seed: int, positions=None, coefficients=None, advance=None) -> list[torch.Tensor]:
         """Return all points of a trajectory, before each step and after the last, (1, ...) float32 each.
 
-        `positions` are the steps to walk, all by default; `coefficients` are a fitted solver's, [a, c] for each.
+        `positions` are the steps to walk, all by default; `coefficients` are a fitted solver's, [a, c] for each;
+        advance() is called after each step.
         Raise FloatingPointError where the trajectory does not end at finite numbers: what learns from it would not.
         """
         timesteps = self.timesteps if positions is None else [self.timesteps[position] for position in positions]
         points = grids.walk(
-            self.pipe, timesteps, self.timestep_table, seed, coefficients, **self.call | {"prompt": caption}
+            self.pipe,
+            timesteps,
+            self.timestep_table,
+            seed,
+            coefficients,
+            advance=advance,
+            **self.call | {"prompt": caption},
         )
         with faults.explained(f"what the base draws to be trained on, in {denoiser(self.pipe).dtype}"):
             ask_latents.check_finite(points[-1], "its final latents")
@@ -112,14 +119,16 @@ def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], measured:
             choices.append((grid, "fitted", positions, grids.fit_coefficients(points, teacher.sigmas, positions)))
     choices = distribution.gather_on_host(choices)[0]  # another kind of processor may round otherwise
 
-    def measure(choice) -> float:
-        return grids.relative_error(teacher.draw(*measured, *choice[2:])[-1], exact)
+    def measure(choice, advance) -> float:
+        return grids.relative_error(teacher.draw(*measured, *choice[2:], advance)[-1], exact)
 
     if len(choices) > 1:
-        errors = distribution.share(choices, measure, "samplers")
+        stages.enter("choosing")
+        errors = distribution.share(choices, measure, "choosing a sampler", count)
         ranked = sorted(zip(errors, choices), key=lambda pair: pair[0])
         for error, (grid, solver, positions, _) in ranked:
-            logger.info(f"{grid} grid, {solver} solver: error {error:.4f} to {steps} steps, positions {positions}")
+            kept = " ".join(str(position + 1) for position in positions)  # as the paper counts them
+            logger.info(f"  {grid} grid, {solver} solver: error {error:.4f} to {steps} steps, positions {kept}")
         choices = [choice for _, choice in ranked]
     grid, _, positions, coefficients = choices[0]
     return grid, positions, coefficients
@@ -161,23 +170,26 @@ def draw_trajectories(args, accelerator, teacher: Teacher, base: str, captions: 
     order = early + [index for index in range(len(jobs)) if index not in early]
     drawn = {}
 
-    def draw_early(index: int) -> list[torch.Tensor] | None:
-        drawn[index] = teacher.draw(*jobs[index])
+    def draw_early(index: int, advance) -> list[torch.Tensor] | None:
+        drawn[index] = teacher.draw(*jobs[index], advance=advance)
         return drawn[index] if index in early else None
 
-    def learn(index: int) -> list[torch.Tensor]:
-        points = drawn.pop(index, None) or teacher.draw(*jobs[index])
+    def learn(index: int, advance) -> list[torch.Tensor]:
+        points = drawn.pop(index, None) or teacher.draw(*jobs[index], advance=advance)
         return [torch.stack(part) for part in grids.segment_targets(points, teacher.sigmas, positions, coefficients)]
 
+    stages.enter("drawing")
+    steps = len(teacher.timesteps)
     rounds = -(-len(early) // accelerator.num_processes)
     first = order[: rounds * accelerator.num_processes]
-    shared = dict(zip(first, distribution.share(first, draw_early, "trajectories to choose a sampler by")))
+    shared = dict(zip(first, distribution.share(first, draw_early, "drawing, to choose by", steps)))
     points = [torch.cat(parts) for parts in zip(*(shared[index] for index in spread))]
     grid, positions, coefficients = choose_sampler(args, teacher, points, jobs[last], shared[last][-1])
     if args.loss == "trajectory" and args.guidance == "keep":
         teacher.check(shared[0], positions)
     picture = shared[0][-1]
-    learned = dict(zip(order, distribution.share(order, learn, "trajectories")))
+    stages.enter("drawing")
+    learned = dict(zip(order, distribution.share(order, learn, "drawing", steps)))
     learned = [learned[index] for index in range(number)]
     starts, targets = (torch.stack(part)[:, :, 0].unflatten(0, (len(captions), seeds)) for part in zip(*learned))
     ends = [teacher.sigmas[position] for position in positions] + [0.0]

@@ -1,0 +1,113 @@
+"""What does a run say of itself? At once what it was asked for, then what the base makes of it, at the end what it
+took and what lies where.
+
+Nothing is imported here but the standard library, so that the first lines come before the libraries. Captions do not
+belong in what a run prints.
+"""
+
+import json
+import logging
+import os
+import platform
+import re
+from pathlib import Path
+
+from glance import command_line as cli
+from glance.command_line import Settings
+
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+WHAT = {
+    "instance.png": "what was trained on",
+    "glance.png": "the caption, drawn with both LoRAs",
+    "loss.csv": "all losses",
+    "loss.png": "what they look like",
+    "trajectories.safetensors": "what the base drew, for the next run",
+    "README.md": "the model card",
+}
+
+
+def begin(args: Settings) -> None:
+    """Say what the run was asked for, then, when torch is there, on which device: within two seconds."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    cli.show_own_logs()
+    kind = base_class(args.pretrained_model_name_or_path, args.revision)
+    grid = "timesteps as given" if args.flow_custom_timesteps else f"{args.grid} grid"
+    scale = "" if args.guidance_scale is None else f" {args.guidance_scale:g}"
+    logger.info("***** Glance *****")
+    logger.info(f"  Base = {args.pretrained_model_name_or_path}{f', {kind}' if kind else ''}")
+    logger.info(f"  Loss = {args.loss}, {grid}, {args.solver} solver, guidance{scale}: {args.guidance}")
+    logger.info(f"  LoRA = rank {args.rank}, {args.max_train_steps} steps, learning rate {args.learning_rate:g}")
+    logger.info(f"  Output = {args.output_dir}")
+    dtype = DTYPES.get(args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no", "float32")
+    logger.info(f"  Device = {device_name()}; {dtype}, quantization {args.quantization}")
+
+
+def base_class(base: str, revision: str | None) -> str | None:
+    """Return the class of the pipeline, where its model_index.json is on this machine."""
+    path = Path(base, "model_index.json")
+    try:
+        if not path.exists():
+            from huggingface_hub import try_to_load_from_cache
+
+            path = try_to_load_from_cache(base, path.name, revision=revision)
+        name = json.loads(Path(path).read_text(encoding="utf-8"))["_class_name"]
+        return name if name.isidentifier() else None
+    except Exception:  # not downloaded, or not what it should be, which the run itself will say
+        return None
+
+
+def device_name() -> str:
+    """Return the device that accelerate will take, and its name."""
+    import torch
+
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on"):
+        return f"cpu, {processor()}, {torch.get_num_threads()} threads"
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    name = torch.cuda.get_device_name(index) if device.type == "cuda" else platform.processor()
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    return f"{device.type}, {name}" + (f", the first of {processes} processes" if processes > 1 else "")
+
+
+def processor() -> str:
+    """Return the name of the processor, as far as the system tells."""
+    try:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def say_adapted(transformer, layers: list[str], rank: int) -> None:
+    """Say how many layers each LoRA adapts, and how many parameters it trains."""
+    sizes = [transformer.get_submodule(layer) for layer in layers]
+    count = sum(rank * (layer.in_features + layer.out_features) for layer in sizes)
+    logger.info(f"  Adapted = {len(layers)} layers, {count:,} trainable parameters in each LoRA")
+
+
+def say_steps(steps, base_timesteps: list[float]) -> None:
+    """Say which of the base's steps were taken, counted from 1, by what grid, and for which solver."""
+    solver = "fitted" if steps.coefficients else "euler"
+    if steps.grid is None:
+        logger.info(f"  Sampler = timesteps as given, {solver} solver")
+        return
+    positions = [[base_timesteps.index(timestep) + 1 for timestep in phase] for phase in steps.phases.values()]
+    places = " | ".join(" ".join(map(str, phase)) for phase in positions)
+    logger.info(f"  Sampler = {steps.grid} grid, {solver} solver, steps {places} of {len(base_timesteps)}")
+
+
+def say_done(report: list[str], output_dir: Path, phases: list[str]) -> None:
+    """Say what each stage took, as `report` has it, and what lies where."""
+    loras = [output_dir / phase for phase in phases] if len(phases) == 2 else [output_dir]
+    logger.info("***** Done *****")
+    for line in report:
+        logger.info(f"  {line}")
+    for phase, folder in zip(phases, loras):
+        logger.info(f"  {folder / 'pytorch_lora_weights.safetensors'}: the {phase} LoRA")
+    for name, what in WHAT.items():
+        if (output_dir / name).exists():
+            logger.info(f"  {output_dir / name}: {what}")
