@@ -215,7 +215,7 @@ def train_phases(args, accelerator, prepared: Prepared, phases: list[Phase], val
                 hint = f"go on with --resume_from_checkpoint {stopped}" if accelerator.is_main_process else None
                 faults.leave(*(noted or [signal.SIGTERM]), hint=hint)
             if accelerator.is_main_process:
-                recipe = with_run(phase.recipe, phase.compared)
+                recipe = with_run(phase.recipe, phase.compared, phase.asked)
                 with faults.one_line_errors(args.output_dir):
                     logger.info(f"Saved {save_lora(transformer, ADAPTER, phase.folder, recipe, name)}")
     if accelerator.check_trigger():  # after the last step
@@ -263,7 +263,7 @@ def train(args, accelerator, measurement, halves=None):
     image, caption, size = load_pair(args, functools.partial(own_defaults.own_size, args))
     captions = [caption, *(prompt for prompt in cli.read_prompts(args.prompts_file) if prompt != caption)]
     args = resolve(args, accelerator, image, captions, size, halves)
-    source = find_source(args, accelerator.num_processes, image, captions)
+    source = find_source(args, accelerator.num_processes, image, captions, size)
     for folder in folders(args).values():
         faults.check_writable(folder, "--output_dir")
 

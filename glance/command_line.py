@@ -10,8 +10,10 @@ import difflib
 import json
 import logging
 import math
+import os
 import re
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -325,9 +327,22 @@ def set_up_logging(speaks: bool = True, name: str = "") -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
 
 
+def is_first_process() -> bool:
+    """Return whether this is the first of the processes that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say_error(error: Exception) -> None:
-    """Write the error in one line, as argparse would."""
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {error}\n")
+    """Write the error in one line, as argparse would.
+
+    Of several processes the first one writes it; all leave it to torch's launcher, which ends with it.
+    """
+    line = f"{Path(sys.argv[0]).name}: error: {error}"
+    launcher_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if launcher_file:  # as torch.distributed.elastic's `record` does, but without a traceback
+        Path(launcher_file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
+    if is_first_process() or not launcher_file:
+        sys.stderr.write(f"{line}\n")
 
 
 def run(main) -> None:

@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from glance.command_line import Settings, say_error
+from glance.command_line import Settings, is_first_process, say_error
 
 
 def say_stopped(number: int, hint: str) -> None:
-    """Write in one line which signal ended the script, and the hint."""
-    sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped by {signal.Signals(number).name}; {hint}\n")
+    """Write in one line which signal ended the script, and the hint; of several processes the first one does."""
+    if is_first_process():
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped by {signal.Signals(number).name}; {hint}\n")
 
 
 def as_script(hint: str, parse: Callable[[], Settings] | None = None) -> Settings | None:

@@ -43,9 +43,9 @@ NOT_COMPARED = {
     # what is drawn on the way: it has its own seeds and puts the adapter back, and no gradient comes of it
     *("validation_prompt", "num_validation_images", "validation_steps"),
     # where things are written, and what is written beside the LoRAs
-    *("output_dir", "logging_dir", "report_to", "push_to_hub", "hub_model_id", "checkpointing_steps"),
-    *("checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "config", "model_type", "model_family"),
-    *("cache_latents", "offload"),
+    *("output_dir", "overwrite_output_dir", "logging_dir", "report_to", "push_to_hub", "hub_model_id"),
+    *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "config"),
+    *("model_type", "model_family", "cache_latents", "offload"),
 }
 # Further ones that what the base draws, before any LoRA, does not depend on.
 NOT_DRAWN = {
@@ -138,9 +138,35 @@ def run_settings(args, recipe: Recipe | None, base: str, learned: str, processes
     return plain(flags | recipe | batch | {"base_model": base, "image_and_caption": learned})
 
 
-def with_run(recipe: Recipe, settings: dict) -> Recipe:
-    """Return the recipe with a digest of the settings: a resumed run knows by it which phases it finished."""
-    return dataclasses.replace(recipe, run=hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest())
+def digest(settings: dict) -> str:
+    """Return the SHA-256 of settings that JSON can hold."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def with_run(recipe: Recipe, settings: dict, asked: str | None = None) -> Recipe:
+    """Return the recipe with a digest of the settings: a resumed run knows by it which phases it finished.
+
+    `asked` is the digest of those that were asked for, by which a new run knows whose LoRA it would write over.
+    """
+    return dataclasses.replace(recipe, run=digest(settings), asked=asked)
+
+
+def check_replaced(folders: dict[str, Path], asked: dict[str, str]) -> None:
+    """Raise InputError where a run would write over a LoRA of other settings; `asked` are its phases' digests.
+
+    It is said before the base is loaded: of two that ask for the same, the second writes the same again.
+    """
+    for phase, folder in folders.items():
+        path = folder / WEIGHT_NAME
+        if not path.exists():
+            continue
+        with contextlib.suppress(InputError):  # of another trainer, or damaged
+            if read_recipe(path).asked == asked[phase]:
+                continue
+        raise InputError(
+            f"--output_dir: {path} is of a run with other settings; name another folder, or give "
+            "--overwrite_output_dir to write over it"
+        )
 
 
 def is_finished(recipe: Recipe, settings: dict, folder: Path) -> bool:
@@ -245,10 +271,10 @@ def check_unfinished(args, folders: dict[str, Path], finished: set) -> None:
         if find_checkpoints(elsewhere):
             remedy = "leave --parallel_phases out" if args.parallel_phases else "give --parallel_phases"
             raise InputError(f"{latest} {elsewhere} holds the checkpoints; {remedy}, as the run did that wrote them")
-        if not finished and (folder / WEIGHT_NAME).exists():
+        if not finished and (folder / WEIGHT_NAME).exists() and not args.overwrite_output_dir:
             raise InputError(
                 f"{latest} the LoRA in {folder} is of another run, with other settings; name another --output_dir, or "
-                "leave --resume_from_checkpoint out to write over it"
+                "give --overwrite_output_dir to write over it"
             )
     if folders and not finished:
         logger.info(f"{latest} {output_dir} holds nothing to go on from; starting anew")

@@ -92,11 +92,12 @@ class Recipe:
     rank: int = checked(count(65536))
     version: str = checked(is_text)  # of Glance
     run: str | None = checked(lambda value: value is None or is_text(value), default=None)  # digest of all settings
+    asked: str | None = checked(lambda value: value is None or is_text(value), default=None)  # of those asked for
 
     def as_dict(self) -> dict:
-        """Return the fields as a file has them; `run` is left out where it is not known."""
+        """Return the fields as a file has them; the digests are left out where they are not known."""
         entries = {part.name: getattr(self, part.name) for part in fields(self)}
-        return {name: value for name, value in entries.items() if name != "run" or value is not None}
+        return {name: value for name, value in entries.items() if name not in ("run", "asked") or value is not None}
 
     def to_json(self) -> str:
         """Return the recipe as the text that a file's header holds."""

@@ -215,6 +215,7 @@ def add_validation(parser: cli.Parser) -> None:
 def add_outputs(parser: cli.Parser) -> None:
     add = parser.add_argument_group("checkpoints, logs, hub").add_argument
     add("--output_dir", default="output/glance", help="where all of it is written")
+    add("--overwrite_output_dir", action="store_true", help="write over the LoRAs of a run with other settings")
     add("--checkpointing_steps", type=cli.positive(int), help="write a checkpoint every so many steps")
     add("--checkpoints_total_limit", type=cli.positive(int), help="keep this many")
     add("--resume_from_checkpoint", help="'latest', which starts anew where there is none, or a checkpoint folder")

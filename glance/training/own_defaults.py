@@ -5,11 +5,11 @@ that is taken from the pipeline is said in one line.
 """
 
 import contextlib
+import logging
 import re
 
 import diffusers
 import torch
-from accelerate.logging import get_logger
 from diffusers import DiffusionPipeline
 
 from glance import command_line as cli
@@ -21,7 +21,7 @@ from glance.training.weightless import load_without_weights
 from glance_utils import InputError
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def own_size(args: Settings, *near: int) -> tuple[int, int]:

@@ -13,7 +13,15 @@ from glance import base as load_base
 from glance import command_line as cli
 from glance.ask import pipeline as ask
 from glance.command_line import Settings
-from glance.files.checkpoints import check_flags, check_lora, find_resume, load_checkpoint, run_settings
+from glance.files.checkpoints import (
+    check_flags,
+    check_lora,
+    check_replaced,
+    digest,
+    find_resume,
+    load_checkpoint,
+    run_settings,
+)
 from glance.files.recipe import Recipe
 from glance.training import distribution
 from glance.training.prepare import Prepared
@@ -27,6 +35,7 @@ class Source:
     base: str  # base.identify's
     learned: str  # SHA-256 of the image's pixels and the captions
     checkpoint: dict | None  # that --resume_from_checkpoint names, or the newest
+    asked: dict[str, str]  # a digest of what each phase is asked for
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class Phase:
 
     recipe: Recipe
     folder: Path  # where its file is written
+    asked: str  # Source's
     compared: dict  # the settings that its checkpoints have in common with a run that goes on from them
     earlier: list[str]  # the phases of this run before it
     steps_before: int  # that those were trained
@@ -48,18 +58,26 @@ def folders(args: Settings) -> dict[str, Path]:
     return {phase: output_dir / phase if len(phases) == 2 else output_dir for phase in phases}
 
 
-def find_source(args: Settings, num_processes: int, image: Image.Image | None, captions: list[str]) -> Source:
-    """Return what the run learns from.
+def find_source(args: Settings, num_processes: int, image: Image.Image | None, captions: list[str], size) -> Source:
+    """Return what the run learns from; `size` is (height, width) in pixels.
 
-    Raise InputError where the checkpoint to resume is another run's, as far as flags say before the base is loaded.
+    Raise InputError where the checkpoint to resume, or a LoRA that would be written over, is another run's, as far as
+    flags say before the base is loaded.
     """
     content = [b"" if image is None else image.tobytes(), *(text.encode() for text in captions)]
     learned = hashlib.sha256(b"\0".join(content)).hexdigest()
     base = load_base.identify(args.pretrained_model_name_or_path, **cli.load_arguments(args))
     checkpoint = load_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    settings = run_settings(args, None, base, learned, num_processes)
     if checkpoint is not None:
-        check_flags(checkpoint["settings"], run_settings(args, None, base, learned, num_processes))
-    return Source(base, learned, checkpoint)
+        check_flags(checkpoint["settings"], settings)
+    asked = {
+        phase: digest(settings | {"phase": phase, "timesteps": timesteps, "size": size})
+        for phase, timesteps in args.custom_timesteps.items()
+    }
+    if not args.overwrite_output_dir and args.resume_from_checkpoint != "latest":  # which find_resume checks
+        check_replaced(folders(args), asked)
+    return Source(base, learned, checkpoint, asked)
 
 
 def make_recipe(args, prepared: Prepared, phase: str, size: tuple[int, int]) -> Recipe:
@@ -112,6 +130,7 @@ def plan_phases(
         Phase(
             recipes[phase],
             folders(args)[phase],
+            source.asked[phase],
             compared[phase],
             list(phases)[:number],
             number * args.max_train_steps,

@@ -31,7 +31,7 @@ WHAT = {
 
 def begin(args: Settings) -> None:
     """Say what the run was asked for, then, when torch is there, on which device: within two seconds."""
-    if os.environ.get("RANK", "0") != "0":
+    if not cli.is_first_process():
         return
     cli.show_own_logs()
     kind = base_class(args.pretrained_model_name_or_path, args.revision)
