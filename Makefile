@@ -26,9 +26,7 @@ export MALLOC_TOP_PAD_ := 268435456
 	touch $@
 
 demo: .venv/runtime
-	$(BIN)/accelerate launch --quiet --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		--num_cpu_threads_per_process $$($(PYTHON) -c "import os; print(os.cpu_count())") \
-		train_glance_lora.py --config configs/demo.yaml
+	ACCELERATE_USE_CPU=1 $(BIN)/python train_glance_lora.py --config configs/demo.yaml
 	$(BIN)/python infer_glance.py --pretrained_model_name_or_path demo/model --lora output/demo \
 		--prompts_file demo/prompts.txt --compare --output output/demo/comparison.png
 

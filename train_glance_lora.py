@@ -1,8 +1,8 @@
 """Train Glance's Slow-LoRA and Fast-LoRA (arXiv 2512.02899) on one image and its caption.
 
-    accelerate launch train_glance_lora.py --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev \\
+    python train_glance_lora.py --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev \\
         --instance_image data/glance.png --output_dir output/glance --mixed_precision bf16 --gradient_checkpointing
-    accelerate launch train_glance_lora.py --config configs/demo.yaml
+    python train_glance_lora.py --config configs/demo.yaml
 
 The caption is --instance_prompt or the .txt beside the image. One run trains both phases and writes
 OUTPUT/slow/pytorch_lora_weights.safetensors and OUTPUT/fast/..., each with its recipe in the header; infer_glance.py

@@ -15,9 +15,8 @@ from glance.command_line import Settings, is_first_process, say_error
 
 
 def say_stopped(number: int, hint: str) -> None:
-    """Write in one line which signal ended the script, and the hint; of several processes the first one does."""
-    if is_first_process():
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped by {signal.Signals(number).name}; {hint}\n")
+    """Write in one line which signal ended the script, and the hint."""
+    sys.stderr.write(f"{Path(sys.argv[0]).name}: stopped by {signal.Signals(number).name}; {hint}\n")
 
 
 def as_script(hint: str, parse: Callable[[], Settings] | None = None) -> Settings | None:
@@ -29,7 +28,8 @@ def as_script(hint: str, parse: Callable[[], Settings] | None = None) -> Setting
     """
 
     def leave(number, frame):
-        say_stopped(number, hint)
+        if is_first_process():
+            say_stopped(number, hint)
         os._exit(128 + number)  # some imports, numpy's for one, go on after an exception
 
     signal.signal(signal.SIGINT, leave)

@@ -250,6 +250,21 @@ def test_one_process_goes_on_from_what_two_left_with_the_same_batch(launched, se
     assert {name: files_in(tmp_path)[name] for name in names} == {name: content[name] for name in names}
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_the_first_of_several_processes_speaks(kind, launched):
+    """Of torch's warnings none is left: no view of a block's output that FSDP would lose its hook on."""
+    _, done, _ = launched(kind, 2)
+    assert done.stderr.count("Done") == 7 + (kind == "ddp")
+    assert "RANK" not in done.stderr and "UserWarning" not in done.stderr
+
+
+def test_a_mistake_is_the_first_line_and_in_the_launchers_last():
+    done = launch(KINDS["ddp"], 2, ROOT / "train_glance_lora.py", "--rank=0")
+    first, *_, last, _ = done.stderr.splitlines()
+    assert first.startswith("train_glance_lora.py: error: argument --rank") and last.endswith(first)
+    assert sum(line.startswith("train_glance_lora.py: error") for line in done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("kind, processes", [("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)])
 def test_a_killed_process_ends_the_launch(kind, processes, launched):
     root, done, ended = launched(kind, processes)

@@ -46,7 +46,7 @@ def test_what_a_run_has_made_is_pushed_and_nothing_else(hub, train, tmp_path):
     train(push_to_hub=True, checkpointing_steps=5, report_to="tensorboard", grid="even", solver="fitted")
     assert set(hub) == PUSHED
     assert {name.split("/")[0] for name in files_in(output) if name not in hub} == {
-        *("checkpoint-5", "checkpoint-10", "fast", "logs", "notes.txt", faults.TRAJECTORIES)
+        *("checkpoint-5", "checkpoint-10", "fast", "logs", "notes.txt", "loss.csv", "loss.png", faults.TRAJECTORIES)
     }
     hub.clear()
     train(push_to_hub=True, phase="slow", hub_model_id="a/b", output_dir=output)  # where both phases were before

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from glance.command_line import is_first_process
 from glance.files.checkpoints import STATE_NAME, find_checkpoints
 from glance.files.recipe import WEIGHT_NAME
 from glance.start import say_stopped
@@ -31,8 +32,11 @@ LEFTOVER = re.compile(
 
 
 def leave(number: int, frame=None, hint: str | None = "not while training, so no checkpoint was written") -> None:
-    """End the process after this signal, in one line and with the exit code that a shell gives it."""
-    if hint:
+    """End the process after this signal, in one line and with the exit code that a shell gives it.
+
+    Of several processes that a signal finds (it comes with a frame) the first one says so.
+    """
+    if hint and (frame is None or is_first_process()):
         say_stopped(number, hint)
     sys.exit(128 + number)
 
