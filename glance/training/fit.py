@@ -3,11 +3,11 @@
 The order in which memory is saved is LADDER's; how much is needed is estimate.py's business.
 """
 
+import logging
 from dataclasses import asdict
 
 import psutil
 import torch
-from accelerate.logging import get_logger
 
 from glance import command_line as cli
 from glance.ask.pipeline import find_denoiser
@@ -20,7 +20,7 @@ from glance.training.weightless import load_without_weights
 from glance_utils import InputError
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # From the fastest to the smallest: each setting that saves memory, on top of those before it.
 LADDER = (
