@@ -8,10 +8,10 @@ put back, and what goes wrong with a picture is one line. No model is kept; the 
 """
 
 import contextlib
+import logging
 from pathlib import Path
 
 import torch
-from accelerate.logging import get_logger
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -28,7 +28,7 @@ from glance.training.phases import folders
 from glance_utils import PHASES, InputError, Schedule, denoiser, switchable_adapters
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 FOLDER = "validation"  # in the output folder: a picture of each time, named by the training steps until then
 
