@@ -85,6 +85,9 @@ class HelpFormatter(argparse.HelpFormatter):
         silent = isinstance(action, Switch) or action.default in (None, argparse.SUPPRESS, {})
         return action.help if silent else f"{action.help} (default: %(default)s)"
 
+    def _get_default_metavar_for_optional(self, action):
+        return action.dest.rpartition("_")[2].upper()
+
     def _format_action_invocation(self, action):
         return (
             ", ".join(action.option_strings)
@@ -103,7 +106,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, usage=USAGE, **kwargs)
         self.register("action", "store_true", Switch)
         self.foreign = foreign
-        self.add_argument("--config", help="YAML or JSON file with these settings, leading dashes or not")
+        self.add_argument(
+            "--config", help="a YAML or JSON file of these settings, by their names; the command line wins"
+        )
 
     def error(self, message):
         raise mistake(f"{' '.join(message.split())[:500]}; see --help")

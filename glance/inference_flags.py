@@ -37,7 +37,7 @@ def add_sampling(parser: cli.Parser) -> None:
     group = parser.add_argument_group("sampling")
     timesteps = "'SLOW LIST;FAST LIST'; as trained by default, derived for files without recipe"
     add_shared(group, "--flow_custom_timesteps", help=timesteps)
-    add_shared(group, "--guidance_scale", help="as trained by default")
+    add_shared(group, "--guidance_scale", help="strength of guidance; as trained by default")
     add_shared(group, "--guidance", help="as trained by default; fold: none, it is in the LoRAs")
     add_shared(group, "--pipeline_kwargs", *(f"--{name}" for name in CALL_FLAGS))
 
@@ -45,12 +45,12 @@ def add_sampling(parser: cli.Parser) -> None:
 def add_pictures(parser: cli.Parser) -> None:
     group = parser.add_argument_group("prompts and pictures")
     add = group.add_argument
-    add("--prompt", action="append", help="may be given several times")
-    add_shared(group, "--prompts_file", help="one prompt a line")
+    add("--prompt", action="append", help="what to draw; may be given several times")
+    add_shared(group, "--prompts_file", help="a text file of prompts, one a line")
     add("--output", default="out.png", help="the picture's file; out-000.png, ... where there are several")
     add("--num_images", type=cli.positive(int), default=1, help="images per prompt")
-    add_shared(group, "--seed", help="of the first image of a prompt")
-    add_shared(group, "--height", "--width", help="as trained by default")
+    add_shared(group, "--seed", help="seed of a prompt's first image; the next has the next")
+    add_shared(group, "--height", "--width", help="in pixels; as trained by default")
     add("--compare", action="store_true", help="one labelled picture: base at full steps, base at ten, Glance")
 
 
@@ -63,7 +63,11 @@ def add_memory(parser: cli.Parser) -> None:
     add_shared(group, "--compile", help="torch.compile the repeated blocks; fuses the LoRAs where it can")
     add("--enable_model_cpu_offload", action="store_true", help="keep only the component at work on the accelerator")
     add_shared(group, "--enable_group_offload")
-    add("--enable_sequential_cpu_offload", action="store_true", help="slowest, least memory")
+    add(
+        "--enable_sequential_cpu_offload",
+        action="store_true",
+        help="move each layer to the accelerator when it computes: slowest, least memory",
+    )
     add("--enable_vae_tiling", action="store_true", help="decode large pictures in tiles")
 
 

@@ -15,17 +15,20 @@ SIDE = cli.positive(int, MAX_SIDE)
 
 SHARED = {
     "--pretrained_model_name_or_path": {"help": "the base: a diffusers pipeline, folder or hub id"},
-    "--revision": {"help": "git revision of the base on the hub"},
+    "--revision": {"help": "branch, tag or commit of the base on the hub"},
     "--variant": {"help": "variant of the base's weight files, for example fp16"},
     "--cache_dir": {"help": "where downloads are kept; the hub's own cache by default"},
     "--pipeline_kwargs": {
         "type": cli.json_object,
         "default": {},
-        "help": "JSON: further arguments of the pipeline's call",
+        "help": "further arguments of the pipeline's call, as JSON",
     },
-    "--max_sequence_length": {"type": cli.positive(int), "help": "tokens of a prompt that the pipeline encodes"},
-    "--negative_prompt": {"help": "what guidance leads away from"},
-    "--true_cfg_scale": {"type": cli.finite, "help": "guidance by a negative prompt beside an embedded guidance"},
+    "--max_sequence_length": {"type": cli.positive(int), "help": "how many tokens of a prompt the pipeline encodes"},
+    "--negative_prompt": {"help": "what classifier-free guidance leads away from"},
+    "--true_cfg_scale": {
+        "type": cli.finite,
+        "help": "strength of guidance by a negative prompt, beside a guidance that the model is told",
+    },
     "--guidance_scale": {"type": cli.finite},
     "--guidance": {"choices": ("keep", "fold")},
     "--flow_custom_timesteps": {"type": cli.comma_separated},
@@ -36,7 +39,7 @@ SHARED = {
     "--quantization": {
         "choices": QUANTIZATIONS,
         "default": "none",
-        "help": "of the base's transformer, while it loads",
+        "help": "load the base's transformer in fewer bits",
     },
     "--enable_group_offload": {
         "action": "store_true",

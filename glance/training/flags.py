@@ -37,23 +37,23 @@ def add_model(parser: cli.Parser) -> None:
     group = parser.add_argument_group("model")
     add_shared(group, "--pretrained_model_name_or_path", "--revision", "--variant", "--cache_dir")
     add_shared(group, "--pipeline_kwargs", *(f"--{name}" for name in CALL_FLAGS))
-    add_shared(group, "--guidance_scale", help="the pipeline's own by default")
+    add_shared(group, "--guidance_scale", help="strength of guidance; the pipeline's own by default")
 
 
 def add_data(parser: cli.Parser) -> None:
     group = parser.add_argument_group("data", "one image and its caption, or --instance_prompt alone")
     add = group.add_argument
-    add("--instance_image", help="the image file")
-    add("--instance_prompt", help="its caption; by default the .txt beside the image")
+    add("--instance_image", help="the image to learn from")
+    add("--instance_prompt", help="its caption, else the .txt beside it; alone, the base draws the image")
     add("--instance_data_dir", help="or: a folder that holds one image and its .txt")
     add("--data_backend_config", help="or: a SimpleTuner dataloader JSON with one image")
     add("--dataset_name", help="or: one row of a data set, hub name or folder")
-    add("--dataset_index", type=int, default=0, help="which row")
+    add("--dataset_index", type=int, default=0, help="which row of the data set")
     add("--image_column", default="image", help="the data set's column of images")
     add("--caption_column", default="text", help="the data set's column of captions")
     add_shared(group, "--prompts_file", help="further captions for the trajectory loss, one a line")
     add("--resolution", type=SIDE, help="height and width in pixels; the pipeline's own size by default")
-    add_shared(group, "--height", "--width", help="in pixels; --resolution by default")
+    add_shared(group, "--height", "--width", help="in pixels, in place of --resolution")
     add(
         "--aspect",
         choices=("crop", "keep"),
@@ -68,16 +68,16 @@ def add_schedule(parser: cli.Parser) -> None:
     add(
         "--phase",
         choices=("slow", "fast", "both"),
-        help="both by default, or the one that a single list of timesteps is",
+        help="which LoRAs to train; both by default, or the one that a single list of timesteps is for",
     )
     add("--parallel_phases", action="store_true", help="slow on one half of the processes, fast on the other")
-    timesteps = "'LIST' for one phase, 'SLOW LIST;FAST LIST' for both; derived by default"
+    timesteps = "0 to 1000: 'LIST' for one phase, 'SLOW LIST;FAST LIST' for both; the base's own by --grid by default"
     add_shared(group, "--flow_custom_timesteps", help=timesteps)
     add(
         "--flow_timesteps_mode",
         choices=("stratified", "random"),
         default="stratified",
-        help="each round of steps visits every timestep once, or each step draws one",
+        help="stratified: each round of steps visits every timestep once; random: each step draws one",
     )
     add(
         "--num_base_steps",
@@ -87,13 +87,13 @@ def add_schedule(parser: cli.Parser) -> None:
     add(
         "--num_inference_steps",
         type=cli.positive(int),
-        help="the first half slow, the rest fast; 10, or half of a base's own few steps",
+        help="that the LoRAs are trained for, the first half slow, the rest fast; 10, or half of a base's own few",
     )
     add(
         "--grid",
         choices=("glance", "even", "auto"),
-        help="which of the model's own steps: the published ones, every n-th, or whichever measure best of these and "
-        "of those that follow its trajectory best; glance for the flow loss, auto for the trajectory loss",
+        help="which of the base's own steps are kept: the published ones, every n-th, or what measures best of these "
+        "and of those that follow its trajectory best; glance for the flow loss, auto for the trajectory loss",
     )
 
 
@@ -104,21 +104,26 @@ def add_learned(parser: cli.Parser) -> None:
         "--loss",
         choices=("flow", "trajectory"),
         default="flow",
-        help="towards the image, as published, or along the base's own trajectory, which needs no image",
+        help="flow: towards the image, as published; trajectory: along the base's own, which needs no image",
     )
-    add_shared(group, "--guidance", default="keep", help="fold: infer without, in half the model calls")
-    add("--num_trajectories", type=cli.positive(int, 10**4), default=4, help="seeds per caption")
+    add_shared(
+        group,
+        "--guidance",
+        default="keep",
+        help="keep: draw with guidance; fold: the LoRAs learn it, to draw without, in half the model calls",
+    )
+    add("--num_trajectories", type=cli.positive(int, 10**4), default=4, help="how many the base draws of each caption")
     add(
         "--segment_weights",
         choices=SEGMENT_WEIGHTS,
         default="uniform",
-        help="of the trajectory loss: alike, or by the length of each step in sigma, or its square",
+        help="of the steps in the trajectory loss: alike, or by the length of each step in sigma, or its square",
     )
     add(
         "--flow_weight",
         type=cli.positive(float),
         default=0.0,
-        help="so much of the flow loss beside the trajectory loss",
+        help="add so much of the flow loss to the trajectory loss",
     )
     add(
         "--solver",
@@ -130,32 +135,41 @@ def add_learned(parser: cli.Parser) -> None:
 
 def add_lora(parser: cli.Parser) -> None:
     add = parser.add_argument_group("LoRA").add_argument
-    add("--rank", "--lora_rank", type=cli.positive(int, 4096), default=32, help="of both LoRAs")
-    add("--lora_alpha", type=cli.positive(float), help="the rank by default")
+    add("--rank", "--lora_rank", type=cli.positive(int, 4096), default=32, help="rank of both LoRAs")
+    add("--lora_alpha", type=cli.positive(float), help="a LoRA counts alpha / rank times; the rank by default")
     add("--lora_dropout", type=cli.below_one, default=0.0, help="share of the LoRAs' inputs that is left out")
     add(
         "--lora_layers",
         type=cli.comma_separated,
-        help="comma-separated names of linear layers; attention, MLP output and modulation by default",
+        help="names of the linear layers to adapt, comma-separated; attention, MLP output and modulation by default",
     )
 
 
 def add_training(parser: cli.Parser) -> None:
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add_shared(group, "--seed", help="of every random choice")
-    add("--max_train_steps", type=cli.positive(int), default=60, help="per phase")
-    add("--train_batch_size", type=cli.positive(int), default=1, help="samples of a step, on each process")
-    add("--timesteps_per_step", type=cli.positive(int), default=1, help="5 trains all of a phase's in every step")
-    add("--gradient_accumulation_steps", type=cli.positive(int), help="accelerate launch's by default, or 1")
+    add_shared(group, "--seed", help="seed of every random choice")
+    add("--max_train_steps", type=cli.positive(int), default=60, help="optimizer steps of each phase")
+    add("--train_batch_size", type=cli.positive(int), default=1, help="samples of a batch, on each process")
+    add(
+        "--timesteps_per_step",
+        type=cli.positive(int),
+        default=1,
+        help="how many timesteps a step trains at once; 5 are all of a phase's",
+    )
+    add(
+        "--gradient_accumulation_steps",
+        type=cli.positive(int),
+        help="batches before each step; accelerate launch's by default, or 1",
+    )
     add(
         "--learning_rate",
         type=cli.positive(float),
         help="by default 1 for prodigy, 1e-5 for the trajectory loss that keeps guidance, else 3e-4",
     )
-    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="how the learning rate goes on")
-    add("--lr_warmup_steps", type=cli.count, default=0, help="in which the learning rate rises, per phase")
-    add("--lr_num_cycles", type=cli.positive(int), default=1, help="restarts of cosine_with_restarts")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="how the learning rate changes over a phase")
+    add("--lr_warmup_steps", type=cli.count, default=0, help="steps of each phase over which the learning rate rises")
+    add("--lr_num_cycles", type=cli.positive(int), default=1, help="cycles of cosine_with_restarts")
     add("--lr_power", type=cli.positive(float), default=1.0, help="exponent of polynomial")
     add(
         "--optimizer",
@@ -169,11 +183,15 @@ def add_training(parser: cli.Parser) -> None:
         default=None,
         help="the same as --optimizer adamw8bit: a quarter of the state",
     )
-    add("--adam_beta1", type=cli.below_one, default=0.9, help="AdamW's and Prodigy's")
-    add("--adam_beta2", type=cli.below_one, default=0.999, help="AdamW's and Prodigy's")
-    add("--adam_epsilon", type=cli.positive(float), default=1e-8, help="AdamW's and Prodigy's")
-    add("--adam_weight_decay", type=cli.finite, default=1e-2, help="of every optimizer")
-    add("--max_grad_norm", type=cli.positive(float), help="accelerate launch's by default, or 1")
+    add("--adam_beta1", type=cli.below_one, default=0.9, help="of AdamW and Prodigy: how long gradients are averaged")
+    add("--adam_beta2", type=cli.below_one, default=0.999, help="of AdamW and Prodigy: how long their squares are")
+    add("--adam_epsilon", type=cli.positive(float), default=1e-8, help="of AdamW and Prodigy: added to the divisor")
+    add("--adam_weight_decay", type=cli.finite, default=1e-2, help="weight decay, of any optimizer")
+    add(
+        "--max_grad_norm",
+        type=cli.positive(float),
+        help="clip gradients to this norm; accelerate launch's by default, or 1",
+    )
     add(
         "--mixed_precision",
         choices=("no", "fp16", "bf16"),
@@ -197,10 +215,12 @@ def add_memory(parser: cli.Parser) -> None:
     add(
         "--fit",
         choices=("auto",),
-        help="take the fastest of the flags that save memory with which the run fits; what is given is kept, but "
-        "where this stands on the command line, what a --config says of them is not",
+        help="choose the fastest flags that save memory with which the run fits, beside those that are given; on the "
+        "command line it also overrules those in a --config",
     )
-    add("--memory", type=cli.memory, help="of the device, such as 16GB, for --fit and --dry_run; what is free there")
+    add(
+        "--memory", type=cli.memory, help="plan --fit and --dry_run for so much, such as 16GB; by default what is free"
+    )
     add("--dry_run", action="store_true", help="say what the run will need, from the configs alone, and stop")
 
 
@@ -214,18 +234,18 @@ def add_validation(parser: cli.Parser) -> None:
 
 def add_outputs(parser: cli.Parser) -> None:
     add = parser.add_argument_group("checkpoints, logs, hub").add_argument
-    add("--output_dir", default="output/glance", help="where all of it is written")
+    add("--output_dir", default="output/glance", help="where everything is written")
     add("--overwrite_output_dir", action="store_true", help="write over the LoRAs of a run with other settings")
     add("--checkpointing_steps", type=cli.positive(int), help="write a checkpoint every so many steps")
-    add("--checkpoints_total_limit", type=cli.positive(int), help="keep this many")
-    add("--resume_from_checkpoint", help="'latest', which starts anew where there is none, or a checkpoint folder")
-    add("--report_to", choices=("none", *TRACKERS), default="none", help="accelerate's trackers")
-    add("--logging_dir", default="logs", help="inside output_dir")
+    add("--checkpoints_total_limit", type=cli.positive(int), help="keep only so many checkpoints")
+    add("--resume_from_checkpoint", help="a checkpoint's folder, or 'latest', which starts anew where there is none")
+    add("--report_to", choices=("none", *TRACKERS), default="none", help="where to log, by accelerate's trackers")
+    add("--logging_dir", default="logs", help="folder of the logs, inside --output_dir")
     add("--push_to_hub", action="store_true", help="upload what was trained, with its model card")
     add("--hub_model_id", help="the repository to push to; the name of output_dir by default")
     add = parser.add_argument_group("understood for other trainers' recipes, without effect").add_argument
-    add("--model_type", choices=("lora",), default="lora", help="only lora")
-    add("--model_family", help="not needed, the pipeline knows")
+    add("--model_type", choices=("lora",), default="lora", help="always so")
+    add("--model_family", help="the pipeline itself knows")
     add("--cache_latents", action="store_true", help="always so: the image is encoded once")
     add("--offload", action="store_true", help="always so: encoders and VAE are gone before the transformer is loaded")
 
