@@ -196,6 +196,13 @@ def test_the_table_answers_for_flags_that_are_not_ours_by_flags_that_are():
     assert len(names) == len(set(names))
 
 
+def test_the_page_has_the_tables_answers():
+    _, _, section = (ROOT / "docs/training.md").read_text().partition("## Coming from another trainer")
+    rows = re.findall(r"^\| (`\w.*`) \| `(--.*)` \|$", section.partition("\n## ")[0], re.MULTILINE)
+    answers = {name: f"give {here}" for there, here in rows for name in re.findall(r"\w+", there)}
+    assert len(rows) > 8 and answers.items() <= foreign_flags.ANSWERS.items()
+
+
 AI_TOOLKIT = """
 job: extension
 config:
