@@ -38,7 +38,8 @@ def watch(set_attribute) -> dict[str, set[str]]:
         return transformer
 
     def watched_step(*args, **kwargs):
-        note("training")
+        if "reading" in moments:  # before, it is a step without weights that is estimated
+            note("training")
         return forward(*args, **kwargs)
 
     def watched_decode(*args, **kwargs):
