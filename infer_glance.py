@@ -3,12 +3,14 @@
     python infer_glance.py --lora output/glance --dtype bfloat16 --prompt "a red fox in the snow" --output out.png
     python infer_glance.py --lora output/demo --prompts_file demo/prompts.txt --compare --output comparison.png
     python infer_glance.py --pretrained_model_name_or_path my/fine-tune --allow_base_mismatch --lora output/glance ...
+    python infer_glance.py --pretrained_model_name_or_path demo/model --num_inference_steps 8 --grid even ...
 
 The base, the schedule, the size and the guidance are read from the LoRA files where no flag says another. Image i of a
 prompt has the seed --seed + i. With more than one image, out.png becomes out-000.png, out-001.png, ... `accelerate
 launch infer_glance.py` splits the images over its processes. --compare draws the base at full steps, the base at ten
 and Glance beside each other; until the picture is whole its rows are out-row-000.png, ... A picture that is not finite
-(NaN) is not written; the others are, and the exit code is 1.
+(NaN) is not written; the others are, and the exit code is 1. The last command needs no LoRAs: the base alone walks so
+many of its own steps.
 """
 
 from glance import inference_flags, start
@@ -18,7 +20,6 @@ if __name__ == "__main__":
     settings = start.as_script("what was not saved yet is lost", inference_flags.parse)
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import time
@@ -28,6 +29,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
+from PIL import Image
 from tqdm.auto import tqdm
 
 from glance import base as load_base
@@ -35,16 +37,14 @@ from glance import command_line as cli
 from glance.adapters import fused_adapters
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
-from glance.ask.guidance import ask_single_branch
 from glance.ask.prompt_lengths import PromptLengths
-from glance.ask.sampler import most_positions
-from glance.ask.schedule import ask_timestep_table, ask_timesteps, has_own_steps
 from glance.files import faults, pictures
 from glance.files.lora import load_lora
 from glance.files.lora_forms import read_lora
 from glance.files.pair import find_loras, read_recipes, with_base
-from glance.files.recipe import Recipe
+from glance.files.recipe import NO_RECIPE
 from glance.training import distribution, launcher, out_of_memory
+from glance.training.inference_steps import base_inference, compared_steps, schedule_of_base, schedule_of_loras
 from glance.training.weightless import load_without_weights
 from glance_utils import (
     PHASES,
@@ -52,7 +52,6 @@ from glance_utils import (
     Schedule,
     activate_adapter,
     denoiser,
-    derive_timesteps,
     glance_inference,
     parse_timesteps,
 )
@@ -81,20 +80,6 @@ def complete(args: cli.Settings) -> cli.Settings:
             raise InputError("--flow_custom_timesteps holds one list; inference takes two: 'SLOW LIST;FAST LIST'")
         custom = dict(zip(PHASES, lists))
     return args.replace(dtype=launcher.agreed_dtype(args.dtype), custom_timesteps=custom)
-
-
-def published_timesteps(pipe: DiffusionPipeline, base_timesteps: list[float]) -> dict[str, list[float]]:
-    """Return the published ten of the base's own timesteps (0..1000), by phase, for files that do not say theirs.
-
-    Raise InputError where the base has too few.
-    """
-    if most_positions("glance", 10, len(base_timesteps)) < 10:
-        raise InputError(
-            f"the LoRA files carry no recipe, and this {type(pipe).__name__} has its own {len(base_timesteps)} steps, "
-            "too few for the published ten; give those that were trained as --flow_custom_timesteps 'SLOW LIST;FAST "
-            f"LIST', of {', '.join(f'{timestep:.4f}' for timestep in base_timesteps)}"
-        )
-    return derive_timesteps(base_timesteps)
 
 
 def check_early(args, paths: dict[str, Path], call_of) -> None:
@@ -187,40 +172,32 @@ def timed(pipe, counter, call: dict, seed: int, **kwargs):
     return image, time.perf_counter() - start, counter.calls
 
 
-def make_schedule(args, pipe, recipe: Recipe, schedule: Schedule | None, call: dict) -> Schedule:
-    """Return the steps of the files, completed by the pipeline where these hold nothing."""
-    base_steps = recipe.num_base_steps
-    if schedule is None:
-        schedule = Schedule(published_timesteps(pipe, ask_timesteps(pipe, base_steps, **call)))
-    table = ask_timestep_table(pipe, base_steps, **call)
-    folded = (args.guidance or recipe.guidance) == "fold"
-    return dataclasses.replace(
-        schedule, timestep_table=table, guidance=ask_single_branch(pipe, **call) if folded else {}
-    )
+def draw_job(
+    args, pipe, counter, schedule: Schedule, base_steps: list[int], call: dict, seed: int, hidden: bool = True
+) -> list[tuple]:
+    """Return [(label, picture, seconds, model calls)]: the schedule's, after the base's in each of `base_steps`.
 
-
-def compared_steps(args, pipe, schedule: Schedule, base_steps: int, call: dict) -> list[int]:
-    """Return how many steps the base draws in, in each of --compare's columns before Glance's; [] without it."""
-    if not args.compare:
-        return []
-    walked, steps = len(ask_timesteps(pipe, base_steps, **call)), len(schedule.timesteps)
-    # A base that ships its own steps cannot be asked for fewer of them.
-    return [walked] if has_own_steps(pipe, steps, **call) else [walked, steps]
-
-
-def draw_job(args, pipe, counter, schedule: Schedule, base_steps: list[int], call: dict, seed: int) -> list[tuple]:
-    """Return [(label, picture, seconds, model calls)]: Glance's, after the base's in each of `base_steps`."""
+    Each has the pipeline's own bar of steps, unless that is `hidden`.
+    """
     row = []
     for count in base_steps:
         with faults.explained(f"base, {count} steps", what_to_try(args)) as label:
+            pipe.set_progress_bar_config(desc=label, disable=hidden)
             row.append((label, *timed(pipe, counter, call, seed, num_inference_steps=count)))
-    label, hint = f"Glance, {len(schedule.timesteps)} steps", f"{what_to_try(args)}, or a lower --lora_scale"
+    steps = len(schedule.timesteps)
+    label, hint = f"Glance, {steps} steps", f"{what_to_try(args)}, or a lower --lora_scale"
+    if args.without_loras:
+        label, hint = f"{args.grid} grid, {args.solver}, {steps} steps", what_to_try(args)
+    pipe.set_progress_bar_config(desc=label, disable=hidden)
     with contextlib.ExitStack() as stack:
         stack.enter_context(faults.explained(label, hint))
-        activate = stack.enter_context(fused_adapters(denoiser(pipe))) if args.fuse_lora else activate_adapter
-        kwargs = stack.enter_context(glance_inference(pipe, schedule, args.lora_scale, activate))
-        glance_call = stack.enter_context(ask.plain_call(pipe, call | kwargs))
-        row.append((label, *timed(pipe, counter, glance_call, seed)))
+        if args.without_loras:
+            kwargs = stack.enter_context(base_inference(pipe, schedule))
+        else:
+            activate = stack.enter_context(fused_adapters(denoiser(pipe))) if args.fuse_lora else activate_adapter
+            kwargs = stack.enter_context(glance_inference(pipe, schedule, args.lora_scale, activate))
+        last_call = stack.enter_context(ask.plain_call(pipe, call | kwargs))
+        row.append((label, *timed(pipe, counter, last_call, seed)))
     return row
 
 
@@ -237,15 +214,19 @@ def draw_all(
 ) -> tuple[list, list]:
     """Draw this process's share of the jobs, each written as soon as it is drawn.
 
-    Return [(number, strip of the comparison or None, seconds, model calls)] and what was not finite, in words.
+    Return [(number, strip of the comparison or None, seconds, model calls, whether the process drew it first)] and
+    what was not finite, in words. A single picture has the pipeline's own bar of steps, several have one of pictures.
     """
     counter = Counter(pipe)
     drawn, failed = [], []
+    hidden, single = not state.is_local_main_process, len(jobs) == 1
     with state.split_between_processes(list(range(len(jobs)))) as numbers:
-        for number in tqdm(numbers, desc="images", disable=not state.is_local_main_process):
+        for number in tqdm(numbers, desc="images", disable=hidden or single):
+            first = number == numbers[0]
             try:
                 with out_of_memory.in_inference(args, f"drawing {files[number].name}"):
-                    row = draw_job(args, pipe, counter, schedule, base_steps, calls[number], jobs[number][1])
+                    job = calls[number], jobs[number][1]
+                    row = draw_job(args, pipe, counter, schedule, base_steps, *job, hidden or not single)
             except FloatingPointError as error:
                 failed.append(f"{files[number].name} was not written: {error}")
                 logger.warning(failed[-1])
@@ -254,22 +235,39 @@ def draw_all(
             width, height = (calls[number].get(side, size) for side, size in zip(("width", "height"), image.size))
             if not drawn and (width, height) != image.size:
                 logger.warning(f"{width}x{height} was asked, {type(pipe).__name__} draws {image.width}x{image.height}")
-            labelled = [
-                (label, image, f"{seconds:.2f} s, {count} model calls") for label, image, seconds, count in row
-            ]
-            strip = pictures.draw_row(labelled, jobs[number][0]) if args.compare else None
+            strip = draw_strip(row, jobs[number][0], first and not single) if args.compare else None
             pictures.save_image(strip or image, files[number])
-            drawn.append((number, strip, seconds, count))
+            drawn.append((number, strip, seconds, count, first))
     return drawn, failed
+
+
+def draw_strip(row: list[tuple], prompt: str, first: bool) -> Image.Image:
+    """Return a row of the comparison; that of the `first` of several pictures says that its seconds are the longest:
+    memory is laid out then, and with --compile compiled."""
+    seconds = "first {:.2f} s" if first else "{:.2f} s"
+    labelled = [(label, image, f"{seconds.format(spent)}, {calls} model calls") for label, image, spent, calls in row]
+    return pictures.draw_row(labelled, prompt)
+
+
+def report(drawn: list[tuple]) -> str:
+    """Return the seconds and model calls of what draw_all drew: the first picture apart, where others followed it."""
+    count = drawn[0][3]
+    first = next((seconds for *_, seconds, _, is_first in drawn if is_first), None)
+    later = [seconds for *_, seconds, _, is_first in drawn if not is_first]
+    if first is None or not later:
+        return f"{drawn[0][2]:.2f} s and {count} model calls each"
+    return f"{count} model calls each; first picture {first:.2f} s, then {sum(later) / len(later):.2f} s each"
 
 
 def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
     """Draw as the command line says; `settings` are what inference_flags.parse made of it, if it was asked before."""
     args = complete(settings or inference_flags.parse(argv))
     cli.set_up_logging()
-    paths = find_loras(args)
-    args = with_base(args, paths)
-    recipe, schedule = read_recipes(args, paths)
+    paths, recipe, schedule = {}, NO_RECIPE, None
+    if not args.without_loras:
+        paths = find_loras(args)
+        args = with_base(args, paths)
+        recipe, schedule = read_recipes(args, paths)
     height, width = args.height or recipe.height, args.width or recipe.width
     if recipe.height and (height, width) != (recipe.height, recipe.width):
         trained = f"{recipe.width}x{recipe.height}"
@@ -300,14 +298,20 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
     PromptLengths(pipe, logger.warning).watch(pipe)
     calls = [call_of(pipe, prompt) for prompt, _ in jobs]
     ask.dry_step(pipe, **calls[0])
-    schedule = make_schedule(args, pipe, recipe, schedule, calls[0])
-    base_steps = compared_steps(args, pipe, schedule, recipe.num_base_steps, calls[0])
+    base_steps = recipe.num_base_steps
+    if args.without_loras:
+        with out_of_memory.in_inference(args, "choosing a sampler"):
+            args, schedule = schedule_of_base(args, pipe, calls[0], what_to_try(args))
+        base_steps = args.num_base_steps
+    else:
+        schedule = schedule_of_loras(args, pipe, recipe, schedule, calls[0])
+    base_steps = compared_steps(args, pipe, schedule, base_steps, calls[0])
     with faults.signals_handled(functools.partial(faults.leave, hint="what was drawn before is written")):
         drawn, failed = draw_all(args, state, pipe, schedule, base_steps, calls, jobs, files)
         drawn, failed = (sum(distribution.gather_on_host(part), []) for part in (drawn, failed))
         drawn.sort(key=lambda picture: picture[0])  # by number
         if state.is_main_process and args.compare and drawn:
-            pictures.save_image(pictures.stack_rows([strip for _, strip, _, _ in drawn]), output)
+            pictures.save_image(pictures.stack_rows([strip for _, strip, *_ in drawn]), output)
             for number, *_ in drawn:
                 files[number].unlink(missing_ok=True)
     distribution.leave()
@@ -315,9 +319,7 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
         raise FloatingPointError(failed[0] + (f" ({len(failed)} of {len(jobs)} were not)" if failed[1:] else ""))
     if state.is_main_process:
         written = output.with_stem(f"{output.stem}-*") if len(jobs) > 1 and not args.compare else output
-        _, _, seconds, count = drawn[0]
-        steps = len(schedule.timesteps)
-        print(f"{written}: {len(jobs)} x {steps} steps, {seconds:.2f} s and {count} model calls each")
+        print(f"{written}: {len(jobs)} x {len(schedule.timesteps)} steps, {report(drawn)}")
 
 
 if __name__ == "__main__":

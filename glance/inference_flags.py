@@ -8,13 +8,14 @@ from glance.shared_flags import CALL_FLAGS, add_shared, merge_call_flags
 
 
 DTYPES = ("float32", "float16", "bfloat16")
+SAMPLER = ("num_inference_steps", "num_base_steps", "grid", "solver")  # of the base without LoRAs
 OFFLOADS = ("enable_model_cpu_offload", "enable_group_offload", "enable_sequential_cpu_offload")
 
 
 def make_parser() -> cli.Parser:
     """Return the parser of all flags."""
     parser = cli.Parser(description="Ten-step inference with a Slow- and a Fast-LoRA.")
-    for add_group in (add_model, add_sampling, add_pictures, add_memory):
+    for add_group in (add_model, add_sampling, add_base, add_pictures, add_memory):
         add_group(parser)
     return parser
 
@@ -42,6 +43,19 @@ def add_sampling(parser: cli.Parser) -> None:
     add_shared(group, "--pipeline_kwargs", *(f"--{name}" for name in CALL_FLAGS))
 
 
+def add_base(parser: cli.Parser) -> None:
+    group = parser.add_argument_group("the base without LoRAs", "in place of them, on a few of its own steps")
+    add_shared(group, "--num_inference_steps", help="how many; 10, or half of a base's own few steps")
+    add_shared(group, "--num_base_steps", help="of how many; 50, or as many as a base of few steps has")
+    add_shared(
+        group,
+        "--grid",
+        help="which: the published ones (glance, by default), every n-th, or whichever measure best (auto), for which "
+        "the base first draws in all its steps",
+    )
+    add_shared(group, "--solver", help="euler by default; fitted, to what the base first draws in all its steps")
+
+
 def add_pictures(parser: cli.Parser) -> None:
     group = parser.add_argument_group("prompts and pictures")
     add = group.add_argument
@@ -51,7 +65,7 @@ def add_pictures(parser: cli.Parser) -> None:
     add("--num_images", type=cli.positive(int), default=1, help="images per prompt")
     add_shared(group, "--seed", help="seed of a prompt's first image; the next has the next")
     add_shared(group, "--height", "--width", help="in pixels; as trained by default")
-    add("--compare", action="store_true", help="one labelled picture: base at full steps, base at ten, Glance")
+    add("--compare", action="store_true", help="one labelled picture: base at full steps, base at as many, Glance")
 
 
 def add_memory(parser: cli.Parser) -> None:
@@ -75,11 +89,39 @@ def parse(argv: list[str] | None = None) -> cli.Settings:
     """Return the flags' values.
 
     `prompts` are those of --prompt and --prompts_file, `fuse_lora` is set where --compile fuses, `custom_timesteps` is
-    None until infer_glance.complete. Raise ArgumentError where flags do not go together.
+    None until infer_glance.complete, `without_loras` says that the base draws alone. Raise ArgumentError where flags
+    do not go together.
     """
     args = cli.Settings(merge_call_flags(vars(make_parser().parse(argv))) | {"custom_timesteps": None})
-    fuse = check_combination(args)
-    return cli.Settings(vars(args) | {"fuse_lora": fuse, "prompts": read_prompts(args.prompt, args.prompts_file)})
+    without_loras = check_without_loras(args)
+    fuse = check_combination(args) and not without_loras
+    prompts = read_prompts(args.prompt, args.prompts_file)
+    return cli.Settings(vars(args) | {"fuse_lora": fuse, "prompts": prompts, "without_loras": without_loras})
+
+
+def check_without_loras(args: cli.Settings) -> bool:
+    """Return whether the base draws alone, on the steps that flags say.
+
+    Raise ArgumentError where these come with LoRAs, which say their own, or with flags that are for LoRAs.
+    """
+    sampler = [f"--{name}" for name in SAMPLER if getattr(args, name) is not None]
+    loras = [f"--{name}" for name in ("lora", "slow_lora", "fast_lora") if getattr(args, name)]
+    if not sampler:
+        return False
+    if loras:
+        raise cli.mistake(
+            f"{sampler[0]}: LoRAs are for the steps that they were trained at, which their files say; leave it out, "
+            f"or {loras[0]} to draw the base without"
+        )
+    if not args.pretrained_model_name_or_path:
+        raise cli.mistake(f"{sampler[0]} draws the base without LoRAs; give --pretrained_model_name_or_path")
+    for_loras = ["flow_custom_timesteps", "fuse_lora", "allow_base_mismatch", "slow_weight_name", "fast_weight_name"]
+    for_loras += ["lora_scale"] if set(args.lora_scale.values()) != {1.0} else []
+    for_loras += ["guidance"] if args.guidance == "fold" else []
+    for name in for_loras:
+        if getattr(args, name):
+            raise cli.mistake(f"--{name} is for LoRAs, and {sampler[0]} draws without; leave one of the two out")
+    return True
 
 
 def check_combination(args: cli.Settings) -> bool:

@@ -140,6 +140,7 @@ def walk(
                 **call,
             )
         except Answer:
+            pipe.maybe_free_model_hooks()  # as at the end of its call, which it does not reach
             return [point.cpu() for point in points]
     raise RuntimeError(f"{type(pipe).__name__} ended before its {len(timesteps)} steps")
 

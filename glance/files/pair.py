@@ -28,7 +28,10 @@ def find_loras(args) -> dict[str, Path]:
     `args` are infer_glance.py's settings. Raise InputError where one is not there, or is no .safetensors file.
     """
     if bool(args.lora) == bool(args.slow_lora or args.fast_lora) or bool(args.slow_lora) != bool(args.fast_lora):
-        raise InputError("give --lora FOLDER, or both --slow_lora and --fast_lora")
+        raise InputError(
+            "give --lora FOLDER, or both --slow_lora and --fast_lora; or, to draw the base without LoRAs, "
+            "--num_inference_steps"
+        )
     paths = {}
     for phase in PHASES:
         source, name = args.lora or getattr(args, f"{phase}_lora"), getattr(args, f"{phase}_weight_name")

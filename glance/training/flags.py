@@ -79,19 +79,19 @@ def add_schedule(parser: cli.Parser) -> None:
         default="stratified",
         help="stratified: each round of steps visits every timestep once; random: each step draws one",
     )
-    add(
+    add_shared(
+        group,
         "--num_base_steps",
-        type=cli.positive(int, 65536),
         help="steps of the schedule that Glance's are picked from; 50, or as many as a base of few steps has",
     )
-    add(
+    add_shared(
+        group,
         "--num_inference_steps",
-        type=cli.positive(int),
         help="that the LoRAs are trained for, the first half slow, the rest fast; 10, or half of a base's own few",
     )
-    add(
+    add_shared(
+        group,
         "--grid",
-        choices=("glance", "even", "auto"),
         help="which of the base's own steps are kept: the published ones, every n-th, or what measures best of these "
         "and of those that follow its trajectory best; glance for the flow loss, auto for the trajectory loss",
     )
@@ -125,9 +125,9 @@ def add_learned(parser: cli.Parser) -> None:
         default=0.0,
         help="add so much of the flow loss to the trajectory loss",
     )
-    add(
+    add_shared(
+        group,
         "--solver",
-        choices=("euler", "fitted"),
         help="fitted: each step also looks at the one before it, as much as the base's own trajectory says, where "
         "that measures better; euler for the flow loss, fitted for the trajectory loss",
     )

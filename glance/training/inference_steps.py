@@ -1,0 +1,87 @@
+"""Which steps does inference walk? Those of the LoRA files or, where none is given, a few of the base's own.
+
+Asked of the pipeline, before anything is drawn; where steps come from elsewhere, they become a Schedule here.
+"""
+
+import contextlib
+import dataclasses
+
+from diffusers import DiffusionPipeline
+
+from glance.ask import latents as ask_latents
+from glance.ask import sampler as grids
+from glance.ask.guidance import ask_single_branch
+from glance.ask.pipeline import replaced
+from glance.ask.schedule import ask_timestep_table, ask_timesteps, has_own_steps
+from glance.command_line import Settings
+from glance.files import faults
+from glance.files.recipe import Recipe
+from glance.training.steps import choose_steps
+from glance.training.trajectories import Teacher, choose_sampler
+from glance_utils import InputError, Schedule, derive_timesteps, grid_positions
+
+
+def published_timesteps(pipe: DiffusionPipeline, base_timesteps: list[float]) -> dict[str, list[float]]:
+    """Return the published ten of the base's own timesteps (0..1000), by phase, for files that do not say theirs.
+
+    Raise InputError where the base has too few.
+    """
+    if grids.most_positions("glance", 10, len(base_timesteps)) < 10:
+        raise InputError(
+            f"the LoRA files carry no recipe, and this {type(pipe).__name__} has its own {len(base_timesteps)} steps, "
+            "too few for the published ten; give those that were trained as --flow_custom_timesteps 'SLOW LIST;FAST "
+            f"LIST', of {', '.join(f'{timestep:.4f}' for timestep in base_timesteps)}"
+        )
+    return derive_timesteps(base_timesteps)
+
+
+def schedule_of_loras(args, pipe, recipe: Recipe, schedule: Schedule | None, call: dict) -> Schedule:
+    """Return the steps of the files, completed by the pipeline where these hold nothing."""
+    base_steps = recipe.num_base_steps
+    if schedule is None:
+        schedule = Schedule(published_timesteps(pipe, ask_timesteps(pipe, base_steps, **call)))
+    table = ask_timestep_table(pipe, base_steps, **call)
+    folded = (args.guidance or recipe.guidance) == "fold"
+    return dataclasses.replace(
+        schedule, timestep_table=table, guidance=ask_single_branch(pipe, **call) if folded else {}
+    )
+
+
+def schedule_of_base(args: Settings, pipe, call: dict, hint: str) -> tuple[Settings, Schedule]:
+    """Return steps of the base's own, to be walked without LoRAs by base_inference, and the settings with the numbers
+    of steps, the grid and the solver that were taken.
+
+    For --grid auto and --solver fitted the base draws its first prompt in all its steps, as before training; another
+    noise, and the last of several prompts, measures. Raise InputError where the base has too few steps for the flags,
+    FloatingPointError, which ends in the hint, where what it draws is not finite.
+    """
+    args = args.replace(grid=args.grid or "glance", solver=args.solver or "euler", custom_timesteps={"slow": None})
+    settings, timesteps, _ = choose_steps(args, pipe, call)
+    table, coefficients = ask_timestep_table(pipe, settings.num_base_steps, **call), None
+    if settings.grid == "auto" or settings.solver == "fitted":
+        jobs = [(args.prompts[0], args.seed + 1), (args.prompts[-1], args.seed + 2)]  # the picture has --seed itself
+        points, exact = (grids.walk(pipe, timesteps, table, seed, **call | {"prompt": text}) for text, seed in jobs)
+        with faults.explained("base, in all its steps", hint):
+            ask_latents.check_finite(points[-1], "its final latents")
+        teacher = Teacher(pipe, timesteps, table, call)
+        grid, positions, coefficients = choose_sampler(settings, teacher, points, jobs[1], exact[-1])
+        settings = settings.replace(grid=grid, solver="fitted" if coefficients else "euler")
+    else:
+        positions = grid_positions(settings.grid, settings.num_inference_steps, len(timesteps))
+    return settings, Schedule({"base": [timesteps[position] for position in positions]}, table, coefficients)
+
+
+@contextlib.contextmanager
+def base_inference(pipe: DiffusionPipeline, schedule: Schedule):
+    """Let pipe(...) inside walk the schedule without LoRAs; yield arguments for it, as glance_inference does."""
+    with replaced(pipe, "scheduler", schedule.scheduler(pipe.scheduler)):
+        yield {"num_inference_steps": len(schedule.timesteps)}
+
+
+def compared_steps(args, pipe, schedule: Schedule, base_steps: int, call: dict) -> list[int]:
+    """Return how many steps the base draws in, in each of --compare's columns before the last; [] without it."""
+    if not args.compare:
+        return []
+    walked, steps = len(ask_timesteps(pipe, base_steps, **call)), len(schedule.timesteps)
+    # A base that ships its own steps cannot be asked for fewer of them.
+    return [walked] if has_own_steps(pipe, steps, **call) else [walked, steps]
