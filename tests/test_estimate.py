@@ -285,6 +285,15 @@ def test_a_dry_run_reads_configs_alone(base, pipelines, pair, train, tmp_path, c
     assert rows[:5] == stages and len(rows) == len(stages) + 1 + 4 * 2 - 1
 
 
+def test_a_transformer_that_the_class_may_lack_is_not_read(tmp_path):
+    """Wan's may: diffusers' general class then reads it even where another is given."""
+    make, _, _ = FAMILIES["wan"]
+    path = make(tmp_path / "wan")
+    [weights] = (path / "transformer").glob("*.safetensors")
+    weights.unlink()
+    assert ask.load_pipeline(str(path)).transformer.device.type == "meta"
+
+
 def test_flops_are_those_of_the_products(pipelines):
     """By hand for a FLUX of 90 M parameters, 576 image and 512 text tokens: forward, and backward to what the LoRA
     needs alone, since the base is frozen."""

@@ -69,7 +69,7 @@ def ask_size(pipe: DiffusionPipeline, **kwargs) -> tuple[int, int]:
     original = getattr(owner, name)
 
     def decode(z, *args, **kwargs):
-        picture = z if vae is None else original(z, *args, **kwargs)[0]
+        picture = z if vae is None else original(z.to(vae.dtype), *args, **kwargs)[0]
         raise Answer(picture.shape)
 
     with replaced(owner, name, decode):

@@ -11,6 +11,7 @@ import re
 import traceback
 from pathlib import Path
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin, DiffusionPipeline
@@ -240,7 +241,9 @@ def load_pipeline(
                     transformer_class.load_config(path, subfolder=part, **load_kwargs)
                 ).to(dtype)
         dtypes = {"vae": vae_dtype, "default": dtype}
-        return DiffusionPipeline.from_pretrained(path, **components, dtype=dtypes, use_safetensors=True, **load_kwargs)
+        # By its own class, which knows what it may lack: the general one loads that even where it is given.
+        kind = getattr(diffusers, config["_class_name"], DiffusionPipeline)
+        return kind.from_pretrained(path, **components, dtype=dtypes, use_safetensors=True, **load_kwargs)
 
 
 def call_arguments(pipe: DiffusionPipeline, prompt, height, width, guidance_scale, extra: dict) -> dict:

@@ -9,6 +9,7 @@ from accelerate.utils import parse_flag_from_env
 
 from glance import command_line as cli
 from glance.ask.schedule import ask_timestep_table
+from glance.command_line import Settings
 from glance.files.instance_data import SOURCES, chosen_size, load_pair
 from glance.training import fit, own_defaults
 from glance.training.estimate import Choice, Estimate, Step
@@ -16,7 +17,6 @@ from glance.training.prepare import DTYPES, ask_call, estimate_run, needs_drawin
 from glance.training.steps import choose_steps, warn_of_shares
 from glance.training.trajectories import list_jobs
 from glance.training.weightless import load_without_weights
-from glance_utils import denoiser
 
 
 SHARE_OF_RATE = 0.5  # of the rate of large matrix products, that a run reaches
@@ -46,7 +46,8 @@ def readable(amount: float, unit: str) -> str:
 def parts(settings, needed: Estimate, choice: Choice, captions: list[str]) -> dict[str, tuple[int, Step]]:
     """Return (number of steps, one of them) for each part of the run that calls the transformer.
 
-    "fitting" is what --grid auto and --solver fitted draw to measure their ways against each other.
+    "fitting" is what --grid auto and --solver fitted draw to measure their ways against each other, "validation" the
+    base in all and in Glance's steps, once, and Glance each time.
     """
     found, steps = {}, settings.num_inference_steps
     if needed.drawing is not None:
@@ -58,8 +59,13 @@ def parts(settings, needed: Estimate, choice: Choice, captions: list[str]) -> di
             found["fitting"] = fitting, needed.drawing
     micro_steps = len(settings.custom_timesteps) * settings.max_train_steps * settings.gradient_accumulation_steps
     found["training"] = micro_steps, needed.training_step(choice)
-    if needed.preview is not None:
+    if len(settings.custom_timesteps) == 2:
         found["preview"] = steps, needed.preview
+    if settings.validation_prompt:
+        every, most = settings.validation_steps, settings.max_train_steps
+        times = len(settings.custom_timesteps) * (most // every) if every else 1
+        pictures = len(settings.validation_prompt) * settings.num_validation_images
+        found["validation"] = pictures * (settings.num_base_steps + (times + 1) * steps), needed.preview
     return found
 
 
@@ -129,10 +135,11 @@ def advice(needed: Estimate, choices: list[Choice], memory: int, place: str) -> 
     return line
 
 
-def dry_run(args) -> str:
-    """Return, as text, what the run will need, asked of the configs and the tokenizers alone."""
-    dtype, device = DTYPES[args.mixed_precision], PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
-    pipe = load_without_weights(args.pretrained_model_name_or_path, dtype, **cli.load_arguments(args))
+def ask_needs(args) -> tuple[Settings, Estimate, list[str]]:
+    """Return the settings with the numbers of steps that the base has, what the run will need, and its captions, asked
+    of the configs and the tokenizers alone; without image or caption, of an image and some caption."""
+    path, dtype = args.pretrained_model_name_or_path, DTYPES[args.mixed_precision]
+    pipe = load_without_weights(path, dtype, **cli.load_arguments(args))
     args = own_defaults.with_one_frame(args)
     own_size = functools.partial(own_defaults.size_of, pipe, args)
     if args.instance_prompt or any(getattr(args, source) for source in SOURCES):
@@ -143,10 +150,17 @@ def dry_run(args) -> str:
     call, single_call, layers = ask_call(args, pipe, max(captions, key=len), size)
     settings, _, steps = choose_steps(args, pipe, call)
     warn_of_shares(pipe, steps.phases, ask_timestep_table(pipe, settings.num_base_steps, **call), single_call)
-    checkpoints = denoiser(pipe)._supports_gradient_checkpointing
-    needed = estimate_run(args, pipe, layers, call, single_call, size, needs_drawing(args, image), (False, True))
+    draws = needs_drawing(args, image)
+    return settings, estimate_run(args, pipe, layers, call, single_call, size, draws, (False, True)), captions
+
+
+def dry_run(args) -> str:
+    """Return, as text, what the run will need, and which settings would fit."""
+    settings, needed, captions = ask_needs(args)
+    dtype, device = DTYPES[args.mixed_precision], PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     free, rate, name = fit.free_memory(device), matmul_rate(device, dtype), str(dtype).removeprefix("torch.")
-    memory, place = args.memory or free, fit.memory_name(args, device, args.memory or free)
+    memory, checkpoints = args.memory or free, True in needed.training
+    place = fit.memory_name(args, device, memory)
     choices = fit.candidates(fit.as_choice(args), checkpoints)
     choice = fit.first_fit(needed, choices, memory) or choices[-1]
     encoders = ", ".join(f"{part} {readable(size, 'B')}" for part, size in needed.encoders.items() if size)

@@ -57,7 +57,7 @@ class Estimate:
     decoding: int  # the VAE's weights, and what it needs to decode the preview
     training: dict[bool, Step]  # a micro-step, by gradient checkpointing
     drawing: Step | None  # a step of the base, with its guidance; None where it draws nothing
-    preview: Step | None  # a step of the preview; None where one phase alone is trained
+    preview: Step | None  # a step of the preview and the validation; None where there is neither
 
     def lora(self) -> int:
         """Return the size of the LoRA, which is float32."""

@@ -131,10 +131,11 @@ def estimate_run(args, pipe, layers: list[str], call: dict, single_call: dict, s
     objective = losses.Objective(sigmas, flow, trajectory)
     noise = torch.zeros(samples, *latents.shape[1:])
     draw = Draw(list(range(len(sigmas))), noise, trajectories=tuple(range(args.train_batch_size)))
+    previews = len(args.custom_timesteps) == 2 or args.validation_prompt
     work = estimate.Work(
         train=lambda: losses.step_losses(model, objective, draw)[0],
         draw=(lambda: model(latents, 1.0, **call)) if draws else None,
-        preview=(lambda: model(latents, 1.0, **preview_call)) if len(args.custom_timesteps) == 2 else None,
+        preview=(lambda: model(latents, 1.0, **preview_call)) if previews else None,
         same=preview_call == call,
     )
     vae = estimate.measure_vae(getattr(pipe, "vae", None), layout, size)
