@@ -9,8 +9,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from glance import base
+from glance import base, inference_flags
 from glance.ask.pipeline import find_denoiser, read_model_index
+from glance.files.pair import find_loras
 from glance_utils import InputError
 
 
@@ -113,6 +114,12 @@ def test_a_wrong_revision(hub):
     assert f"it has no branch, tag or commit 'v9'; see {hub}/lab/good/commits/main" in line_of(
         "lab/good", revision="v9"
     )
+
+
+def test_loras_on_the_hub_too(hub):
+    for path, words in (("lab/gated", "it is gated: ask for access"), ("lab/data", "neither a folder nor on the hub")):
+        with pytest.raises(InputError, match=f"^{path}: {words}"):
+            find_loras(inference_flags.parse(["--prompt=a", f"--lora={path}"]))
 
 
 def test_no_network(hub, monkeypatch):
