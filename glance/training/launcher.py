@@ -91,7 +91,7 @@ def check_devices() -> None:
         accelerators = "1 accelerator" if devices == 1 else f"{devices} accelerators"
         raise InputError(
             f"{local} processes were launched on a machine of {accelerators}; launch with --num_processes "
-            f"{max(devices, 1)}, or all of them on the CPU with --cpu"
+            f"{max(devices, 1)}, or with ACCELERATE_USE_CPU=1 in the environment for all of them on the CPU"
         )
 
 
