@@ -59,7 +59,8 @@ def test_the_device_and_what_is_computed_in(caplog, monkeypatch):
 
 def test_a_run_from_its_first_line_to_its_last(train, caplog, capsys):
     caplog.set_level(logging.INFO)
-    output = train(loss="trajectory", num_base_steps=20, num_trajectories=1, instance_image=None, instance_prompt="a")
+    caption = {"instance_image": None, "instance_prompt": "a", "validation_prompt": "b"}
+    output = train(loss="trajectory", num_base_steps=20, num_trajectories=1, **caption)
     said = caplog.messages
     assert not any("RANK" in message for message in said)
     (adapted,) = [message for message in said if "Adapted" in message]
@@ -67,7 +68,7 @@ def test_a_run_from_its_first_line_to_its_last(train, caplog, capsys):
     count = sum(tensor.numel() for tensor in lora.values())
     assert adapted == f"  Adapted = {len(lora) // 2} layers, {count:,} trainable parameters in each LoRA"
     entered = ["Loading encoders", "Encoding", "Loading transformer", "Drawing", "Choosing", "Drawing"]
-    entered += ["Training slow", "Training fast", "Preview"]
+    entered += ["Training slow", "Training fast", "Preview", "Validation", "Preview"]
     assert [message for message in said if message in entered] == entered
     (taken,) = [message for message in said if message.startswith("  Sampler = ")]
     grid, timesteps = (

@@ -22,6 +22,7 @@ DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 WHAT = {
     "instance.png": "what was trained on",
     "glance.png": "the caption, drawn with both LoRAs",
+    "validation": "the validation prompts: the base's full run, its few steps, Glance",
     "loss.csv": "all losses",
     "loss.png": "what they look like",
     "trajectories.safetensors": "what the base drew, for the next run",

@@ -78,7 +78,7 @@ def log_picture(accelerator, name: str, picture: Image.Image, step: int) -> None
 
 
 def memory(accelerator) -> dict[str, float]:
-    """Return the most that torch has held on the accelerator so far, in GB, by the name to log it; {} on a CPU."""
+    """Return the most that torch held on the accelerator in this stage, in GB, by its name in a log; {} on a CPU."""
     if accelerator.device.type == "cpu":
         return {}
     return {"peak_memory_gb": torch.accelerator.max_memory_allocated(accelerator.device) / 1e9}

@@ -23,7 +23,7 @@ from glance.files import pictures
 from glance.files.atomic import replace_file
 from glance.files.lora_forms import read_lora
 from glance.files.recipe import WEIGHT_NAME, Recipe
-from glance.training import distribution, trackers
+from glance.training import distribution, stages, trackers
 from glance.training.phases import folders
 from glance_utils import PHASES, InputError, Schedule, denoiser, switchable_adapters
 
@@ -112,26 +112,31 @@ class Validation:
         pipe = self.prepared.models.pipe
         earlier = [name for name in where if PHASES.index(name) < PHASES.index(phase)]
         names = {name: name for name in earlier} | {phase: f"{phase} at step {step}"}
+        stages.enter("validation")
         with self.apart():
             finished = {name: read_lora(pipe, where[name] / WEIGHT_NAME) for name in earlier}
             strength = self.args.lora_alpha / self.args.rank
             with phase_in_training(denoiser(pipe), self.adapter, phase, finished, strength) as act:
                 drawn = self.draw(self.schedule(), act)
             self.write(drawn, self.schedule(), names, total)
+        stages.enter(f"training {phase}")
 
     def at_the_end(self, recipes: dict[str, Recipe]) -> list[tuple[torch.Tensor, ...]]:
         """Return what `draw` does with the LoRAs of these phases, which are loaded under their names."""
         if not self.draws_here:
             return []
+        stages.enter("validation")
         with self.apart(), switchable_adapters(denoiser(self.prepared.models.pipe), [*recipes]) as switch:
             return self.draw(self.schedule(recipes), lambda phase: switch(phase if phase in recipes else None, 1.0))
         return []
 
     def write_the_end(self, drawn: list, recipes: dict[str, Recipe]) -> None:
-        """Write what `at_the_end` returned."""
+        """Write what `at_the_end` returned; the preview goes on after it."""
         with self.apart():
             names = {phase: phase for phase in recipes}
             self.write(drawn, self.schedule(recipes), names, len(recipes) * self.args.max_train_steps)
+        if self.draws_here:
+            stages.enter("preview")
 
     def schedule(self, recipes: dict[str, Recipe] | None = None) -> Schedule:
         """Return the steps of both phases, of which but one may be trained; `recipes` know what another half gave."""
