@@ -204,9 +204,9 @@ def train_phases(args, accelerator, prepared: Prepared, phases: list[Phase], val
             if phase.finished:
                 logger.info(f"  {phase.recipe.phase}: finished before")
                 continue
+            stages.enter(f"training {phase.recipe.phase}")
             timesteps = ", ".join(f"{timestep:.4f}" for timestep in phase.recipe.timesteps)
             logger.info(f"  {phase.recipe.phase}: {timesteps}")
-            stages.enter(f"training {phase.recipe.phase}")
             stopped = train_phase(args, accelerator, prepared, phase, validation)
             if stopped:
                 trackers.end(accelerator)

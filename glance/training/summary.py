@@ -19,6 +19,7 @@ from glance.command_line import Settings
 logger = logging.getLogger(__name__)
 
 DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+LORA = "pytorch_lora_weights.safetensors"
 WHAT = {
     "instance.png": "what was trained on",
     "glance.png": "the caption, drawn with both LoRAs",
@@ -103,12 +104,12 @@ def say_steps(steps, base_timesteps: list[float]) -> None:
 
 def say_done(report: list[str], output_dir: Path, phases: list[str]) -> None:
     """Say what each stage took, as `report` has it, and what lies where."""
-    loras = [output_dir / phase for phase in phases] if len(phases) == 2 else [output_dir]
+    folders = [f"{phase}/" for phase in phases] if len(phases) == 2 else [""]
     logger.info("***** Done *****")
     for line in report:
         logger.info(f"  {line}")
-    for phase, folder in zip(phases, loras):
-        logger.info(f"  {folder / 'pytorch_lora_weights.safetensors'}: the {phase} LoRA")
-    for name, what in WHAT.items():
+    names = {f"{folder}{LORA}": f"the {phase} LoRA" for phase, folder in zip(phases, folders)}
+    logger.info(f"  In {output_dir}:")
+    for name, what in (names | WHAT).items():
         if (output_dir / name).exists():
-            logger.info(f"  {output_dir / name}: {what}")
+            logger.info(f"    {name:{len(max(names, key=len))}}  {what}")
