@@ -327,7 +327,7 @@ def set_up_logging(speaks: bool = True, name: str = "") -> None:
     show_own_logs(logging.INFO if speaks else logging.ERROR, name)
     for library in (diffusers, transformers):
         library.logging.set_verbosity_error()
-        if not speaks:
+        if not is_first_process():
             library.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
 

@@ -8,7 +8,7 @@ import sys
 from conftest import ROOT, flags
 
 
-BARS = "slow|fast|images|encoding|drawing.*|choosing.*|Loading .*"
+BARS = "slow|fast|images|encoding|drawing.*|choosing.*|preview|validation|Loading .*"
 OWN = re.compile(rf"\d\d:\d\d:\d\d - (INFO|WARNING) - .*|({BARS}): .*|\s*")
 TINY = {"resolution": 32, "dtype": "float32", "steps": 1, "warmup": 1, "rank": 4}
 

@@ -299,7 +299,8 @@ def test_rotation_does_not_drop_a_new_runs_checkpoint_for_an_older_run_s(train):
     settings = {"phase": "slow", "checkpointing_steps": 3, "checkpoints_total_limit": 1}
     output = train(max_train_steps=6, **settings)
     assert (output / "checkpoint-6").is_dir()
-    train(max_train_steps=3, overwrite_output_dir=True, **settings)  # a shorter run, from the start, in the same folder
+    # a shorter run, from the start, in the same folder
+    train(max_train_steps=3, overwrite_output_dir=True, **settings)
     assert (output / "checkpoint-3").is_dir()
 
 

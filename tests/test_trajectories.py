@@ -284,6 +284,7 @@ def test_trajectories_are_drawn_once_for_the_same_settings(train, walks):
     assert count == 2 + 3  # two trajectories, and the second on three grids to measure them by
     assert_equal(lora(train(**settings)), first)
     assert len(walks) == count
+    settings["overwrite_output_dir"] = True
     assert train(**settings | {"learning_rate": 1e-5}) and len(walks) == count
     train(**settings, seed=5)
     assert len(walks) == 2 * count
@@ -304,7 +305,7 @@ def test_trajectories_of_anything_else_are_drawn_again(how, train, pipelines, wa
         path.write_bytes(path.read_bytes()[:-10])
     else:
         path.write_bytes(path.read_bytes().replace(b"positions", b"positioms"))
-    train(base, **SHORT, **QUICK)
+    train(base, **SHORT, **QUICK, overwrite_output_dir=True)
     assert len(walks) == 2
 
 
@@ -450,7 +451,7 @@ def test_guidance_that_depends_on_the_step_cannot_be_kept(train, tmp_path):
 
 def test_each_losss_defaults_are_what_measured_best(train):
     """The flow loss's are the published method's."""
-    settings = QUICK | {"num_base_steps": 30, "num_inference_steps": 8}
+    settings = QUICK | {"num_base_steps": 30, "num_inference_steps": 8, "overwrite_output_dir": True}
     recipes = {loss: recipe_of(train(**settings, loss=loss)) for loss in ("flow", "trajectory")}
     assert recipes["flow"].grid == "glance" and recipes["flow"].coefficients is None
     defaults = train_glance_lora.parse_args(["--loss=trajectory", "--pretrained_model_name_or_path=x"])

@@ -188,10 +188,11 @@ def encode_image(pipe: DiffusionPipeline, image: torch.Tensor, layout: LatentLay
     return latents
 
 
-def loop_points(pipe: DiffusionPipeline, **kwargs) -> list[torch.Tensor]:
+def loop_points(pipe: DiffusionPipeline, advance=lambda: None, **kwargs) -> list[torch.Tensor]:
     """Return the latents (B, ...) before each step of the denoising loop and after the last, in float32 on the CPU.
 
-    They are as the loop holds them; some pipelines return another layout as "latent".
+    They are as the loop holds them; some pipelines return another layout as "latent". advance() is called after each
+    step.
     """
     scheduler = pipe.scheduler
     step = scheduler.step
@@ -201,6 +202,7 @@ def loop_points(pipe: DiffusionPipeline, **kwargs) -> list[torch.Tensor]:
     def keep(model_output, timestep, sample, *args, **kwargs):
         points.append(sample.to("cpu", torch.float32, copy=True))  # some pipelines write into it
         output = step(model_output, timestep, sample, *args, **kwargs)
+        advance()
         if scheduler.step_index == len(scheduler.timesteps):
             points.append(output[0].float().cpu())
             raise Answer  # what some pipelines do to the final latents needs the VAE, which was freed

@@ -104,7 +104,13 @@ def segment_targets(points, sigmas, positions, coefficients=None) -> tuple[list[
 
 
 def walk(
-    pipe: DiffusionPipeline, timesteps: list[float], timestep_table, seed: int, coefficients=None, advance=None, **call
+    pipe: DiffusionPipeline,
+    timesteps: list[float],
+    timestep_table,
+    seed: int,
+    coefficients=None,
+    advance=lambda: None,
+    **call,
 ) -> list[torch.Tensor]:
     """Return the latents (B, ...) before each of these steps of the pipeline and after the last, on the CPU.
 
@@ -123,8 +129,7 @@ def walk(
         if index == 0:
             points.append(sample.to(torch.float32, copy=True))  # some pipelines write into it
         points.append(points[-1] + (sigmas[index + 1] - sigmas[index]) * (a * velocity + c * previous))
-        if advance is not None:
-            advance()
+        advance()
         if index == len(timesteps) - 1:
             raise Answer  # what some pipelines do to the final latents needs the VAE, which was freed
         previous = velocity

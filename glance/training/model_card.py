@@ -11,11 +11,13 @@ import shlex
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import release_memory
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
+from tqdm.auto import tqdm
 
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
@@ -70,10 +72,12 @@ def preview_latents(pipe, answers, recipes: dict[str, Recipe], seed: int) -> tor
     """Return the caption's final latents, (1, ...) float32 on the CPU, with both LoRAs, loaded as their phases."""
     schedule = dataclasses.replace(schedule_of(recipes), timestep_table=answers.timestep_table)
     inference = glance_inference(pipe, schedule)
-    with inference as kwargs, ask.plain_call(pipe, answers.preview_call) as call:
+    hidden = not PartialState().is_local_main_process
+    progress = tqdm(total=len(schedule.timesteps), desc="preview", delay=1, disable=hidden)
+    with progress, inference as kwargs, ask.plain_call(pipe, answers.preview_call) as call:
         generator = torch.Generator().manual_seed(seed)
         with torch.compiler.set_stance("force_eager"):  # one picture is not worth compiling for
-            return ask_latents.loop_points(pipe, **call, **kwargs, generator=generator)[-1]
+            return ask_latents.loop_points(pipe, progress.update, **call, **kwargs, generator=generator)[-1]
 
 
 def save_picture(image: Image.Image, path: Path) -> None:

@@ -67,12 +67,13 @@ def device_name() -> str:
     import torch
 
     device = torch.accelerator.current_accelerator(check_available=True)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    among = f", the first of {processes} processes" if processes > 1 else ""
     if device is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on"):
-        return f"cpu, {processor()}, {torch.get_num_threads()} threads"
+        return f"cpu, {processor()}, {torch.get_num_threads()} threads{among}"
     index = int(os.environ.get("LOCAL_RANK", 0))
     name = torch.cuda.get_device_name(index) if device.type == "cuda" else platform.processor()
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    return f"{device.type}, {name}" + (f", the first of {processes} processes" if processes > 1 else "")
+    return f"{device.type}, {name}{among}"
 
 
 def processor() -> str:

@@ -62,7 +62,9 @@ class Teacher:
         self.timestep_table = timestep_table
         self.sigmas = [*timesteps_to_sigmas(base_timesteps), 0.0]
 
-    def draw(self, caption: str, seed: int, positions=None, coefficients=None, advance=None) -> list[torch.Tensor]:
+    def draw(
+        self, caption: str, seed: int, positions=None, coefficients=None, advance=lambda: None
+    ) -> list[torch.Tensor]:
         """Return all points of a trajectory, before each step and after the last, (1, ...) float32 each.
 
         `positions` are the steps to walk, all by default; `coefficients` are a fitted solver's, [a, c] for each;

@@ -33,10 +33,10 @@ logger = logging.getLogger(__name__)
 FOLDER = "validation"  # in the output folder: a picture of each time, named by the training steps until then
 
 
-def final_latents(pipe, schedule: Schedule, call: dict, seed: int, act) -> torch.Tensor:
+def final_latents(pipe, schedule: Schedule, call: dict, seed: int, act, advance) -> torch.Tensor:
     """Return what the pipeline draws on the schedule, (1, ...) float32 on the CPU, as it leaves the loop.
 
-    act(phase) is called where a phase of the schedule begins.
+    act(phase) is called where a phase of the schedule begins, advance() after each step.
     """
     phases = schedule.phase_of_steps
 
@@ -49,7 +49,7 @@ def final_latents(pipe, schedule: Schedule, call: dict, seed: int, act) -> torch
         arguments = stack.enter_context(ask.plain_call(pipe, call))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # few pictures are not worth compiling for
         arguments |= {"num_inference_steps": len(phases), "generator": torch.Generator().manual_seed(seed)}
-        return ask_latents.loop_points(pipe, **arguments)[-1]
+        return ask_latents.loop_points(pipe, advance, **arguments)[-1]
 
 
 @contextlib.contextmanager
@@ -151,17 +151,23 @@ class Validation:
         """
         pipe, answers = self.prepared.models.pipe, self.prepared.answers
         full = Schedule({"base": answers.timesteps}, answers.timestep_table)
-        drawn = []
-        hidden = not self.accelerator.is_local_main_process
-        for job in tqdm(self.jobs, desc="validation", disable=hidden, leave=False):
-            prompt, seed = {"prompt": job[0]}, job[1]
-            if job not in self.base_latents:
-                self.base_latents[job] = tuple(
-                    final_latents(pipe, steps, answers.call | prompt, seed, lambda phase: act(None))
-                    for steps in (full, schedule)
-                )
-            glance = final_latents(pipe, schedule, answers.preview_call | prompt, seed, act)
-            drawn.append((*self.base_latents[job], glance))
+        drawn, new = [], sum(job not in self.base_latents for job in self.jobs)
+        few, hidden = len(schedule.timesteps), not self.accelerator.is_local_main_process
+        total = few * len(self.jobs) + new * (few + len(answers.timesteps))
+        stages.enter("validation")
+        with tqdm(total=total, desc="validation", delay=1, disable=hidden, leave=False) as progress:
+            for job in self.jobs:
+                prompt, seed = {"prompt": job[0]}, job[1]
+                if job not in self.base_latents:
+                    self.base_latents[job] = tuple(
+                        final_latents(
+                            pipe, steps, answers.call | prompt, seed, lambda phase: act(None), progress.update
+                        )
+                        for steps in (full, schedule)
+                    )
+                call = answers.preview_call | prompt
+                glance = final_latents(pipe, schedule, call, seed, act, progress.update)
+                drawn.append((*self.base_latents[job], glance))
         return drawn
 
     def write(self, drawn: list, schedule: Schedule, names: dict[str, str], total: int) -> None:
