@@ -16,6 +16,7 @@ import train_glance_lora
 from glance import base as load_base
 from glance.files import checkpoints
 from glance.files.recipe import WEIGHT_NAME
+from glance.shared_flags import CALL_FLAGS
 from glance.training import flags as training_flags
 from glance.training import trajectories
 from glance_utils import InputError
@@ -42,13 +43,15 @@ def test_every_flag_is_compared_or_known_not_to_matter():
     """Also one that is added later: it is compared until somebody says that it cannot change a LoRA."""
     known = {action.dest for action in training_flags.make_parser()._actions} - {"help"}
     assert checkpoints.NOT_COMPARED - known == {"custom_timesteps"}  # made of two flags
+    flags_alone = known - vars(parse()).keys()
+    assert flags_alone == {"use_8bit_adam", *CALL_FLAGS}  # what they say is in optimizer and pipeline_kwargs
     assert known - checkpoints.NOT_COMPARED >= {"seed", "variant", "mixed_precision", "quantization", "lr_scheduler"}
     assert checkpoints.NOT_DRAWN <= known and not checkpoints.NOT_DRAWN & checkpoints.NOT_COMPARED
     teacher = SimpleNamespace(call={}, timesteps=[])
     settings = checkpoints.run_settings(parse(), {}, "base", "pair", 1)
     digest = trajectories.settings_digest(parse(), teacher, "base", ["a"])
     assert trajectories.settings_digest(parse(), teacher, "another", ["a"]) != digest
-    for name in known - {"pretrained_model_name_or_path", "revision", "variant", "train_batch_size"}:
+    for name in known - flags_alone - {"pretrained_model_name_or_path", "revision", "variant", "train_batch_size"}:
         other = parse().replace(**{name: "of another run"})
         compared = name not in checkpoints.NOT_COMPARED
         assert (checkpoints.run_settings(other, {}, "base", "pair", 1) != settings) == compared, name

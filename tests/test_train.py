@@ -556,7 +556,7 @@ def test_output_folder_and_recipes(train, pipelines, pair):
             header, names = file.metadata(), list(file.keys())
         recipe = json.loads(header["glance"])
         timesteps += recipe.pop("timesteps")
-        assert re.fullmatch("[0-9a-f]{64}", recipe.pop("run"))
+        assert re.fullmatch("[0-9a-f]{64}", recipe.pop("run")) and re.fullmatch("[0-9a-f]{64}", recipe.pop("asked"))
         assert recipe == {
             "phase": phase,
             "base_model": str(pipelines["flux"]),
