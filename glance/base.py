@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.autograd._functions import MatMul8bitFp, MatMul8bitLt
+from bitsandbytes.nn import Linear8bitLt
 from diffusers import BitsAndBytesConfig
 from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 from huggingface_hub import try_to_load_from_cache
@@ -102,11 +103,13 @@ def load_transformer(
                 layer.train()
     if quantization == "int8":
         forget_frozen_inputs()
+        move_statistics_along()
     if quantization == "fp8":
         transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
         transformer.to(device)
     if group_offload:
         transformer.enable_group_offload(**group_offload_arguments(device))
+        keep_for_backward(transformer)
     return transformer
 
 
@@ -128,6 +131,25 @@ def forget_frozen_inputs() -> None:
         kind.forward = staticmethod(forward)
 
 
+@functools.cache
+def move_statistics_along() -> None:
+    """Let bitsandbytes' 8-bit layers move with the model that they are in, as model offload moves it.
+
+    The weight and its scales are also attributes, which Module.to does not know: they would stay on one device while
+    the weight goes to another, and no memory would be freed.
+    """
+    apply = Linear8bitLt._apply
+
+    def moved(layer, *args, **kwargs):
+        apply(layer, *args, **kwargs)
+        for owner in (layer.weight, layer.state):
+            if owner.CB is not None and not layer.weight.is_meta:
+                owner.CB, owner.SCB = layer.weight.data, owner.SCB.to(layer.weight.device)
+        return layer
+
+    Linear8bitLt._apply = moved
+
+
 def group_offload_arguments(device: torch.device) -> dict:
     """Return diffusers' arguments for offload layer by layer, the next one copied while this one computes.
 
@@ -136,6 +158,23 @@ def group_offload_arguments(device: torch.device) -> dict:
     streams = device.type == "cuda"
     arguments = {"onload_device": device, "offload_device": torch.device("cpu"), "offload_type": "leaf_level"}
     return arguments | {"use_stream": streams, "record_stream": streams}
+
+
+def keep_for_backward(transformer: torch.nn.Module) -> None:
+    """Let a group-offloaded model's norms, tables and convolutions stay on the device, from now on.
+
+    Autograd saves a weight that does not train as it is, not as a copy, and by the backward pass diffusers would have
+    moved it away. A linear layer's is saved as its transpose, which keeps what was on the device.
+    """
+    for module in transformer.modules():
+        hook = module._diffusers_hook.get_hook("group_offloading") if hasattr(module, "_diffusers_hook") else None
+        group = None if hook is None else hook.group
+        if group is None or any(isinstance(layer, torch.nn.Linear | torch.nn.Embedding) for layer in group.modules):
+            continue
+        group.onload_()
+        if group.stream is not None:
+            group.stream.synchronize()
+        group.onload_ = group.offload_ = lambda: None
 
 
 def enable_gradient_checkpointing(transformer: torch.nn.Module) -> None:
