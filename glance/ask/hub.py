@@ -49,7 +49,7 @@ def refusal(error: Exception, path: str, revision: str | None = None) -> str | N
         return f"it has no branch, tag or commit {revision!r}; see {page}/commits/main, and give another --revision"
     if found(OfflineModeIsEnabled) or os.environ.get("HF_HUB_OFFLINE") and found(LocalEntryNotFoundError):
         at = f" at --revision {revision}" if revision else ""
-        return f"neither a folder here nor in the cache{at}, and HF_HUB_OFFLINE forbids downloads; unset it once"
+        return f"neither a folder here nor in the cache{at}, and HF_HUB_OFFLINE forbids downloads; unset it"
     answer = found(HfHubHTTPError)
     if answer is not None and answer.response.status_code == 401:
         return "the hub knows no such token; mend HF_TOKEN or log in again with `hf auth login`"
