@@ -276,7 +276,7 @@ def test_a_disk_too_full_for_the_lora_keeps_the_old_one(train, at_step, tmp_path
     disk = full_disk(20000)
     at_step(4, lambda: disk.__enter__())
     with pytest.raises(InputError) as error:
-        train()
+        train(overwrite_output_dir=True)
     disk.__exit__(None, None, None)
     assert_one_line(error, "File too large", "no checkpoint is left")
     assert files_in(tmp_path / "output" / "slow") == {WEIGHT_NAME: b"a good LoRA"}
