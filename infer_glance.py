@@ -38,6 +38,7 @@ from glance.adapters import fused_adapters
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.ask.prompt_lengths import PromptLengths
+from glance.encoders import free_memory, place_encoders
 from glance.files import faults, pictures
 from glance.files.lora import load_lora
 from glance.files.lora_forms import read_lora
@@ -45,7 +46,7 @@ from glance.files.pair import find_loras, read_recipes, with_base
 from glance.files.recipe import NO_RECIPE
 from glance.training import distribution, launcher, out_of_memory
 from glance.training.inference_steps import base_inference, compared_steps, schedule_of_base, schedule_of_loras
-from glance.training.weightless import load_without_weights
+from glance.training.weightless import decoding_bytes, load_without_weights
 from glance_utils import (
     PHASES,
     InputError,
@@ -82,11 +83,17 @@ def complete(args: cli.Settings) -> cli.Settings:
     return args.replace(dtype=launcher.agreed_dtype(args.dtype), custom_timesteps=custom)
 
 
-def check_early(args, paths: dict[str, Path], call_of) -> None:
+def offloads(args) -> bool:
+    """Return whether a flag says which weights are on the accelerator when."""
+    return args.enable_model_cpu_offload or args.enable_group_offload or args.enable_sequential_cpu_offload
+
+
+def check_early(args, paths: dict[str, Path], call_of, device: torch.device) -> int:
     """Raise InputError, before any weight is read, where files of the base are missing, the pipeline refuses the call
     or a LoRA does not fit: asked of the pipeline with models that have no weights.
 
-    Where the pipeline cannot be built or called so at all, only the real one can tell.
+    Return the bytes that its VAE will take at work, 0 where it does not count: on a CPU, or offloaded. Where the
+    pipeline cannot be built or called so at all, only the real one can tell.
     """
     base, load_arguments = args.pretrained_model_name_or_path, cli.load_arguments(args)
     try:
@@ -94,7 +101,7 @@ def check_early(args, paths: dict[str, Path], call_of) -> None:
     except InputError as error:
         if isinstance(error.__cause__, OSError):
             raise
-        return
+        return 0
     check_parts(args, pipe, paths)
     call = call_of(pipe)
     try:
@@ -103,8 +110,13 @@ def check_early(args, paths: dict[str, Path], call_of) -> None:
         try:
             ask.dry_step(pipe, prompt=call["prompt"])
         except InputError:  # not even the prompt alone: it is for want of weights
-            return
+            return 0
         raise
+    if device.type == "cpu" or offloads(args):
+        return 0
+    if args.enable_vae_tiling:
+        pipe.vae.enable_tiling()
+    return decoding_bytes(pipe, DTYPES[args.dtype], **call)
 
 
 def check_parts(args, pipe: DiffusionPipeline, paths: dict[str, Path]) -> None:
@@ -115,12 +127,12 @@ def check_parts(args, pipe: DiffusionPipeline, paths: dict[str, Path]) -> None:
         read_lora(pipe, path)
 
 
-def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> DiffusionPipeline:
-    """Load the base with both adapters, none of them active; its transformer, the largest part, comes last."""
+def load_pipeline(args, paths: dict[str, Path], device: torch.device, decoding: int = 0) -> DiffusionPipeline:
+    """Load the base with both adapters, none of them active, and its encoders where they fit beside the transformer
+    and the `decoding` bytes that the VAE takes at work."""
     base, dtype = args.pretrained_model_name_or_path, DTYPES[args.dtype]
     load_arguments = cli.load_arguments(args)
-    offload = args.enable_model_cpu_offload or args.enable_group_offload or args.enable_sequential_cpu_offload
-    place = torch.device("cpu") if offload else device
+    place = torch.device("cpu") if offloads(args) else device
     pipe = ask.load_pipeline(base, dtype, vae_dtype=dtype, **load_arguments)
     check_parts(args, pipe, paths)
     name, _ = ask.find_denoiser(base, **load_arguments)
@@ -140,7 +152,7 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device) -> Diffusi
     elif args.enable_group_offload:
         pipe.enable_group_offload(**load_base.group_offload_arguments(device))
     else:
-        pipe.to(device)
+        place_encoders(pipe, device, free_memory(device) - decoding)
     if args.compile:
         load_base.compile_blocks(denoiser(pipe))
     pipe.set_progress_bar_config(disable=True)
@@ -292,9 +304,9 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
     def call_of(pipe, prompt=jobs[0][0]) -> dict:
         return ask.call_arguments(pipe, prompt, height, width, guidance, extra)
 
-    check_early(args, paths, call_of)
+    decoding = check_early(args, paths, call_of, state.device)
     with out_of_memory.in_inference(args, "loading the base"):
-        pipe = load_pipeline(args, paths, state.device)
+        pipe = load_pipeline(args, paths, state.device, decoding)
     PromptLengths(pipe, logger.warning).watch(pipe)
     calls = [call_of(pipe, prompt) for prompt, _ in jobs]
     ask.dry_step(pipe, **calls[0])

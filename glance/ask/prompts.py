@@ -111,13 +111,14 @@ class _Freed:
         raise FreedError(f"{name} of a model that was freed, because an image and a prompt are encoded but once")
 
 
-def free_components(pipe: DiffusionPipeline, **kwargs) -> None:
-    """Free every model but the denoisers; the prompts and the image must have been encoded before.
+def free_components(pipe: DiffusionPipeline, keep: tuple[str, ...] = (), **kwargs) -> None:
+    """Free every model but the denoisers and those named; what is freed must have encoded all that it will be asked.
 
     With the call's arguments given, raise InputError where the pipeline needs one of them in its loop after all.
     """
     for name, component in freeable_components(pipe).items():
-        setattr(pipe, name, _Freed(component))
+        if name not in keep:
+            setattr(pipe, name, _Freed(component))
 
     def on_step(index, model_output, sample):
         raise Answer

@@ -10,6 +10,7 @@ from accelerate.utils import parse_flag_from_env
 from glance import command_line as cli
 from glance.ask.schedule import ask_timestep_table
 from glance.command_line import Settings
+from glance.encoders import kept_away
 from glance.files.instance_data import SOURCES, chosen_size, load_pair
 from glance.training import fit, own_defaults
 from glance.training.estimate import Choice, Estimate, Step
@@ -129,9 +130,8 @@ def advice(needed: Estimate, choices: list[Choice], memory: int, place: str) -> 
         least = min(fit.needed_for(needed, choice) for choice in choices)
         return f"on {place}: nothing fits, since {readable(least, 'B')} are needed at least; choose a smaller size"
     line = f"on {place}: {fit.as_flags(choice)}, peak {fit.needed_for(needed, choice) / 1e9:.1f} GB"
-    encoding = needed.stages(choice)["encoding"]
-    if not fit.fits(encoding, memory):
-        line += f"; the encoders, {readable(encoding, 'B')}, do not fit beside one another"
+    if away := kept_away(needed.encoders, memory):
+        line += f"; {' and '.join(away)} in host memory, layer by layer on the device"
     return line
 
 

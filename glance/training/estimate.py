@@ -82,13 +82,14 @@ class Estimate:
         """Return the bytes on the device at the peak of each stage that the run has, in the order in which they come:
         "encoding", "drawing", "training" and "preview".
 
-        The encoders answer and are freed; the base draws, where it must; the LoRAs are trained; the base draws the
-        preview and is freed, and the VAE decodes.
+        The text encoders answer and are freed, and the VAE encodes the image; the base draws, where it must; the LoRAs
+        are trained; the base draws the preview and is freed, and the VAE decodes.
         """
         forward = self.weights(choice, backward=False)
         state = self.lora() + round(state_bytes(choice.optimizer, self.rank) * self.lora_parameters)
         step = max(self.training_step(choice).activations, 2 * self.lora())  # gradients, and the optimizer's own
-        stages = {"encoding": sum(self.encoders.values()) + self.encoding}
+        vae = self.encoders.get("vae", 0)
+        stages = {"encoding": max(sum(self.encoders.values()), vae + self.encoding)}
         if self.drawing is not None:
             stages["drawing"] = forward + self.drawing.activations
         stages["training"] = self.weights(choice, backward=True) + state + step

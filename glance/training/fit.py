@@ -6,12 +6,12 @@ The order in which memory is saved is LADDER's; how much is needed is estimate.p
 import logging
 from dataclasses import asdict
 
-import psutil
 import torch
 
 from glance import command_line as cli
 from glance.ask.pipeline import find_denoiser
 from glance.command_line import Settings
+from glance.encoders import KEPT_FREE, free_memory
 from glance.files.checkpoints import load_checkpoint
 from glance.training import distribution
 from glance.training.estimate import Choice, Estimate
@@ -31,16 +31,7 @@ LADDER = (
     Choice("nf4", gradient_checkpointing=True, optimizer="adamw8bit"),
     Choice(gradient_checkpointing=True, optimizer="adamw8bit", enable_group_offload=True),
 )
-KEPT_FREE = 0.1  # of the memory: for what no estimate counts, such as the accelerator's own context
 COMPARED = ("quantization", "optimizer")  # of a Choice, what decides what a LoRA learns: resumed runs keep it
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that can still be allocated on the device."""
-    if device.type == "cuda":
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch holds it
-        return torch.cuda.mem_get_info(device)[0] + reusable
-    return psutil.virtual_memory().available
 
 
 def memory_name(args, device: torch.device, memory: int) -> str:

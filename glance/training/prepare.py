@@ -29,6 +29,7 @@ from glance.ask.prompt_lengths import PromptLengths
 from glance.ask.schedule import ask_timestep_table
 from glance.ask.velocity import PipelineVelocity, check_instantaneous, check_memoryless, takes_batches, takes_timesteps
 from glance.command_line import Settings
+from glance.encoders import free_memory, place_encoders
 from glance.training import distribution, estimate, losses, out_of_memory, stages, summary
 from glance.training.draws import Draw
 from glance.training.steps import Steps, choose_steps, pick_steps, warn_of_shares
@@ -195,8 +196,7 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
     path, dtype = args.pretrained_model_name_or_path, DTYPES[args.mixed_precision]
     stages.enter("loading encoders")
     pipe = ask.load_pipeline(path, dtype, **cli.load_arguments(args))
-    for component in ask.freeable_components(pipe).values():
-        component.to(accelerator.device)
+    place_encoders(pipe, accelerator.device, args.memory or free_memory(accelerator.device))
     stages.enter("encoding")
     call, single_call, layers = ask_call(args, pipe, captions[0], size)
     train_call = trained_call(args, call, single_call)
@@ -211,10 +211,6 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
             "leave it out, --validation_prompt is drawn at the end"
         )
     layout = ask_latents.ask_layout(pipe, **call)
-    latents = None
-    if image is not None:
-        pixels = VaeImageProcessor(do_resize=False).preprocess(image)
-        latents = ask_latents.encode_image(pipe, pixels, layout, **call)
     noise_scale = ask_latents.ask_noise_scale(pipe, **call)
     mixed = args.timesteps_per_step > 1 and takes_timesteps(pipe, **train_call)
     batched = args.train_batch_size * args.timesteps_per_step == 1 or takes_batches(pipe, **train_call)
@@ -223,6 +219,9 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
     remember_captions(pipe, captions, call, train_calls, sizes)
     preview_call = single_call if args.guidance == "fold" else call
     remember_captions(pipe, args.validation_prompt, call, [preview_call], [1])
+    ask_prompts.free_components(pipe, keep=("vae",))
+    accelerator.free_memory()  # of which an image takes the VAE much
+    latents = None if image is None else encode_image(pipe, image, layout, call)
     vae = getattr(pipe, "vae", None)
     ask_prompts.free_components(pipe, **train_call)
     if vae is not None:
@@ -243,6 +242,12 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
     )
     models = Models(pipe, vae, functools.partial(load_transformer, args, accelerator))
     return Prepared(settings, models, answers, captions, steps, latents)
+
+
+def encode_image(pipe, image, layout: ask_latents.LatentLayout, call: dict) -> torch.Tensor:
+    """Return the latents (1, ...) float32 of a PIL image of the call's size."""
+    pixels = VaeImageProcessor(do_resize=False).preprocess(image)
+    return ask_latents.encode_image(pipe, pixels, layout, **call)
 
 
 def load_transformer(args, accelerator, part: str | None = None) -> torch.nn.Module:

@@ -4,6 +4,7 @@ Its models are called for real, forward and backward, on tensors that have a sha
 FakeTensorMode). What a model would have allocated and multiplied is counted where torch dispatches it.
 """
 
+import contextlib
 import weakref
 
 import torch
@@ -20,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.ask.components import component_class, denoiser_name
+from glance_utils import InputError
 
 
 CPU = torch.device("cpu")
@@ -151,3 +154,20 @@ def answer_zeros(module: torch.nn.Module) -> None:
 
     module.forward = forward
     module.to = lambda *args, **kwargs: module  # as some pipelines ask of their VAE while they are built
+
+
+def decoding_bytes(pipe, dtype: torch.dtype, **call) -> int:
+    """Return what a VAE of this dtype takes beside its weights to decode a picture of this call; 0 where there is
+    none, or where it decides by numbers."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        return 0
+    counter, original = Counter(vae), vae.decode
+
+    def decode(*args, **kwargs):
+        with counter:
+            return original(*args, **kwargs)
+
+    with contextlib.suppress(InputError), ask.replaced(vae, "decode", decode):
+        ask_latents.ask_size(pipe, **call)
+    return counter.peak * dtype.itemsize // vae.dtype.itemsize
