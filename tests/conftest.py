@@ -32,7 +32,8 @@ REFUSED = (InputError, argparse.ArgumentError)  # what the user can mend, found 
 DECIDED = {"gradient_checkpointing", "no-gradient_checkpointing", "enable_group_offload", "quantization", "config"}
 
 
-def pytest_collection_finish():
+@pytest.fixture(scope="module", autouse=True)
+def libraries_frozen():
     """Whoever frees memory collects garbage: without the libraries' own million objects, in half of a run's time."""
     gc.collect()
     gc.freeze()

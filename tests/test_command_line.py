@@ -94,6 +94,7 @@ def test_help_comes_in_groups_and_before_any_library(script):
         assert action.help and all(flag in done.stdout for flag in action.option_strings)
 
 
+@pytest.mark.processes
 def test_a_config_file_that_can_be_read_once(pipelines):
     """A shell's <(...) is a pipe: it is read before the libraries are imported and not again."""
     script = f"train_glance_lora.py --config <(echo 'dry_run: true') {' '.join(flags(resolution=32, rank=4))}"

@@ -87,6 +87,7 @@ for name, module in sys.modules.items():
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "parts, snippet, bases",
     [(["glance_utils.py"], INFERENCE, ["flux"]), (["glance_utils.py", "glance/ask"], TRAINING, ["flux", "qwen"])],

@@ -27,6 +27,7 @@ def words_of(folder="output/glance", phases=("slow", "fast"), **settings) -> lis
     return shlex.split(line)
 
 
+@pytest.mark.processes
 def test_the_command_that_training_ends_with_draws(pipelines, pair, tmp_path, capsys):
     """As it was printed, in the same folder: the picture is what the preview shows."""
     where = {"pretrained_model_name_or_path": pipelines["flux"], "instance_image": pair}

@@ -347,6 +347,7 @@ def test_a_file_system_without_locks_does_not_stop_a_run(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 def test_nothing_here_needs_posix():
     """As on Windows, whose Python has none of these modules; the libraries are imported before."""
     paths = [*ROOT.glob("*.py"), *ROOT.glob("glance/**/*.py")]

@@ -80,7 +80,7 @@ def test_a_quantized_base_trains_and_draws(base, quantization, kind, train, infe
         return seen[-1]
 
     monkeypatch.setattr(load_base, "load_transformer", watched)
-    output = train(base, quantization=quantization, learning_rate=1e-2, max_train_steps=6)
+    output = train(base, quantization=quantization, learning_rate=1e-2, max_train_steps=3)
     moved = [value.abs().max() > 1e-4 for name, value in lora(output).items() if "lora_B" in name]
     assert sum(moved) > 0.75 * len(moved)
     drawn = picture(infer(base, lora=output, quantization=quantization))
@@ -267,6 +267,7 @@ def test_equal_timesteps_side_by_side_are_one_remembered_run(train, monkeypatch)
 # Compiled blocks, fused LoRAs
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_compiled_training_is_the_same_and_compiles_once_for_both_phases(train, tmp_path, monkeypatch):
     compiled, train_phase = [], train_glance_lora.train_phase
@@ -291,6 +292,7 @@ def test_compiled_training_is_the_same_and_compiles_once_for_both_phases(train, 
             assert difference.norm() <= 0.1 * value.norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 def test_the_hand_off_compiles_nothing(trained, infer, tmp_path, monkeypatch):
     """The second picture, with its two hand-offs, finds everything compiled; and so does the first one's own."""

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from glance_utils import PHASES
 
 
-STEPS = 10  # the page has 60
+STEPS = 4  # the page has 60
 SETTINGS = {
     "pretrained_model_name_or_path": ROOT / "demo/model",
     "instance_image": ROOT / "demo/glance.png",
@@ -40,6 +40,7 @@ def minimal(tmp_path_factory):
     return folder / "output" / "minimal"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_page_trains_the_products_loras(minimal, tmp_path, loss):
     output = run_train(SETTINGS | {"output_dir": tmp_path}, LOSSES[loss])

@@ -241,6 +241,7 @@ def test_rows_of_nan_are_left_out(trained, infer, second_is_nan, tmp_path, capsy
     assert Image.open(tmp_path / "out.png").size == pictures.comparison_size((32, 32), 3, 1)
 
 
+@pytest.mark.processes
 def test_two_processes_share_the_rows(trained, pipelines, tmp_path):
     settings = {"pretrained_model_name_or_path": pipelines["flux"], "lora": trained(), "compare": True}
     settings |= {"prompt": ["a red ring\nbelow", "a blue ring", "a dog"], "output": tmp_path / "out.png"}

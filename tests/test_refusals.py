@@ -96,6 +96,7 @@ RAW = {"binary": bytes(range(256)), "deep": b'{"a":' + b"[" * 9000, "empty": b""
 CONFIGS = [b"{", b"[1]", RAW["deep"]]
 
 
+@pytest.mark.forged
 def test_a_malformed_base_is_one_line(pipelines, tmp_path):
     base, written = tmp_path / "flux", (pipelines["flux"] / "model_index.json").read_bytes()
     shutil.copytree(pipelines["flux"], base)
@@ -143,6 +144,7 @@ EARLY = {
 }
 
 
+@pytest.mark.forged
 @pytest.mark.parametrize("row", EARLY)
 def test_refused_before_weights_are_read(row, trained, infer, no_weights, pipelines, tmp_path, capsys):
     settings, word = EARLY[row]

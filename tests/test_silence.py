@@ -5,9 +5,11 @@ import re
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, flags
 
 
+pytestmark = pytest.mark.processes
 BARS = "slow|fast|images|encoding|drawing.*|choosing.*|preview|validation|Loading .*"
 OWN = re.compile(rf"\d\d:\d\d:\d\d - (INFO|WARNING) - .*|({BARS}): .*|\s*")
 TINY = {"resolution": 32, "dtype": "float32", "steps": 1, "warmup": 1, "rank": 4}
@@ -16,6 +18,7 @@ TINY = {"resolution": 32, "dtype": "float32", "steps": 1, "warmup": 1, "rank": 4
 def said(*command, **variables) -> list[str]:
     """What a script writes to stderr that is not its own, as a user's shell would start it."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment["OMP_WAIT_POLICY"] = "passive"  # else threads without work take the other tests' time
     environment |= variables
     environment.pop("TRANSFORMERS_VERBOSITY", None)
     environment.pop("DIFFUSERS_VERBOSITY", None)

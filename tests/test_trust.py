@@ -40,6 +40,7 @@ def test_nothing_evaluates_or_unpickles(path):
             assert keywords["use_safetensors"] == "True"
 
 
+@pytest.mark.forged
 def test_a_config_names_no_module_to_import(tmp_path, monkeypatch):
     (tmp_path / "outsider.py").write_text("from pathlib import Path\nPath('ran').touch()\nclass Model: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -94,6 +95,7 @@ def test_prompts_and_tokens_never_land_in_logs(train, infer, tmp_path, monkeypat
     assert all(b"hf_secret" not in path.read_bytes() for path in output.rglob("*") if path.is_file())
 
 
+@pytest.mark.forged
 def test_a_lora_is_read_as_safetensors_alone(pipelines, tmp_path):
     """Also by the functions that people copy: the file is named .safetensors, its content is a pickle."""
     path = tmp_path / WEIGHT_NAME
@@ -104,6 +106,7 @@ def test_a_lora_is_read_as_safetensors_alone(pipelines, tmp_path):
         load_lora(pipe, path, "slow")
 
 
+@pytest.mark.forged
 def test_yaml_builds_no_objects(tmp_path):
     (tmp_path / "a.yaml").write_text(f"rank: !!python/object/apply:os.mkdir ['{tmp_path}/ran']")
     with pytest.raises(REFUSED, match="constructor"):
