@@ -2,18 +2,15 @@
 
 import dataclasses
 import gc
-import json
-import os
-import subprocess
-import sys
 import weakref
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, flags
+from conftest import flags
 from lifetimes import EXPECTED, watch
 from PIL import Image
+from pretended_gpu import pretended_gpu
 from safetensors.torch import load_file
 from test_families import FAMILIES
 from torch.utils._pytree import tree_leaves
@@ -131,16 +128,28 @@ def test_a_dry_run_says_which_encoders_would_not_fit(pipelines):
     )
 
 
-@pytest.mark.processes
-def test_on_a_second_device_it_is_what_the_cpu_has(pipelines):
-    """Prepared for training and drawn there, with all encoders on that device and with none; in a process of its own,
-    as torch cannot forget a device."""
-    command = [sys.executable, ROOT / "tests" / "second_device.py", pipelines["flux"], pipelines["qwen"]]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ)
-    assert run.returncode == 0, run.stderr
-    found = [json.loads(line) for line in run.stdout.splitlines()]
-    both, one = ["text_encoder", "text_encoder_2"], ["text_encoder"]
-    assert [part["away"] for part in found] == [[], both, [], one]
-    assert all(part["drawn"] <= 1e-5 and part["encoded"] <= 1e-5 for part in found)
-    lines = [line for line in run.stderr.splitlines() if "in host memory, layer by layer on second, as 0.0 GB" in line]
-    assert len(lines) == 4  # prepared and drawn, of each base
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one, for tests/test_gpu.py")
+@pytest.mark.parametrize(
+    "base, kept", [("flux", "text_encoder (0.0 GB) and text_encoder_2"), ("qwen", "text_encoder")]
+)
+def test_a_full_gpu_prepares_and_draws_what_an_empty_one_does(
+    base, kept, trained, train, infer, tmp_path, monkeypatch, caplog
+):
+    """What a layer meets is where its weights just are: pretended_gpu refuses operations on tensors of two devices."""
+    found, lora = {}, trained(base)
+    caplog.set_level("INFO")
+    with pretended_gpu(monkeypatch):
+        for name in ("empty", "full"):
+            if name == "full":
+                monkeypatch.setattr(prepare, "free_memory", lambda device: 0)
+                monkeypatch.setattr(infer_glance, "free_memory", lambda device: 0)
+            caplog.clear()
+            output = train(base, output_dir=tmp_path / name, max_train_steps=1, phase="slow")
+            picture = infer(base, lora=lora, output=tmp_path / f"{name}.png")
+            found[name] = load_file(output / WEIGHT_NAME), np.asarray(Image.open(picture)).astype(int)
+            lines = [line for line in caplog.messages if line.startswith("Encoders: ")]
+            why = f"{kept} (0.0 GB) in host memory, layer by layer on cuda" if name == "full" else "all on cuda"
+            assert len(lines) == 2 and all(why in line for line in lines)  # trained and drawn
+    (lora, picture), (other, drawn) = found.values()
+    assert all((value - other[name]).abs().max() <= 1e-6 for name, value in lora.items())
+    assert abs(picture - drawn).max() <= 1
