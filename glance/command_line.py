@@ -89,11 +89,9 @@ class HelpFormatter(argparse.HelpFormatter):
         return action.dest.rpartition("_")[2].upper()
 
     def _format_action_invocation(self, action):
-        return (
-            ", ".join(action.option_strings)
-            if isinstance(action, Switch)
-            else super()._format_action_invocation(action)
-        )
+        if isinstance(action, Switch):
+            return ", ".join(action.option_strings)
+        return super()._format_action_invocation(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,9 +104,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, usage=USAGE, **kwargs)
         self.register("action", "store_true", Switch)
         self.foreign = foreign
-        self.add_argument(
-            "--config", help="a YAML or JSON file of these settings, by their names; the command line wins"
-        )
+        self.add_argument("--config", help="a YAML or JSON file of these settings; the command line wins")
 
     def error(self, message):
         raise mistake(f"{' '.join(message.split())[:500]}; see --help")

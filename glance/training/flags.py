@@ -15,9 +15,9 @@ DEFAULTS = {"flow": {"grid": "glance", "solver": "euler"}, "trajectory": {"grid"
 SEGMENT_WEIGHTS = ("uniform", "length", "length_squared")  # losses.SEGMENT_POWERS
 # What trades time for memory where --fit does not choose it; gradient checkpointing is chosen in any case.
 MEMORY = {"quantization": "none", "optimizer": "adamw", "enable_group_offload": False}
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
 # diffusers' SchedulerType, but for piecewise_constant, which takes rules; accelerate's LoggerType.
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
-OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
 TRACKERS = ("all", "aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab")
 
 
