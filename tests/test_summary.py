@@ -36,7 +36,7 @@ summary.begin(flags.parse(sys.argv[1:]))
     for words in (
         "Base = demo/model, FluxPipeline",
         "Loss = trajectory, auto grid, fitted solver, guidance 2.5: keep",
-        "LoRA = rank 8, 60 steps, learning rate 1e-05",
+        "LoRA = rank 8, 60 steps of adamw, learning rate 1e-05",
         "Output = output/demo",
     ):
         assert words in done.stderr

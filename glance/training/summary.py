@@ -42,10 +42,11 @@ def begin(args: Settings) -> None:
     logger.info("***** Glance *****")
     logger.info(f"  Base = {args.pretrained_model_name_or_path}{f', {kind}' if kind else ''}")
     logger.info(f"  Loss = {args.loss}, {grid}, {args.solver} solver, guidance{scale}: {args.guidance}")
-    logger.info(f"  LoRA = rank {args.rank}, {args.max_train_steps} steps, learning rate {args.learning_rate:g}")
+    learning = f"{args.optimizer or 'optimizer as it fits'}, learning rate {args.learning_rate:g}"
+    logger.info(f"  LoRA = rank {args.rank}, {args.max_train_steps} steps of {learning}")
     logger.info(f"  Output = {args.output_dir}")
     dtype = DTYPES.get(args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no", "float32")
-    logger.info(f"  Device = {device_name()}; {dtype}, quantization {args.quantization}")
+    logger.info(f"  Device = {device_name()}; {dtype}, quantization {args.quantization or 'as it fits'}")
 
 
 def base_class(base: str, revision: str | None) -> str | None:
