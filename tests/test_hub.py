@@ -8,8 +8,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from glance import base, inference_flags
+from glance.ask.hub import refusal
 from glance.ask.pipeline import find_denoiser, read_model_index
 from glance.files.pair import find_loras
 from glance_utils import InputError
@@ -135,6 +137,14 @@ def test_offline(hub, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "nor in the cache, and HF_HUB_OFFLINE forbids downloads" in line_of("lab/good")
     assert "nor in the cache at --revision v9, and HF_HUB_OFFLINE" in line_of("lab/good", revision="v9")
+
+
+def test_a_folder_is_not_the_hubs(hub, tmp_path):
+    """Libraries look there for what a folder lacks."""
+    (tmp_path / "base").mkdir()
+    for path in ("base", "base/vae"):
+        assert refusal(OfflineModeIsEnabled("no"), str(tmp_path / path)) is None
+    assert "HF_HUB_OFFLINE" in refusal(OfflineModeIsEnabled("no"), "lab/base/vae")
 
 
 def test_a_cache_of_ones_own(hub, monkeypatch, tmp_path):

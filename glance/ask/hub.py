@@ -30,10 +30,12 @@ def causes(error: BaseException | None) -> list[BaseException]:
 
 
 def refusal(error: Exception, path: str, revision: str | None = None) -> str | None:
-    """Return why the hub gave nothing of the repository `path`, in one line; None where it is not the hub's doing.
+    """Return why the hub gave nothing of the repository `path`, or of a part of it, ID/PART, in one line.
 
-    A file that is missing in a repository that is there is not told from others: None too.
+    None where it is not the hub's doing, as for a folder, or where the repository is there and lacks a file.
     """
+    if os.path.isdir(path) or path.count("/") > 1 and os.path.isdir(os.path.dirname(path)):
+        return None
     errors, page = causes(error), f"{constants.ENDPOINT}/{'/'.join(path.split('/')[:2])}"
 
     def found(*kinds) -> BaseException | None:
