@@ -191,6 +191,8 @@ def test_its_comparison_is_with_all_of_its_own(turbo, own_timesteps, train, infe
     assert [label for label, _, _ in rows[0]] == ["base, 8 steps", "Glance, 4 steps"]
     assert [details.partition(", ")[2] for _, _, details in rows[0]] == ["8 model calls", "4 model calls"]
     assert Image.open(path).size[0] > 0
+    infer(turbo, num_inference_steps=4, grid="even", height=64, width=64, compare=True)
+    assert [label for label, _, _ in rows[1]] == ["base, 8 steps", "even grid, euler, 4 steps"]
 
     silent = tmp_path / "silent"  # the same LoRAs, as other trainers write them
     for phase in PHASES:

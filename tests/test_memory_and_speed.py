@@ -279,10 +279,11 @@ def test_compiled_training_is_the_same_and_compiles_once_for_both_phases(train, 
     monkeypatch.setattr(train_glance_lora, "train_phase", watched)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    settings = {"learning_rate": 1e-3, "max_train_steps": 3}
+    settings = {"learning_rate": 1e-3, "max_train_steps": 3, "num_base_steps": 20, "grid": "even"}
     plain = lora(train(output_dir=tmp_path / "plain", **settings))
     assert compiled == [0, 0]
-    fast = lora(train(output_dir=tmp_path / "compiled", compile=True, **settings))
+    pictures = {"validation_prompt": "a blue disc", "validation_steps": 2}  # amid the steps, nothing is compiled again
+    fast = lora(train(output_dir=tmp_path / "compiled", compile=True, **settings, **pictures))
     assert compiled[2] == compiled[3] > 0
     for name, value in plain.items():
         difference = value - fast[name]
