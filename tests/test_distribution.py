@@ -210,7 +210,8 @@ def test_nothing_but_the_vae_waits_in_memory_for_its_turn(kind, launched):
 
 
 def test_a_sharded_base_in_half_precision_is_the_base(launched):
-    """SD3 keeps a buffer in its files, and half precision rounds it. Bit for bit: two gradients have but one sum."""
+    """SD3 keeps a buffer in its files, and half precision rounds it. Bit for bit: two gradients have but one sum, and
+    a tolerance that half precision's own rounding passes would let the buffer's pass too."""
     ddp, fsdp = (launched(kind, 2)[0] / "bf16" for kind in ("ddp", "fsdp"))
     for phase in PHASES:
         wanted, found = lora(ddp / phase), lora(fsdp / phase)
