@@ -46,12 +46,12 @@ from glance.training import distribution, launcher, losses, out_of_memory, own_d
 from glance.training.draw_command import draw_command
 from glance.training.draws import Draws
 from glance.training.dry_run import dry_run
-from glance.training.fit import resolve
+from glance.training.fit import estimate_settings, resolve
 from glance.training.log import LossLog, check_finite, join_losses, read_losses, write_losses
 from glance.training.model_card import create_hub_repo, draw_preview, push_to_hub, save_picture, write_model_card
 from glance.training.optimizer import TrainingState, make_optimizer
 from glance.training.phases import Phase, find_source, folders, plan_phases
-from glance.training.prepare import Prepared, prepare_pipeline
+from glance.training.prepare import Prepared, needs_drawing, prepare_pipeline
 from glance.training.settings import complete
 from glance.training.validation import Validation
 from glance_utils import PHASES, denoiser, timesteps_to_sigmas
@@ -146,7 +146,7 @@ def train_phase(args, accelerator, prepared: Prepared, phase: Phase, validation:
     hidden = not accelerator.is_local_main_process
     progress = tqdm(total=args.max_train_steps, initial=step, desc=name, delay=0, disable=hidden)
     checkpointing = args.gradient_checkpointing or not transformer._supports_gradient_checkpointing
-    stage = out_of_memory.in_training(args, lambda: f"training {name}, step {step + 1}", checkpointing)
+    stage = out_of_memory.in_training(args, "training", lambda: f"training {name}, step {step + 1}", checkpointing)
     with progress, stage:
         for draw in draws:
             chosen = [timesteps[position] for position in draw.positions]
@@ -267,8 +267,18 @@ def train(args, accelerator, measurement, halves=None):
     for folder in folders(args).values():
         faults.check_writable(folder, "--output_dir")
 
+    needs = functools.partial(
+        estimate_settings,
+        args,
+        captions,
+        size,
+        needs_drawing(args, image),
+        [args.gradient_checkpointing],
+        logger.debug,
+    )
+    compared = functools.partial(out_of_memory.compared, needs, args, accelerator.device)
     repo_id = create_hub_repo(args) if args.push_to_hub and accelerator.is_main_process else None
-    with trackers.begun(args, accelerator):
+    with trackers.begun(args, accelerator), compared():
         prepared = prepare_pipeline(args, accelerator, source.base, image, captions, size)
         args = prepared.settings
         phases = plan_phases(args, accelerator.num_processes, prepared, source, size)
@@ -294,7 +304,8 @@ def train(args, accelerator, measurement, halves=None):
     summary.say_steps(prepared.steps, prepared.answers.timesteps)
     logger.info(f"  Total batch size = {batch}")
     validation = Validation(args, accelerator, prepared, ADAPTER, halves.output_dir if halves else output_dir)
-    train_phases(args, accelerator, prepared, phases, validation)
+    with compared():
+        train_phases(args, accelerator, prepared, phases, validation)
 
     if halves is not None:
         recipes, output_dir = halves.meet(accelerator, recipes), halves.output_dir
@@ -302,7 +313,7 @@ def train(args, accelerator, measurement, halves=None):
     drawn = len(recipes) == 2 or recipes and validation.jobs
     if drawn and (accelerator.is_main_process or distribution.is_sharded()):
         stages.enter("preview")
-        with out_of_memory.in_preview():
+        with compared(), out_of_memory.in_preview():
             preview = draw_preview(prepared, recipes, output_dir, args.seed, validation)
     if accelerator.is_main_process and recipes:
         with faults.one_line_errors(output_dir):

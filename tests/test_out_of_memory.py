@@ -1,5 +1,6 @@
 """Memory that runs out, in every stage of both scripts: one line that says where, what to try and what is left."""
 
+import re
 import resource
 
 import psutil
@@ -42,13 +43,19 @@ def fill_at(transformer, call: int) -> None:
     transformer.transformer_blocks[0].register_forward_pre_hook(hook)
 
 
-def one_line(capsys, run, code=1) -> str:
-    """What the script says as it ends, with this exit code."""
+def one_line(capsys, run, code=1, needed: bool = True) -> str:
+    """What the script says as it ends, with this exit code, but for the numbers of the estimate."""
     with pytest.raises(SystemExit) as ended:
         cli.run(run)
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert ended.value.code == code and len(lines) == 1
-    return lines[0].split("error: ")[1]
+    line = lines[0].split("error: ")[1]
+    told = re.search(r"; by the estimate ([\d.e-]+) GB are needed, of ([\d.e-]+)", line)
+    assert bool(told) == needed
+    if told:
+        needed, there = map(float, told.groups())
+        assert 1e-4 < needed < 1 < there  # a tiny base's
+    return line.replace(told[0], "") if told else line
 
 
 @pytest.fixture
@@ -108,7 +115,7 @@ def test_a_trajectory_and_the_preview_have_their_own_advice(train, full_transfor
 def test_an_encoder_that_is_too_large_is_said_to_be(train, capsys, monkeypatch):
     """The pipeline's own refusals are another thing: inside them, too, a lack of memory is one."""
     monkeypatch.setattr(ask_prompts, "remember_prompts", lambda pipe: setattr(pipe, "encode_prompt", full))
-    line = one_line(capsys, train)
+    line = one_line(capsys, train, needed=False)  # the estimate asks as the run does
     assert line == (
         "out of memory while encoding the prompts and the image, 2.00 GiB more were asked for; try --mixed_precision "
         "bf16"
@@ -124,7 +131,7 @@ def test_inference_keeps_what_it_drew(trained, infer, capsys, monkeypatch, tmp_p
         return pipe
 
     monkeypatch.setattr(infer_glance, "load_pipeline", loaded)
-    line = one_line(capsys, lambda: infer(lora=lora, num_images=2))
+    line = one_line(capsys, lambda: infer(lora=lora, num_images=2), needed=False)
     assert line == (
         "out of memory while drawing out-001.png, 2.00 GiB more were asked for; try --quantization int8; what was "
         "drawn before is written"
@@ -187,7 +194,7 @@ def test_a_real_lack_of_memory_is_one_line(train, capsys, tmp_path):
     used, limits = psutil.Process().memory_info().vms, resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + 2 * 2**30, limits[1]))
     try:
-        line = one_line(capsys, lambda: train(train_batch_size=10**6))
+        line = one_line(capsys, lambda: train(train_batch_size=10**6), needed=False)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
     assert line.startswith("out of memory while encoding the prompts and the image, ")

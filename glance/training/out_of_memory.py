@@ -9,12 +9,16 @@ import functools
 import re
 from collections.abc import Callable
 
+import psutil
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 from glance.ask.pipeline import is_out_of_memory
+from glance.encoders import free_memory
 from glance.files.checkpoints import NOT_COMPARED, find_checkpoints
 from glance.training import distribution
+from glance.training.estimate import Estimate
 
 
 ALLOCATED = re.compile(r"tried to allocate ([\d.]+ ?(?:[KMGT]i?B|bytes))", re.IGNORECASE)  # torch's words
@@ -23,12 +27,16 @@ ALLOCATED = re.compile(r"tried to allocate ([\d.]+ ?(?:[KMGT]i?B|bytes))", re.IG
 class OutOfMemory(MemoryError):
     """Memory ran out; the message is one line that says where, and what to try."""
 
+    def __init__(self, where: str, hint: str, stage: str | None = None):
+        super().__init__(f"{where}; {hint}")
+        self.where, self.hint, self.stage = where, hint, stage  # the last as Estimate.stages names it
+
 
 @contextlib.contextmanager
-def explained(stage: Callable[[], str], hint: Callable[[], str]):
-    """Turn a lack of memory inside into OutOfMemory, unless a stage inside has done so.
+def explained(place: Callable[[], str], hint: Callable[[], str], stage: str | None = None):
+    """Turn a lack of memory inside into OutOfMemory, unless one inside has done so; `stage` is the estimate's word.
 
-    stage() and hint() are asked only then: where it was, and what to do.
+    place() and hint() are asked only then: where it was, and what to do.
     """
     try:
         yield
@@ -39,7 +47,7 @@ def explained(stage: Callable[[], str], hint: Callable[[], str]):
             raise
         asked = ALLOCATED.search(str(error))
         more = f", {asked[1]} more were asked for" if asked else ""
-        raise OutOfMemory(f"out of memory while {stage()}{more}; {hint()}") from error
+        raise OutOfMemory(f"out of memory while {place()}{more}", hint(), stage) from error
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -49,14 +57,37 @@ def explained(stage: Callable[[], str], hint: Callable[[], str]):
 def in_encoding(args):
     """Return the context of the encoding of prompts and image, which no flag for the transformer makes smaller."""
     hint = "--mixed_precision bf16" if args.mixed_precision == "no" else "a smaller --resolution"
-    return explained(lambda: "encoding the prompts and the image", lambda: f"try {hint}")
+    return explained(lambda: "encoding the prompts and the image", lambda: f"try {hint}", "encoding")
 
 
-def in_training(args, stage: str | Callable[[], str], checkpointing: bool | None = None):
-    """Return the context of a stage of training; `checkpointing` says, while LoRAs are trained, whether gradients
-    are checkpointed, or could not be."""
-    named = stage if callable(stage) else lambda: stage
-    return explained(named, functools.partial(training_hint, args, checkpointing))
+def in_training(args, stage: str, place: Callable[[], str], checkpointing: bool | None = None):
+    """Return the context of a stage of training, in the estimate's word and in a reader's; `checkpointing` says, while
+    LoRAs are trained, whether gradients are checkpointed, or could not be."""
+    return explained(place, functools.partial(training_hint, args, checkpointing), stage)
+
+
+@contextlib.contextmanager
+def compared(needs: Callable[[], Estimate], args, device: torch.device):
+    """Add to an OutOfMemory inside what its stage needs by the estimate, and what there is.
+
+    needs() is asked only then. Where memory is short it may fail as well: then the line stays as it is.
+    """
+    try:
+        yield
+    except OutOfMemory as error:
+        there = usable_memory(device)
+        try:
+            needed = needs().stages(args)[error.stage]
+        except Exception:
+            raise error from error.__cause__
+        estimated = f"by the estimate {needed / 1e9:.3g} GB are needed, of {there / 1e9:.3g}"
+        raise OutOfMemory(f"{error.where}; {estimated}", error.hint) from error
+
+
+def usable_memory(device: torch.device) -> int:
+    """Return the bytes on the device that this process has or could have."""
+    own = torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return free_memory(device) + own
 
 
 def next_in_training(args, checkpointing: bool | None) -> str | None:
@@ -94,7 +125,7 @@ def in_preview():
     """Return the context of the preview, after which nothing but the model card would come."""
 
     hint = "the LoRAs are written; infer_glance.py draws with them, in less memory with --enable_model_cpu_offload"
-    return explained(lambda: "drawing the preview", lambda: hint)
+    return explained(lambda: "drawing the preview", lambda: hint, "preview")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -176,11 +176,11 @@ def prepare_pipeline(args, accelerator, base: str, image, captions: list[str], s
     pipe = prepared.models.pipe
     summary.say_adapted(denoiser(pipe), prepared.answers.layers, args.rank)
     stages.enter("loading transformer")
-    with out_of_memory.in_training(args, "loading the transformer"):
+    with out_of_memory.in_training(args, "training", lambda: "loading the transformer"):
         transformer = with_adapters(prepared.models.load_transformer())
     setattr(pipe, denoiser_name(pipe.config), transformer)
     if needs_drawing(args, image):
-        with out_of_memory.in_training(args, "drawing what is learned from the base"):
+        with out_of_memory.in_training(args, "drawing", lambda: "drawing what is learned from the base"):
             prepared = learn_from_base(accelerator, prepared, base)
     if prepared.settings.gradient_checkpointing:
         load_base.enable_gradient_checkpointing(transformer)
