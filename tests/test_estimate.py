@@ -127,7 +127,7 @@ def test_drawing_and_preview_take_what_was_said(wider, train, monkeypatch):
     train(wider["sd3"], resolution=96, rank=8, max_train_steps=1, **TRAJECTORY, **OFF)
     needed = fit.estimate_settings(chosen[0], ["a red ring"], (96, 96), True, [False], print)
     stages = needed.stages(chosen[0])
-    assert list(stages) == ["encoding", "drawing", "training", "preview"]
+    assert list(stages) == ["encoding", "drawing", "training", "preview", "decoding"]
     assert {stage: stages[stage] for stage in found} == pytest.approx(found, rel=0.15)
 
 
@@ -158,7 +158,7 @@ def test_the_fastest_that_fits_is_taken(needed):
     """Each setting saves more than the one before it, and is taken as soon as that no longer fits. A base of four
     blocks is smaller in four bits than two of its layers are."""
     choices = list(fit.LADDER[:-1])
-    sizes = [fit.needed_for(needed, choice) for choice in choices]
+    sizes = [needed.peak(choice) for choice in choices]
     assert sizes == sorted(sizes, reverse=True)
     for choice, size in zip(choices, sizes):
         assert fit.first_fit(needed, choices, int(size / 0.9) + 2) == choice
@@ -183,7 +183,7 @@ def test_what_is_given_is_kept():
 
 def memory_for(needed, place: int) -> str:
     """What --memory must say for this step of the ladder."""
-    return f"{int(fit.needed_for(needed, fit.LADDER[place]) / 0.9 / 1e4 + 1) / 100}MB"
+    return f"{int(needed.peak(fit.LADDER[place]) / 0.9 / 1e4 + 1) / 100}MB"
 
 
 def test_a_run_takes_the_advice_and_a_resumed_one_keeps_it(needed, wider, train, monkeypatch, caplog, tmp_path):
@@ -280,9 +280,9 @@ def test_a_dry_run_reads_configs_alone(base, pipelines, pair, train, tmp_path, c
     assert not (tmp_path / "nothing").exists()
     count = sum(value.numel() for value in load_file(train(base, phase="slow") / WEIGHT_NAME).values())
     assert f"{readable(count, '')} parameters, {readable(4 * count, 'B')} a file" in printed
-    stages = ["stage", "encoding", "training", "preview", "all"]
+    stages = ["stage", "encoding", "training", "preview", "decoding", "all"]
     rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")]
-    assert rows[:5] == stages and len(rows) == len(stages) + 1 + 4 * 2 - 1
+    assert rows[:6] == stages and len(rows) == len(stages) + 1 + 4 * 2 - 1
 
 
 def test_a_transformer_that_the_class_may_lack_is_not_read(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from conftest import flags
+from diffusers import DiffusionPipeline
 
 import infer_glance
 from glance import command_line as cli
@@ -200,3 +201,21 @@ def test_a_real_lack_of_memory_is_one_line(train, capsys, tmp_path):
     assert line.startswith("out of memory while encoding the prompts and the image, ")
     assert line.endswith(" bytes more were asked for; try --mixed_precision bf16")
     assert not (tmp_path / "output").exists()
+
+
+def test_a_vae_that_finds_no_room_computes_on_the_cpu(pipelines, monkeypatch):
+    """To encode the image and to decode a picture, with the same result."""
+    pipe = DiffusionPipeline.from_pretrained(pipelines["flux"])
+    call = {"prompt": "a red ring", "height": 32, "width": 32}
+    layout, image = ask_latents.ask_layout(pipe, **call), torch.rand(1, 3, 32, 32) * 2 - 1
+    latents = ask_latents.encode_image(pipe, image, layout, **call)
+    drawn = ask_latents.decode(pipe.vae, latents, layout)
+    for name, wanted in (("encode", latents), ("decode", drawn)):
+        answers = [full, getattr(pipe.vae, name)]
+        with ask.replaced(pipe.vae, name, lambda *args, answers=answers: answers.pop(0)(*args)):
+            if name == "encode":
+                found = ask_latents._vae_latents(pipe, image, layout)
+                assert torch.equal(layout.latents_from(found), wanted)
+            else:
+                assert ask_latents.decode_on(torch.device("cpu"), pipe.vae, latents, layout) == wanted
+        assert not answers

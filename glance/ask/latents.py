@@ -134,19 +134,24 @@ def vae_input(vae: torch.nn.Module, image: torch.Tensor, layout: LatentLayout) -
 def _vae_latents(pipe: DiffusionPipeline, image: torch.Tensor, layout: LatentLayout) -> torch.Tensor:
     """Return the VAE's latents of an image (1, 3, H, W) in -1..1, float32; the image itself where there is no VAE.
 
-    Raise FloatingPointError where they are not finite.
+    They are made on the CPU where the VAE's device has no room. Raise FloatingPointError where they are not finite.
     """
     vae = getattr(pipe, "vae", None)
     if vae is None:
         return image.float().to(layout.scale.device)
     image = vae_input(vae, image, layout)
+    device = vae.device
     with torch.no_grad(), refusals(pipe):
-        encoded = vae.encode(image.to(vae.device, vae.dtype))
+        try:
+            encoded = vae.encode(image.to(device, vae.dtype))
+        except torch.OutOfMemoryError:
+            encoded = vae.cpu().encode(image.to("cpu", vae.dtype))
+            vae.to(device)
     if hasattr(encoded, "latent_dist"):
         latents = encoded.latent_dist.mode()
     else:
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
-    return check_finite(latents.float(), f"the latents that the VAE in {_dtype(vae)} makes of the image")
+    return check_finite(latents.float().to(device), f"the latents that the VAE in {_dtype(vae)} makes of the image")
 
 
 def ask_noise_scale(pipe: DiffusionPipeline, **kwargs) -> float:
@@ -270,3 +275,17 @@ def decode_pixels(vae: torch.nn.Module | None, latents: torch.Tensor, layout: La
 def decode(vae: torch.nn.Module | None, latents: torch.Tensor, layout: LatentLayout) -> Image.Image:
     """Return decode_pixels' picture as an image."""
     return VaeImageProcessor().postprocess(decode_pixels(vae, latents, layout))[0]
+
+
+def decode_on(
+    device: torch.device, vae: torch.nn.Module | None, latents: torch.Tensor, layout: LatentLayout
+) -> Image.Image:
+    """Return `decode`'s picture; the VAE is on the device meanwhile if that has room for it, and then on the CPU."""
+    if vae is None:
+        return decode(vae, latents, layout)
+    try:
+        return decode(vae.to(device), latents, layout)
+    except torch.OutOfMemoryError:
+        return decode(vae.cpu(), latents, layout)
+    finally:
+        vae.cpu()

@@ -20,6 +20,7 @@ from glance.training.trajectories import list_jobs
 from glance.training.weightless import load_without_weights
 
 
+STAGES = ("encoding", "drawing", "fitting", "training", "preview", "validation", "decoding")
 SHARE_OF_RATE = 0.5  # of the rate of large matrix products, that a run reaches
 
 
@@ -84,14 +85,13 @@ def stage_table(needed: Estimate, choice: Choice, found: dict[str, tuple[int, St
         "| stage | peak | steps | model calls | FLOPs | minutes |",
         "|---|---|---|---|---|---|",
     ]
-    rows = {"encoding": None, "drawing": None} if "drawing" in stages else {"encoding": None}
-    for stage in rows | found:
+    for stage in (stage for stage in STAGES if stage in stages or stage in found):
         count, step = found.get(stage, (0, None))
         peak = readable(stages[stage], "B") if stage in stages else ""
         done = [str(count), str(count * step.calls), *time_cells(count * step.flops, rate)] if step else [""] * 4
         lines.append(f"| {' | '.join([stage, peak, *done])} |")
     calls = str(sum(count * step.calls for count, step in found.values()))
-    total = [readable(needed.peak(choice), "B"), "", calls, *time_cells(flops_of(found), rate)]
+    total = [readable(max(stages.values()), "B"), "", calls, *time_cells(flops_of(found), rate)]
     return [*lines, f"| {' | '.join(['all', *total])} |"]
 
 
@@ -127,9 +127,9 @@ def advice(needed: Estimate, choices: list[Choice], memory: int, place: str) -> 
     """Return one line: the first of the choices that fits into so many bytes, which are those of `place`."""
     choice = fit.first_fit(needed, choices, memory)
     if choice is None:
-        least = min(fit.needed_for(needed, choice) for choice in choices)
+        least = min(needed.peak(choice) for choice in choices)
         return f"on {place}: nothing fits, since {readable(least, 'B')} are needed at least; choose a smaller size"
-    line = f"on {place}: {fit.as_flags(choice)}, peak {fit.needed_for(needed, choice) / 1e9:.1f} GB"
+    line = f"on {place}: {fit.as_flags(choice)}, peak {needed.peak(choice) / 1e9:.1f} GB"
     if away := kept_away(needed.encoders, memory):
         line += f"; {' and '.join(away)} in host memory, layer by layer on the device"
     return line

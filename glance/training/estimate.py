@@ -6,7 +6,7 @@ activations all live until the backward pass.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import init_empty_weights
@@ -80,7 +80,7 @@ class Estimate:
 
     def stages(self, choice: Choice) -> dict[str, int]:
         """Return the bytes on the device at the peak of each stage that the run has, in the order in which they come:
-        "encoding", "drawing", "training" and "preview".
+        "encoding", "drawing", "training", "preview" and "decoding".
 
         The text encoders answer and are freed, and the VAE encodes the image; the base draws, where it must; the LoRAs
         are trained; the base draws the preview and is freed, and the VAE decodes.
@@ -94,12 +94,14 @@ class Estimate:
             stages["drawing"] = forward + self.drawing.activations
         stages["training"] = self.weights(choice, backward=True) + state + step
         if self.preview is not None:
-            stages["preview"] = max(forward + 2 * self.lora() + self.preview.activations, self.decoding)
+            stages["preview"] = forward + 2 * self.lora() + self.preview.activations
+            stages["decoding"] = self.decoding
         return stages
 
     def peak(self, choice: Choice) -> int:
-        """Return the bytes of the largest stage."""
-        return max(self.stages(choice).values())
+        """Return the bytes of the largest stage that the transformer is in: those before and after it, of encoders
+        and VAE, need not be on the device."""
+        return max(size for stage, size in self.stages(choice).items() if stage not in ("encoding", "decoding"))
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class Work:
     draw: Callable[[], torch.Tensor] | None = None  # returns a velocity, as the base draws trajectories
     preview: Callable[[], torch.Tensor] | None = None  # the same, as the preview is drawn
     same: bool = False  # whether the two are, and one of them tells of both
+    accumulates: bool = False  # whether a micro-step finds the gradients of others before it
 
 
 def measure(pipe, work: Callable[[], torch.Tensor], backward: bool = False) -> Step:
@@ -201,6 +204,7 @@ def estimate(
     lora = LoraConfig(r=rank, lora_dropout=dropout, target_modules=layers, init_lora_weights=False)
     transformer.add_adapter(lora, "estimate")
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    count = sum(map(torch.numel, trained))
     for parameter in trained:
         parameter.data = parameter.data.float()
     compute_as_saved(transformer)
@@ -211,12 +215,13 @@ def estimate(
     for choice in checkpointing if transformer._supports_gradient_checkpointing else [False]:
         if choice:
             enable_gradient_checkpointing(transformer)
-        training[choice] = measure(pipe, work.train, backward=True)
+        step = measure(pipe, work.train, backward=True)
+        training[choice] = replace(step, activations=step.activations + (4 * count if work.accumulates else 0))
     encoding, decoding = vae
     encoders = {name: bytes_of(model) for name, model in ask.freeable_components(pipe).items()}
     return Estimate(
         parameters=parameters,
-        lora_parameters=sum(map(torch.numel, trained)),
+        lora_parameters=count,
         rank=rank,
         base=base,
         layer=layer,

@@ -76,14 +76,9 @@ def candidates(given: Choice, checkpoints: bool, processes: int = 1) -> list[Cho
     return found
 
 
-def needed_for(needed: Estimate, choice: Choice) -> int:
-    """Return the bytes of the largest stage but the encoding: encoders that do not fit need not be on the device."""
-    return max(size for stage, size in needed.stages(choice).items() if stage != "encoding")
-
-
 def first_fit(needed: Estimate, choices: list[Choice], memory: int) -> Choice | None:
     """Return the first of the choices that fits into so many bytes; None where none does."""
-    return next((choice for choice in choices if fits(needed_for(needed, choice), memory)), None)
+    return next((choice for choice in choices if fits(needed.peak(choice), memory)), None)
 
 
 def estimate_settings(args, captions: list[str], size, draws: bool, checkpointing, warn) -> Estimate:
@@ -137,7 +132,7 @@ def decide(args, choices: list[Choice], memory: int, place: str, captions: list[
         logger.info(f"Gradient checkpointing is on, to be safe: {error}")
         return choices[-1]
     choice = first_fit(needed, choices, memory)
-    described = [f"{as_flags(choice)}: {needed_for(needed, choice) / 1e9:.1f} GB" for choice in choices]
+    described = [f"{as_flags(choice)}: {needed.peak(choice) / 1e9:.1f} GB" for choice in choices]
     if choice is None and args.fit:
         raise InputError(
             f"--fit auto: nothing fits {place}, of which a tenth is left; the least is {described[-1]}; choose a "

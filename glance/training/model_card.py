@@ -45,7 +45,8 @@ def draw_preview(prepared, recipes: dict[str, Recipe], output_dir: Path, seed: i
     """Return the caption's picture with both LoRA files just written, drawn as infer_glance.py does, None of one
     phase; what there is to validate is drawn and written too.
 
-    The transformer is freed, then the VAE decodes. Raise FloatingPointError where latents or pixels are not finite.
+    The transformer is freed, then the VAE decodes, on the CPU where it does not fit. Raise FloatingPointError where
+    latents or pixels are not finite.
     """
     models, answers = prepared.models, prepared.answers
     pipe, device = models.pipe, models.pipe._execution_device
@@ -64,8 +65,7 @@ def draw_preview(prepared, recipes: dict[str, Recipe], output_dir: Path, seed: i
     if latents is None:
         return None
     with faults.explained("the preview was not written, the LoRAs are"):
-        vae = None if models.vae is None else models.vae.to(device)
-        return ask_latents.decode(vae, latents, answers.layout)
+        return ask_latents.decode_on(device, models.vae, latents, answers.layout)
 
 
 def preview_latents(pipe, answers, recipes: dict[str, Recipe], seed: int) -> torch.Tensor:

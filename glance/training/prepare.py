@@ -138,6 +138,7 @@ def estimate_run(args, pipe, layers: list[str], call: dict, single_call: dict, s
         draw=(lambda: model(latents, 1.0, **call)) if draws else None,
         preview=(lambda: model(latents, 1.0, **preview_call)) if previews else None,
         same=preview_call == call,
+        accumulates=args.gradient_accumulation_steps > 1,
     )
     vae = estimate.measure_vae(getattr(pipe, "vae", None), layout, size)
     return estimate.estimate(pipe, layers, args.rank, work, vae, checkpointing, args.lora_dropout)

@@ -203,19 +203,9 @@ class Validation:
         trackers.log_picture(self.accelerator, "validation", picture, total)
 
     def decode(self, latents: torch.Tensor) -> Image.Image:
-        """Return the picture of final latents; the VAE is on the accelerator meanwhile, if that has room for it.
-
-        Raise FloatingPointError where latents or pixels are not finite.
-        """
+        """Return the picture of final latents; raise FloatingPointError where these or the pixels are not finite."""
         vae, layout = self.prepared.models.vae, self.prepared.answers.layout
-        if vae is None:
-            return ask_latents.decode(vae, latents, layout)
-        try:
-            return ask_latents.decode(vae.to(self.accelerator.device), latents, layout)
-        except torch.OutOfMemoryError:
-            return ask_latents.decode(vae.cpu(), latents, layout)
-        finally:
-            vae.cpu()
+        return ask_latents.decode_on(self.accelerator.device, vae, latents, layout)
 
     @contextlib.contextmanager
     def apart(self):
