@@ -455,7 +455,7 @@ def test_training(row, train, bad, pipelines, request, tmp_path, capsys):
     places = {"bad": bad, "flux": pipelines["flux"]}
     if "checkpoint}" in str(settings):
         places |= request.getfixturevalue("checkpoints")
-    settings = fill(settings, **places)
+    settings = {"overwrite_output_dir": True} | fill(settings, **places)
     for phase in PHASES:
         (tmp_path / "output" / phase).mkdir(parents=True)
         (tmp_path / "output" / phase / WEIGHT_NAME).write_bytes(b"a good LoRA")
@@ -528,7 +528,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(train, nan_base, tmp_path):
         (tmp_path / "output" / phase).mkdir(parents=True)
         (tmp_path / "output" / phase / WEIGHT_NAME).write_bytes(b"a good LoRA")
     with pytest.raises(FloatingPointError) as error:
-        train(nan_base, flow_custom_timesteps="900;100", checkpointing_steps=1)
+        train(nan_base, flow_custom_timesteps="900;100", checkpointing_steps=1, overwrite_output_dir=True)
     assert_one_line(error, "step 1, timestep 900")
     assert "slow" in str(error.value) and "nan" in str(error.value)
     for phase in PHASES:
@@ -570,7 +570,8 @@ def test_exit_code_and_last_line(script, arguments, word, bad, pair, pipelines, 
         timeout=120,
     )
     assert done.returncode == 2
-    (line,) = done.stderr.splitlines()  # the libraries are silent too
+    *before, line = done.stderr.splitlines()  # the libraries are silent too
+    assert all(" - INFO -   " in text or "*****" in text for text in before) and len(before) < 8
     assert line.startswith(f"{script}: error: ") and word in line and done.stdout == ""
     assert list(tmp_path.iterdir()) == []
 

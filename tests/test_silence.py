@@ -10,7 +10,7 @@ from conftest import ROOT, flags
 
 
 pytestmark = pytest.mark.processes
-BARS = "slow|fast|images|encoding|drawing.*|choosing.*|preview|validation|Loading .*"
+BARS = "slow|fast|images|(base|Glance), \\d+ steps|encoding|drawing.*|choosing.*|preview|validation|Loading .*"
 OWN = re.compile(rf"\d\d:\d\d:\d\d - (INFO|WARNING) - .*|({BARS}): .*|\s*")
 TINY = {"resolution": 32, "dtype": "float32", "steps": 1, "warmup": 1, "rank": 4}
 
