@@ -89,10 +89,10 @@ def test_the_estimated_peak_of_training_is_the_measured_one(base, settings, wide
     """By the allocator's own count, in the second step, when the optimizer has its state."""
     found, train_phase = {}, train_glance_lora.train_phase
 
-    def measured(args, accelerator, prepared, phase):
+    def measured(args, accelerator, prepared, phase, *more):
         weights = size_of(prepared.models.pipe.transformer)
         with allocated() as memory:
-            train_phase(args, accelerator, prepared, phase)
+            train_phase(args, accelerator, prepared, phase, *more)
         found.update(measured=weights + memory["peak"], args=args, captions=prepared.captions)
 
     monkeypatch.setattr(train_glance_lora, "train_phase", measured)
