@@ -222,7 +222,7 @@ def random_transformer(kind, config: dict, dtype: torch.dtype, device: str, quan
     if quantization == "int8":
         load_base.forget_frozen_inputs()
     if quantization == "fp8":
-        transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+        load_base.rest_in_fp8(transformer, dtype)
     return transformer
 
 

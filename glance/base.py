@@ -105,12 +105,21 @@ def load_transformer(
         forget_frozen_inputs()
         move_statistics_along()
     if quantization == "fp8":
-        transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+        rest_in_fp8(transformer, dtype)
         transformer.to(device)
     if group_offload:
         transformer.enable_group_offload(**group_offload_arguments(device))
         keep_for_backward(transformer)
     return transformer
+
+
+def rest_in_fp8(transformer: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Keep the linear layers' weights in 8 bits while they do not compute, which they do in `dtype`.
+
+    A convolution's weight would be in 8 bits again by the backward pass, for which autograd saves it as it is.
+    """
+    convolutions = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    transformer.enable_layerwise_casting(torch.float8_e4m3fn, dtype, skip_modules_classes=convolutions)
 
 
 @functools.cache

@@ -36,12 +36,14 @@ class Places:
     def __init__(self):
         # By address, which no other storage gets while something refers to it, if weakly.
         self.there = {}
-        self.anywhere = {}  # the zeros of gradients that there are not: torch makes them where the others are
+        self.anywhere = {}  # made inside of torch, which knows where, but does not say so here
 
     @staticmethod
     def hold(tensor: torch.Tensor) -> bool:
         """Whether it has content, which lies somewhere."""
-        return not (isinstance(tensor, FakeTensor) or tensor.is_meta) and tensor.layout == torch.strided
+        if isinstance(tensor, FakeTensor) or tensor.is_meta or torch._C._functorch.is_batchedtensor(tensor):
+            return False
+        return tensor.layout == torch.strided
 
     def of(self, tensor: torch.Tensor) -> torch.device:
         if not self.hold(tensor):
@@ -86,13 +88,13 @@ class Operations(TorchDispatchMode):
         if name not in CROSSING and (len(whole) > 1 or GPU in lone and whole == {CPU}):
             shapes = [(tuple(tensor.shape), str(place)) for tensor, place in zip(tensors, places)]
             raise RuntimeError(f"{func}: expected all tensors to be on the same device, found {shapes}")
-        before = {tensor.untyped_storage()._cdata for tensor in tensors if tensor.layout == torch.strided}
+        before = {tensor.untyped_storage()._cdata for tensor in tensors if self.places.hold(tensor)}
         output = func(*args, **kwargs)
         place = places[0] if name in CROSSING and places else GPU if GPU in whole | lone else CPU
-        new_in_backward = not tensors and torch._C._current_graph_task_id() >= 0
-        anywhere = new_in_backward or tensors and not acting
+        anywhere = not acting
         for leaf in tree_leaves(output) if name != "set_" else ():  # which takes a storage as it is
-            if isinstance(leaf, torch.Tensor) and not leaf.is_meta and leaf.untyped_storage()._cdata not in before:
+            held = isinstance(leaf, torch.Tensor) and self.places.hold(leaf)
+            if held and leaf.untyped_storage()._cdata not in before:
                 self.places.put(leaf, None if anywhere else place)
         return output
 
@@ -134,6 +136,8 @@ class Tensors:
     def watched(self, name, method):
         @functools.wraps(method)
         def call(tensor, *args, **kwargs):
+            if not self.places.hold(tensor):
+                return method(tensor, *args, **kwargs)
             there = self.places.of(tensor) == GPU
             if name in ("numpy", "__array__") and there:
                 raise TypeError("can't convert cuda:0 device type tensor to numpy; copy it to host memory first")
@@ -154,7 +158,9 @@ class Tensors:
         @functools.wraps(function)
         def make(*args, device=None, **kwargs):
             if device is None:
-                return function(*args, **kwargs)
+                output = function(*args, **kwargs)
+                self.places.put(output, args[0].device if args and isinstance(args[0], torch.Tensor) else CPU)
+                return output
             device = GPU if isinstance(device, int) else torch.device(device)
             if device.type not in ("cuda", "cpu"):
                 return function(*args, device=device, **kwargs)
@@ -179,11 +185,14 @@ class Tensors:
                 place, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
             if tensor.is_meta or place is not None and place.type == "meta":
                 return to(tensor, *args, copy=copy, **kwargs)
+            if not self.places.hold(tensor):
+                return tensor if dtype is None else to(tensor, dtype)
+            stays_anywhere = place is None and self.places.is_anywhere(tensor)
             place = tensor.device if place is None else GPU if place.type == "cuda" else place
             output = tensor if dtype is None else to(tensor, dtype)
             shared = output.untyped_storage()._cdata == tensor.untyped_storage()._cdata
             output = output.clone() if shared and (copy or place != tensor.device) else output
-            self.places.put(output, place)
+            self.places.put(output, None if stays_anywhere else place)
             return output
 
         return move

@@ -120,6 +120,13 @@ def test_an_offloaded_pipeline_draws_the_same(trained, infer, tmp_path):
     assert picture_distance(infer(lora=trained(), enable_group_offload=True, output=tmp_path / "b.png"), wanted) <= 1
 
 
+def test_convolutions_between_fp8_layers_train(train, tmp_path):
+    """Their weights are saved for the backward pass as they are, and would be in 8 bits by then."""
+    make, size, pipeline_kwargs = FAMILIES["sana"]
+    settings = {"resolution": size, "pipeline_kwargs": json.dumps(pipeline_kwargs), "phase": "slow"}
+    train(str(make(tmp_path / "sana")), quantization="fp8", max_train_steps=1, mixed_precision="bf16", **settings)
+
+
 def test_a_lora_keeps_its_precision_on_an_fp8_base(trained, pipelines):
     """peft puts an adapter into its layer's dtype, here 8 bits."""
     transformer = load_base.load_transformer(str(pipelines["flux"]), torch.bfloat16, CPU, "fp8")

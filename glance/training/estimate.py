@@ -16,7 +16,7 @@ from glance.adapters import compute_as_saved, with_adapters
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.ask.pipeline import first_line, replaced
-from glance.base import enable_gradient_checkpointing
+from glance.base import enable_gradient_checkpointing, rest_in_fp8
 from glance.shared_flags import QUANTIZATIONS
 from glance.training.optimizer import state_bytes
 from glance.training.weightless import UNKNOWN, Counter, empty, weightless, without_content
@@ -169,7 +169,7 @@ def base_bytes(transformer: torch.nn.Module, quantization: str) -> int:
     if quantization == "fp8":
         with init_empty_weights():
             transformer = type(transformer).from_config(transformer.config).to(transformer.dtype)
-        transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer.dtype)
+        rest_in_fp8(transformer, transformer.dtype)
     total = bytes_of(transformer)
     for module in transformer.modules():
         if isinstance(module, torch.nn.Linear) and quantization in ("nf4", "int8"):
