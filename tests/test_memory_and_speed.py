@@ -291,7 +291,7 @@ def test_compiled_training_is_the_same_and_compiles_once_for_both_phases(train, 
     assert compiled == [0, 0]
     pictures = {"validation_prompt": "a blue disc", "validation_steps": 2}  # amid the steps, nothing is compiled again
     fast = lora(train(output_dir=tmp_path / "compiled", compile=True, **settings, **pictures))
-    assert compiled[2] == compiled[3] > 0
+    assert compiled[2:] == [2, 2]  # FLUX has two kinds of blocks
     for name, value in plain.items():
         difference = value - fast[name]
         if DEVICE == CPU:

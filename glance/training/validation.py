@@ -12,6 +12,7 @@ import logging
 from pathlib import Path
 
 import torch
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -56,34 +57,32 @@ def final_latents(pipe, schedule: Schedule, call: dict, seed: int, act, advance)
 def phase_in_training(transformer, adapter: str, phase: str, finished: dict[str, dict], strength: float):
     """Yield act(phase), which lets the LoRA of that phase act, or none where it was not trained.
 
-    Both phases train in the one adapter. The values of a `finished` phase (read_lora's, by phase) are put in the place
-    of those in training and taken out again: another adapter would be compiled, moved and trained with the model.
-    `strength` is the adapter's alpha / rank, which is in a finished LoRA's values.
+    Both phases train in the one adapter. The values of a `finished` phase (read_lora's, by phase), or zeros, are put
+    in the place of those in training and taken out again: another adapter would be moved and trained with the model,
+    and peft's switches leave marks for which compiled blocks are compiled again. `strength` is the adapter's alpha /
+    rank, which is in a finished LoRA's values.
     """
-    names = list(next(iter(finished.values()), ()))
-    weights = {}
-    for name in names:
-        layer, part, _ = name.rsplit(".", 2)
-        weights[name] = getattr(transformer.get_submodule(layer), part)[adapter].weight
-    values = finished | {phase: {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}}
+    weights = {
+        f"{name}.{part}.weight": getattr(layer, part)[adapter].weight.data
+        for name, layer in transformer.named_modules()
+        if isinstance(layer, LoraLayer)
+        for part in ("lora_A", "lora_B")
+    }
+    values = finished | {phase: {name: weight.to("cpu", copy=True) for name, weight in weights.items()}}
 
-    def put(phase: str) -> None:
+    def act(acting: str | None) -> None:
         for name, weight in weights.items():
-            weight.data.copy_(values[phase][name])
+            if acting not in values:
+                weight.zero_()
+                continue
+            weight.copy_(values[acting][name])
+            if acting in finished and name.endswith("lora_B.weight"):
+                weight /= strength
 
-    with switchable_adapters(transformer, [adapter]) as switch:
-
-        def act(name: str | None) -> None:
-            if name not in values:
-                switch(None, 1.0)
-                return
-            put(name)
-            switch(adapter, 1.0 if name == phase else 1 / strength)
-
-        try:
-            yield act
-        finally:
-            put(phase)
+    try:
+        yield act
+    finally:
+        act(phase)
 
 
 class Validation:
