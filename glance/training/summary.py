@@ -47,6 +47,7 @@ def begin(args: Settings) -> None:
     logger.info(f"  Output = {args.output_dir}")
     dtype = DTYPES.get(args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no", "float32")
     logger.info(f"  Device = {device_name()}; {dtype}, quantization {args.quantization or 'as it fits'}")
+    logger.info("Starting")  # the libraries are imported, then the image is read
 
 
 def base_class(base: str, revision: str | None) -> str | None:
@@ -101,7 +102,7 @@ def say_steps(steps, base_timesteps: list[float]) -> None:
         return
     positions = [[base_timesteps.index(timestep) + 1 for timestep in phase] for phase in steps.phases.values()]
     places = " | ".join(" ".join(map(str, phase)) for phase in positions)
-    logger.info(f"  Sampler = {steps.grid} grid, {solver} solver, steps {places} of {len(base_timesteps)}")
+    logger.info(f"  Sampler = {steps.grid} grid, {solver} solver, positions {places} of {len(base_timesteps)}")
 
 
 def say_done(report: list[str], output_dir: Path, phases: list[str]) -> None:

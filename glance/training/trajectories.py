@@ -190,7 +190,8 @@ def draw_trajectories(args, accelerator, teacher: Teacher, base: str, captions: 
     if args.loss == "trajectory" and args.guidance == "keep":
         teacher.check(shared[0], positions)
     picture = shared[0][-1]
-    stages.enter("drawing")
+    if len(order) > len(first):
+        stages.enter("drawing")
     learned = dict(zip(order, distribution.share(order, learn, "drawing", steps)))
     learned = [learned[index] for index in range(number)]
     starts, targets = (torch.stack(part)[:, :, 0].unflatten(0, (len(captions), seeds)) for part in zip(*learned))

@@ -153,7 +153,6 @@ class Validation:
         drawn, new = [], sum(job not in self.base_latents for job in self.jobs)
         few, hidden = len(schedule.timesteps), not self.accelerator.is_local_main_process
         total = few * len(self.jobs) + new * (few + len(answers.timesteps))
-        stages.enter("validation")
         with tqdm(total=total, desc="validation", delay=1, disable=hidden, leave=False) as progress:
             for job in self.jobs:
                 prompt, seed = {"prompt": job[0]}, job[1]
