@@ -13,7 +13,7 @@ from glance.command_line import Settings
 from glance.encoders import kept_away
 from glance.files.instance_data import SOURCES, chosen_size, load_pair
 from glance.training import fit, own_defaults
-from glance.training.estimate import Choice, Estimate, Step
+from glance.training.estimate import Choice, Estimate, Step, readable
 from glance.training.prepare import DTYPES, ask_call, estimate_run, needs_drawing
 from glance.training.steps import choose_steps, warn_of_shares
 from glance.training.trajectories import list_jobs
@@ -35,14 +35,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
         c[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / sorted(seconds[1:])[2]
-
-
-def readable(amount: float, unit: str) -> str:
-    """Return the amount in three digits with a prefix: 1234567890 B is 1.23 GB."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if amount < 999.5 or prefix == "P":
-            return f"{amount:.3g} {prefix}{unit}"
-        amount /= 1000
 
 
 def parts(settings, needed: Estimate, choice: Choice, captions: list[str]) -> dict[str, tuple[int, Step]]:
@@ -129,7 +121,7 @@ def advice(needed: Estimate, choices: list[Choice], memory: int, place: str) -> 
     if choice is None:
         least = min(needed.peak(choice) for choice in choices)
         return f"on {place}: nothing fits, since {readable(least, 'B')} are needed at least; choose a smaller size"
-    line = f"on {place}: {fit.as_flags(choice)}, peak {needed.peak(choice) / 1e9:.1f} GB"
+    line = f"on {place}: {fit.as_flags(choice)}, peak {readable(needed.peak(choice), 'B')}"
     if away := kept_away(needed.encoders, memory):
         line += f"; {' and '.join(away)} in host memory, layer by layer on the device"
     return line

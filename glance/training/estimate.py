@@ -233,3 +233,11 @@ def estimate(
         drawing=drawing,
         preview=preview,
     )
+
+
+def readable(amount: float, unit: str) -> str:
+    """Return the amount in three digits with a prefix: 1234567890 B is 1.23 GB."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if amount < 999.5 or prefix == "P":
+            return f"{amount:.3g} {prefix}{unit}"
+        amount /= 1000

@@ -14,7 +14,7 @@ from glance.command_line import Settings
 from glance.encoders import KEPT_FREE, free_memory
 from glance.files.checkpoints import load_checkpoint
 from glance.training import distribution
-from glance.training.estimate import Choice, Estimate
+from glance.training.estimate import Choice, Estimate, readable
 from glance.training.prepare import DTYPES, ask_call, estimate_run, needs_drawing
 from glance.training.weightless import load_without_weights
 from glance_utils import InputError
@@ -132,7 +132,7 @@ def decide(args, choices: list[Choice], memory: int, place: str, captions: list[
         logger.info(f"Gradient checkpointing is on, to be safe: {error}")
         return choices[-1]
     choice = first_fit(needed, choices, memory)
-    described = [f"{as_flags(choice)}: {needed.peak(choice) / 1e9:.1f} GB" for choice in choices]
+    described = [f"{as_flags(choice)}: {readable(needed.peak(choice), 'B')}" for choice in choices]
     if choice is None and args.fit:
         raise InputError(
             f"--fit auto: nothing fits {place}, of which a tenth is left; the least is {described[-1]}; choose a "
