@@ -43,7 +43,7 @@ from glance.files import faults, pictures
 from glance.files.lora import load_lora
 from glance.files.lora_forms import read_lora
 from glance.files.pair import find_loras, read_recipes, with_base
-from glance.files.recipe import NO_RECIPE
+from glance.files.sampler import read_sampler
 from glance.training import distribution, launcher, out_of_memory
 from glance.training.inference_steps import base_inference, compared_steps, schedule_of_base, schedule_of_loras
 from glance.training.weightless import decoding_bytes, load_without_weights
@@ -199,7 +199,8 @@ def draw_job(
     steps = len(schedule.timesteps)
     label, hint = f"Glance, {steps} steps", f"{what_to_try(args)}, or a lower --lora_scale"
     if args.without_loras:
-        label, hint = f"{args.grid} grid, {args.solver}, {steps} steps", what_to_try(args)
+        named = "sampler" if args.sampler else f"{args.grid} grid, {args.solver}"
+        label, hint = f"{named}, {steps} steps", what_to_try(args)
     pipe.set_progress_bar_config(desc=label, disable=hidden)
     with contextlib.ExitStack() as stack:
         stack.enter_context(faults.explained(label, hint))
@@ -275,11 +276,10 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
     """Draw as the command line says; `settings` are what inference_flags.parse made of it, if it was asked before."""
     args = complete(settings or inference_flags.parse(argv))
     cli.set_up_logging()
-    paths, recipe, schedule = {}, NO_RECIPE, None
-    if not args.without_loras:
-        paths = find_loras(args)
-        args = with_base(args, paths)
-        recipe, schedule = read_recipes(args, paths)
+    sampler = read_sampler(args.sampler) if args.sampler else None
+    paths = {} if args.without_loras else find_loras(args)
+    args = with_base(args, paths, sampler)
+    recipe, schedule = read_recipes(args, paths, sampler)
     height, width = args.height or recipe.height, args.width or recipe.width
     if recipe.height and (height, width) != (recipe.height, recipe.width):
         trained = f"{recipe.width}x{recipe.height}"
@@ -311,7 +311,7 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
     calls = [call_of(pipe, prompt) for prompt, _ in jobs]
     ask.dry_step(pipe, **calls[0])
     base_steps = recipe.num_base_steps
-    if args.without_loras:
+    if args.without_loras and sampler is None:
         with out_of_memory.in_inference(args, "choosing a sampler"):
             args, schedule = schedule_of_base(args, pipe, calls[0], what_to_try(args))
         base_steps = args.num_base_steps

@@ -50,7 +50,7 @@ from glance.training.fit import estimate_settings, resolve
 from glance.training.log import LossLog, check_finite, join_losses, read_losses, write_losses
 from glance.training.model_card import create_hub_repo, draw_preview, push_to_hub, save_picture, write_model_card
 from glance.training.optimizer import TrainingState, make_optimizer
-from glance.training.phases import Phase, find_source, folders, plan_phases
+from glance.training.phases import Phase, find_source, folders, plan_phases, write_sampler_of
 from glance.training.prepare import Prepared, needs_drawing, prepare_pipeline
 from glance.training.settings import complete
 from glance.training.validation import Validation
@@ -257,6 +257,25 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
             train(args, accelerator, measurement, halves)
 
 
+def finish_sampler(args, accelerator, measurement, prepared: Prepared, size: tuple[int, int], captions: int) -> None:
+    """Write the sampler that was found, where no LoRA is trained for it, and say what to run next."""
+    output_dir = Path(args.output_dir)
+    if accelerator.is_main_process:
+        faults.sweep(output_dir)
+        with faults.one_line_errors(output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
+            trajectories.save(output_dir, prepared.trajectories)
+            sampler = write_sampler_of(args, prepared, size, captions, output_dir)
+        summary.say_steps(prepared.steps, prepared.answers.timesteps)
+        logger.info(f"  Error = {sampler.error} to {args.num_base_steps} steps, on what it was not found on")
+        summary.say_done(measurement.report(), output_dir, [])
+    trackers.end(accelerator)
+    accelerator.end_training()
+    distribution.leave()
+    if accelerator.is_main_process:
+        print(draw_command(args, output_dir, []))
+
+
 def train(args, accelerator, measurement, halves=None):
     """Do the whole run, or with --parallel_phases its half, in an output folder that no other run writes to."""
     args = own_defaults.with_one_frame(args)
@@ -281,6 +300,8 @@ def train(args, accelerator, measurement, halves=None):
     with trackers.begun(args, accelerator), compared():
         prepared = prepare_pipeline(args, accelerator, source.base, image, captions, size)
         args = prepared.settings
+        if not args.max_train_steps:
+            return finish_sampler(args, accelerator, measurement, prepared, size, len(captions))
         phases = plan_phases(args, accelerator.num_processes, prepared, source, size)
         if image is None:
             with faults.explained("the image that the base draws, to be trained on"):
@@ -323,6 +344,8 @@ def train(args, accelerator, measurement, halves=None):
                 save_picture(image, output_dir / "instance.png")
             if preview is not None:
                 save_picture(preview, output_dir / "glance.png")
+            if len(recipes) == 2:
+                write_sampler_of(args, prepared, size, len(captions), output_dir)
             write_model_card(args, output_dir, list(recipes.values()), caption)
     trackers.end(accelerator)
     accelerator.end_training()

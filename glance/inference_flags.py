@@ -24,6 +24,7 @@ def add_model(parser: cli.Parser) -> None:
     group = parser.add_argument_group("model and LoRAs")
     add = group.add_argument
     add("--lora", help="what train_glance_lora.py wrote, with slow/ and fast/ in it: folder or hub id")
+    add("--sampler", help="a sampler.json or its folder: its steps, without LoRAs or in place of those that these say")
     add("--slow_lora", help="or: the Slow-LoRA's file, folder or hub id")
     add("--fast_lora", help="and the Fast-LoRA's")
     add("--slow_weight_name", help="the Slow-LoRA's file there, if it has another name")
@@ -106,6 +107,11 @@ def check_without_loras(args: cli.Settings) -> bool:
     """
     sampler = [f"--{name}" for name in SAMPLER if getattr(args, name) is not None]
     loras = [f"--{name}" for name in ("lora", "slow_lora", "fast_lora") if getattr(args, name)]
+    if args.sampler and (sampler or args.flow_custom_timesteps):
+        other = sampler[0] if sampler else "--flow_custom_timesteps"
+        raise cli.mistake(f"--sampler holds the steps; leave {other} out")
+    if args.sampler and not loras:
+        sampler = ["--sampler"]
     if not sampler:
         return False
     if loras:
@@ -113,9 +119,10 @@ def check_without_loras(args: cli.Settings) -> bool:
             f"{sampler[0]}: LoRAs are for the steps that they were trained at, which their files say; leave it out, "
             f"or {loras[0]} to draw the base without"
         )
-    if not args.pretrained_model_name_or_path:
+    if not args.pretrained_model_name_or_path and not args.sampler:
         raise cli.mistake(f"{sampler[0]} draws the base without LoRAs; give --pretrained_model_name_or_path")
-    for_loras = ["flow_custom_timesteps", "fuse_lora", "allow_base_mismatch", "slow_weight_name", "fast_weight_name"]
+    for_loras = ["flow_custom_timesteps", "fuse_lora", "slow_weight_name", "fast_weight_name"]
+    for_loras += [] if args.sampler else ["allow_base_mismatch"]
     for_loras += ["lora_scale"] if set(args.lora_scale.values()) != {1.0} else []
     for_loras += ["guidance"] if args.guidance == "fold" else []
     for name in for_loras:

@@ -16,6 +16,7 @@ from glance import command_line as cli
 from glance.ask import hub
 from glance.ask.pipeline import first_line, read_model_index
 from glance.files.recipe import NO_RECIPE, WEIGHT_NAME, Recipe, check_pair, read_recipe, schedule_of
+from glance.files.sampler import Sampler
 from glance_utils import PHASES, InputError, Schedule
 
 
@@ -53,14 +54,15 @@ def find_loras(args) -> dict[str, Path]:
     return paths
 
 
-def with_base(args: cli.Settings, paths: dict[str, Path]) -> cli.Settings:
-    """Return the settings with the base that the LoRA files name, where the command line names none.
+def with_base(args: cli.Settings, paths: dict[str, Path], sampler: Sampler | None) -> cli.Settings:
+    """Return the settings with the base that the LoRA files or the sampler name, where the command line names none.
 
     Raise InputError where they name none either, or one that cannot be found.
     """
     if args.pretrained_model_name_or_path:
         return args
     recipes = [recipe for path in paths.values() if (recipe := read_recipe(path, required=False))]
+    recipes += [sampler.recipe()] if sampler else []
     if not recipes:
         raise InputError(
             "--pretrained_model_name_or_path is missing, and the LoRA files carry no recipe that names their base; "
@@ -70,17 +72,22 @@ def with_base(args: cli.Settings, paths: dict[str, Path]) -> cli.Settings:
     try:
         read_model_index(base, **cli.load_arguments(args))
     except InputError as error:
-        raise InputError(f"the LoRAs' base, by their recipe: {error}; give --pretrained_model_name_or_path") from None
-    logger.info(f"Base: {base}, as the LoRA files say")
+        raise InputError(f"the base that the files name: {error}; give --pretrained_model_name_or_path") from None
+    logger.info(f"Base: {base}, as the files say")
     return args.replace(pretrained_model_name_or_path=base)
 
 
-def read_recipes(args, paths: dict[str, Path]) -> tuple[Recipe, Schedule | None]:
+def read_recipes(args, paths: dict[str, Path], sampler: Sampler | None) -> tuple[Recipe, Schedule | None]:
     """Return what both files say, checked against each other and the base: the recipe, and the steps of both.
 
-    Files that were not trained here have NO_RECIPE, and no steps (None) unless --flow_custom_timesteps gives them.
-    Raise InputError where the files do not go together.
+    A sampler's steps come before theirs, and it says the same where there are no files. Files that were not trained
+    here have NO_RECIPE, and no steps (None) unless --flow_custom_timesteps or a sampler gives them; so has the base
+    alone. Raise InputError where the files do not go together.
     """
+    if sampler is not None:
+        check_base(args, sampler.recipe(), "the sampler is")
+    if not paths:
+        return (NO_RECIPE, None) if sampler is None else (sampler.recipe(), sampler.schedule())
     recipes = {phase: read_recipe(path, required=False) for phase, path in paths.items()}
     silent = [str(paths[phase]) for phase, recipe in recipes.items() if recipe is None]
     if len(silent) == 1:
@@ -89,21 +96,23 @@ def read_recipes(args, paths: dict[str, Path]) -> tuple[Recipe, Schedule | None]
         )
     if silent:
         read_model_index(args.pretrained_model_name_or_path, **cli.load_arguments(args))
-        return NO_RECIPE, args.custom_timesteps and Schedule(args.custom_timesteps)
+        steps = sampler.schedule() if sampler else args.custom_timesteps and Schedule(args.custom_timesteps)
+        return sampler.recipe() if sampler else NO_RECIPE, steps
     for phase, timesteps in (args.custom_timesteps or {}).items():
         recipes[phase] = dataclasses.replace(recipes[phase], timesteps=timesteps, coefficients=None)
+    for phase, timesteps in (sampler.phases if sampler else {}).items():
+        coefficients = sampler.coefficients_of(phase)
+        recipes[phase] = dataclasses.replace(recipes[phase], timesteps=timesteps, coefficients=coefficients)
     check_pair(recipes, paths)
     check_base(args, recipes["slow"])
     return recipes["slow"], schedule_of(recipes)
 
 
-def check_base(args, recipe: Recipe) -> None:
-    """Raise InputError where the LoRAs were trained on another base; names count, not the folders they lie in."""
+def check_base(args, recipe: Recipe, source: str = "the LoRAs are") -> None:
+    """Raise InputError where the files are of another base; names count, not the folders they lie in."""
     index = read_model_index(args.pretrained_model_name_or_path, **cli.load_arguments(args))
     if index["_class_name"] != recipe.pipeline:
-        raise InputError(f"the LoRAs are for a {recipe.pipeline}, the base is a {index['_class_name']}")
+        raise InputError(f"{source} for a {recipe.pipeline}, the base is a {index['_class_name']}")
     trained, given = Path(recipe.base_model), Path(args.pretrained_model_name_or_path)
     if trained.resolve().name.lower() != given.resolve().name.lower() and not args.allow_base_mismatch:
-        raise InputError(
-            f"the LoRAs were trained on {trained}, not on {given}; --allow_base_mismatch tries nevertheless"
-        )
+        raise InputError(f"{source} of {trained}, not of {given}; --allow_base_mismatch tries nevertheless")

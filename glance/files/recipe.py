@@ -67,6 +67,18 @@ def checked(fits, **default):
     return field(metadata={"fits": fits}, **default)
 
 
+def read_fields(kind: type, entries: dict) -> dict:
+    """Return the values of a dataclass of `checked` fields; raise KeyError for one that is missing, ValueError for one
+    that is wrong."""
+    values = {}
+    for part in fields(kind):
+        value = entries[part.name] if part.default is MISSING else entries.get(part.name, part.default)
+        if not part.metadata["fits"](value):
+            raise ValueError(f"{part.name} {shown(value)}")
+        values[part.name] = value
+    return values
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A LoRA file's account of itself: what infer_glance.py must do as training did, and where the LoRA comes from.
@@ -109,13 +121,7 @@ class Recipe:
     def from_json(cls, text: str) -> "Recipe":
         """Return the recipe, every field checked. Raise KeyError for one that is missing; TypeError, ValueError,
         OverflowError or RecursionError for one that is wrong."""
-        entries = json.loads(text)
-        values = {}
-        for part in fields(cls):
-            value = entries[part.name] if part.default is MISSING else entries.get(part.name, part.default)
-            if not part.metadata["fits"](value):
-                raise ValueError(f"{part.name} {shown(value)}")
-            values[part.name] = value
+        values = read_fields(cls, json.loads(text))
         values["timesteps"] = [float(timestep) for timestep in values["timesteps"]]
         steps, pairs = len(values["timesteps"]), values["coefficients"]
         if pairs and len(pairs) != steps:

@@ -17,7 +17,10 @@ SCRIPT = Path(__file__).parents[2] / "infer_glance.py"
 
 
 def lora_flags(folder: Path | str, phases: list[str]) -> dict[str, str]:
-    """Return infer_glance.py's flags for the LoRAs in `folder`; of one phase, FOLDER stands for the other's."""
+    """Return infer_glance.py's flags for the LoRAs in `folder`; of one phase, FOLDER stands for the other's, and of
+    none its sampler is drawn with."""
+    if not phases:
+        return {"sampler": str(folder)}
     if len(phases) == 2:
         return {"lora": str(folder)}
     return {f"{phase}_lora": str(folder) if phase in phases else "FOLDER" for phase in PHASES}

@@ -149,7 +149,7 @@ def add_training(parser: cli.Parser) -> None:
     group = parser.add_argument_group("training")
     add = group.add_argument
     add_shared(group, "--seed", help="seed of every random choice")
-    add("--max_train_steps", type=cli.positive(int), default=60, help="optimizer steps of each phase")
+    add("--max_train_steps", type=cli.count, default=60, help="optimizer steps of each phase; 0: the sampler alone")
     add("--train_batch_size", type=cli.positive(int), default=1, help="samples of a batch, on each process")
     add(
         "--timesteps_per_step",
@@ -267,10 +267,11 @@ def parse(argv: list[str] | None = None) -> cli.Settings:
     if not args.pretrained_model_name_or_path:
         raise cli.mistake("--pretrained_model_name_or_path is missing; give a diffusers pipeline, folder or hub id")
     check_combination(args, parser)
-    defaults = {name: value for name, value in DEFAULTS[args.loss].items() if getattr(args, name) is None}
+    usual = DEFAULTS[args.loss if args.max_train_steps else "trajectory"]  # a sampler alone is what is found
+    defaults = {name: value for name, value in usual.items() if getattr(args, name) is None}
     near_base = args.loss == "trajectory" and args.guidance == "keep"  # the base is nearly there already
-    usual = 1.0 if args.optimizer == "prodigy" else 1e-5 if near_base else 3e-4
-    defaults["learning_rate"] = args.learning_rate or usual
+    rate = 1.0 if args.optimizer == "prodigy" else 1e-5 if near_base else 3e-4
+    defaults["learning_rate"] = args.learning_rate or rate
     defaults["lora_alpha"] = args.lora_alpha or args.rank
     defaults["validation_prompt"] = [text.strip() for text in args.validation_prompt or () if text.strip()]
     return args.replace(**defaults)
@@ -300,6 +301,8 @@ def check_combination(args: cli.Settings, parser: cli.Parser) -> None:
         raise cli.mistake("--memory is for --fit auto or --dry_run; give one of them, or leave it out")
     if args.aspect == "keep" and (args.height or args.width):
         raise cli.mistake("--aspect keep chooses height and width; give --resolution in their place, or leave it out")
+    if not args.max_train_steps:
+        check_sampler_alone(args)
     if args.flow_custom_timesteps is not None and args.grid is not None:
         raise cli.mistake("--flow_custom_timesteps gives the timesteps; leave --grid out")
     if args.loss == "flow":
@@ -324,3 +327,14 @@ def check_combination(args: cli.Settings, parser: cli.Parser) -> None:
         )
     if args.parallel_phases and args.resume_from_checkpoint not in (None, "latest"):
         raise cli.mistake("--parallel_phases resumes each phase from its own checkpoint; give latest")
+
+
+def check_sampler_alone(args: cli.Settings) -> None:
+    """Raise ArgumentError where a flag needs LoRAs, and none are trained."""
+    needs = ["resume_from_checkpoint", "parallel_phases", "push_to_hub", "validation_prompt", "validation_steps"]
+    needs += ["flow_custom_timesteps"] + (["phase"] if args.phase != "both" else [])
+    for name in needs:
+        if getattr(args, name):
+            raise cli.mistake(f"--{name}: --max_train_steps 0 finds a sampler and trains no LoRA; leave it out")
+    if args.guidance == "fold":
+        raise cli.mistake("--guidance fold: without LoRAs nothing holds the guidance; leave it out")

@@ -64,7 +64,7 @@ def schedule_of_base(args: Settings, pipe, call: dict, hint: str) -> tuple[Setti
         with faults.explained("base, in all its steps", hint):
             ask_latents.check_finite(points[-1], "its final latents")
         teacher = Teacher(pipe, timesteps, table, call)
-        grid, positions, coefficients = choose_sampler(settings, teacher, points, jobs[1], exact[-1])
+        grid, positions, coefficients, _ = choose_sampler(settings, teacher, points, jobs[1], exact[-1])
         settings = settings.replace(grid=grid, solver="fitted" if coefficients else "euler")
     else:
         positions = grid_positions(settings.grid, settings.num_inference_steps, len(timesteps))

@@ -27,6 +27,7 @@ from glance.files import faults
 from glance.files.atomic import replace_file
 from glance.files.lora import load_lora
 from glance.files.recipe import WEIGHT_NAME, Recipe, schedule_of
+from glance.files.sampler import NAME, SCHEDULER
 from glance.training.draw_command import lora_flags
 from glance_utils import InputError, glance_inference
 
@@ -149,7 +150,8 @@ def create_hub_repo(args) -> str:
 def push_to_hub(output_dir: Path, repo_id: str, phases: list[str]) -> None:
     """Upload what the run has made, and nothing else that lies there; raise InputError where the hub refuses it."""
     loras = [f"{phase}/{WEIGHT_NAME}" for phase in phases] if len(phases) == 2 else [WEIGHT_NAME]
-    files = [CARD, *pictures(len(phases)), *loras]
+    samplers = [NAME, f"{SCHEDULER}/scheduler_config.json"] if len(phases) == 2 else []
+    files = [CARD, *pictures(len(phases)), *loras, *samplers]
     try:
         upload_folder(repo_id=repo_id, folder_path=output_dir, allow_patterns=files)
     except Exception as error:  # as above

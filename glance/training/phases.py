@@ -3,6 +3,7 @@
 A new entry of the recipe is filled in by make_recipe; how runs are compared is checkpoints' business.
 """
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from glance.files.checkpoints import (
     run_settings,
 )
 from glance.files.recipe import Recipe
+from glance.files.sampler import Sampler, write_sampler
 from glance.training import distribution
 from glance.training.prepare import Prepared
 from glance_utils import __version__, denoiser
@@ -104,6 +106,25 @@ def make_recipe(args, prepared: Prepared, phase: str, size: tuple[int, int]) -> 
         rank=args.rank,
         version=__version__,
     )
+
+
+def make_sampler(args, prepared: Prepared, size: tuple[int, int], captions: int) -> Sampler:
+    """Return how both phases are drawn, whether LoRAs are trained for it or not; so many captions told it."""
+    steps, found = prepared.steps, prepared.trajectories
+    recipe = make_recipe(args, prepared, next(iter(steps.phases)), size).as_dict()
+    known = {part.name: recipe[part.name] for part in dataclasses.fields(Sampler) if part.name in recipe}
+    searched = found is not None and steps.grid is not None
+    own = {"phases": steps.whole, "coefficients": steps.coefficients}
+    own |= {"captions": captions if searched else 0, "error": found.error if searched else None}
+    return Sampler(**known | own)
+
+
+def write_sampler_of(args, prepared: Prepared, size: tuple[int, int], captions: int, folder: Path) -> Sampler:
+    """Write the run's sampler.json and scheduler, and return what is in them."""
+    sampler = make_sampler(args, prepared, size, captions)
+    schedule = dataclasses.replace(sampler.schedule(), timestep_table=prepared.answers.timestep_table)
+    write_sampler(folder, sampler, schedule.scheduler(prepared.models.pipe.scheduler))
+    return sampler
 
 
 def plan_phases(

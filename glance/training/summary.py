@@ -24,6 +24,7 @@ WHAT = {
     "instance.png": "what was trained on",
     "glance.png": "the caption, drawn with both LoRAs",
     "validation": "the validation prompts: the base's full run, its few steps, Glance",
+    "sampler.json": "the steps and how to step, without weights",
     "loss.csv": "all losses",
     "loss.png": "what they look like",
     "trajectories.safetensors": "what the base drew, for the next run",

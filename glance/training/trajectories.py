@@ -27,7 +27,7 @@ from glance_utils import InputError, __version__, denoiser, grid_positions, segm
 
 
 logger = logging.getLogger(__name__)
-FORMAT = 2  # of the file, and of how its content is made; one of another format is drawn again
+FORMAT = 3  # of the file, and of how its content is made; one of another format is drawn again
 MOST_FITTED = 4  # trajectories that tell the sampler; the grid of one alone varies by a tenth in what it loses
 
 
@@ -40,6 +40,7 @@ class Trajectories:
     positions: list[int]  # the kept steps, 0-based, among all of the model's
     lengths: list[float]  # of each of them, in sigma
     coefficients: list[list[float]] | None  # of the fitted solver, [a, c] for each kept step
+    error: float | None  # of the sampler to all steps, on another trajectory; None where there was nothing to choose
     picture: torch.Tensor  # (1, ...) float32 on the CPU, where the first ends: what the base draws of its caption
     starts: torch.Tensor  # (captions, seeds, steps, ...) float32 on the CPU, the points at the kept steps
     targets: torch.Tensor  # the same shape: the velocities that lead from each of them to the next
@@ -101,8 +102,8 @@ class Teacher:
 
 
 def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], measured: tuple[str, int], exact: torch.Tensor):
-    """Return (grid, positions, coefficients or None), found on some trajectories, whose `points` are (N, ...), and
-    measured on another, `measured` (caption, seed), which ends at `exact`.
+    """Return (grid, positions, coefficients or None, error or None), found on some trajectories, whose `points` are
+    (N, ...), and measured on another, `measured` (caption, seed), which ends at `exact`.
 
     Where there is a choice, every way draws once and the one that ends nearest to all the model's own steps is taken:
     --grid auto may end with any grid, --solver fitted with Euler where the numbers do not carry over.
@@ -131,9 +132,10 @@ def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], measured:
         for error, (grid, solver, positions, _) in ranked:
             kept = " ".join(str(position + 1) for position in positions)  # as the paper counts them
             logger.info(f"  {grid} grid, {solver} solver: error {error:.4f} to {steps} steps, positions {kept}")
-        choices = [choice for _, choice in ranked]
+        best, (grid, _, positions, coefficients) = ranked[0]
+        return grid, positions, coefficients, best
     grid, _, positions, coefficients = choices[0]
-    return grid, positions, coefficients
+    return grid, positions, coefficients, None
 
 
 def seeds_per_caption(args) -> int:
@@ -186,7 +188,7 @@ def draw_trajectories(args, accelerator, teacher: Teacher, base: str, captions: 
     first = order[: rounds * accelerator.num_processes]
     shared = dict(zip(first, distribution.share(first, draw_early, "drawing, to choose by", steps)))
     points = [torch.cat(parts) for parts in zip(*(shared[index] for index in spread))]
-    grid, positions, coefficients = choose_sampler(args, teacher, points, jobs[last], shared[last][-1])
+    grid, positions, coefficients, error = choose_sampler(args, teacher, points, jobs[last], shared[last][-1])
     if args.loss == "trajectory" and args.guidance == "keep":
         teacher.check(shared[0], positions)
     picture = shared[0][-1]
@@ -197,7 +199,7 @@ def draw_trajectories(args, accelerator, teacher: Teacher, base: str, captions: 
     starts, targets = (torch.stack(part)[:, :, 0].unflatten(0, (len(captions), seeds)) for part in zip(*learned))
     ends = [teacher.sigmas[position] for position in positions] + [0.0]
     lengths = [high - low for high, low in zip(ends, ends[1:])]
-    return Trajectories(digest, grid, positions, lengths, coefficients, picture, starts, targets)
+    return Trajectories(digest, grid, positions, lengths, coefficients, error, picture, starts, targets)
 
 
 def settings_digest(args, teacher: Teacher, base: str, captions: list[str]) -> str:
@@ -218,7 +220,7 @@ def settings_digest(args, teacher: Teacher, base: str, captions: list[str]) -> s
 def save(directory: Path, trajectories: Trajectories) -> None:
     """Write them where the next run of the same settings finds them."""
     tensors = {name: getattr(trajectories, name).contiguous() for name in ("picture", "starts", "targets")}
-    sampler = {name: getattr(trajectories, name) for name in ("grid", "positions", "lengths", "coefficients")}
+    sampler = {name: getattr(trajectories, name) for name in ("grid", "positions", "lengths", "coefficients", "error")}
     content = save_tensors(tensors, {"digest": trajectories.digest, "sampler": json.dumps(sampler)})
     replace_file(directory / faults.TRAJECTORIES, lambda temporary: temporary.write_bytes(content))
 

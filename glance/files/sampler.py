@@ -1,0 +1,112 @@
+"""What is a sampler on disk? sampler.json: which steps a base walks and how it goes along its velocities, no weights.
+
+It is written beside the LoRAs, or alone by --max_train_steps 0. Like a LoRA file's recipe it is data from anyone,
+checked before any of it is used; a new field is one line of Sampler, with its check and its default.
+"""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from glance.files.atomic import replace_file
+from glance.files.recipe import (
+    NO_RECIPE,
+    Recipe,
+    are_coefficients,
+    are_timesteps,
+    checked,
+    count,
+    is_guidance_scale,
+    is_number,
+    is_text,
+    read_fields,
+)
+from glance.shared_flags import MAX_SIDE
+from glance_utils import PHASES, InputError, Schedule, check_timesteps
+
+
+NAME = "sampler.json"
+SCHEDULER = "scheduler"  # folder beside it: the same as a FixedSigmaScheduler, for any diffusers pipeline
+LIMIT = 10**6  # bytes
+
+
+def are_phases(value) -> bool:
+    """Return whether it is the timesteps of both phases, which descend; raise InputError, a ValueError, where not."""
+    whole = isinstance(value, dict) and tuple(value) == PHASES and all(map(are_timesteps, value.values()))
+    return whole and bool(check_timesteps(sum(value.values(), [])))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """All that it takes to draw so, and where it comes from. As JSON it has the fields in this order."""
+
+    base_model: str = checked(is_text)  # folder or hub id, as it was given
+    pipeline: str = checked(is_text)  # name of its class
+    height: int = checked(count(MAX_SIDE))  # pixels
+    width: int = checked(count(MAX_SIDE))
+    guidance_scale: float | None = checked(is_guidance_scale)  # None: the pipeline's own, or it takes none
+    pipeline_kwargs: dict = checked(lambda value: isinstance(value, dict))  # further arguments of its call
+    num_base_steps: int = checked(count(65536))  # of the schedule that the timesteps are picked from
+    phases: dict[str, list[float]] = checked(are_phases)  # timesteps, 0..1000, descending, by phase
+    coefficients: list[list[float]] | None = checked(are_coefficients)  # of the fitted solver, for each step
+    guidance: str = checked(lambda value: value in ("keep", "fold"))  # fold: the LoRAs hold it
+    grid: str | None = checked(lambda value: value is None or is_text(value))  # how the steps were picked, or given
+    captions: int = checked(lambda value: value == 0 or count(10**6)(value))  # on which it was found; 0: on none
+    error: float | None = checked(lambda value: value is None or is_number(value))  # to the full run, on another
+    version: str = checked(is_text)  # of Glance
+
+    @classmethod
+    def from_json(cls, text: str) -> "Sampler":
+        """Return the sampler, every field checked; raise KeyError, TypeError, ValueError or RecursionError."""
+        entries = json.loads(text)
+        if not isinstance(entries, dict):
+            raise TypeError("it holds no fields")
+        sampler = cls(**read_fields(cls, entries))
+        steps, pairs = len(sum(sampler.phases.values(), [])), sampler.coefficients
+        if pairs is not None and len(pairs) != steps:
+            raise ValueError(f"coefficients for {len(pairs)} of {steps} timesteps")
+        return sampler
+
+    def schedule(self) -> Schedule:
+        """Return its Schedule, as far as a file holds it: what the model is told is asked of the pipeline."""
+        return Schedule(self.phases, coefficients=self.coefficients)
+
+    def coefficients_of(self, phase: str) -> list[list[float]] | None:
+        """Return the fitted solver's coefficients for the steps of this phase."""
+        first = 0 if phase == "slow" else len(self.phases["slow"])
+        return self.coefficients and self.coefficients[first : first + len(self.phases[phase])]
+
+    def recipe(self) -> Recipe:
+        """Return what inference takes of a LoRA's recipe: the base, the call and the number of the base's steps."""
+        shared = {part.name for part in dataclasses.fields(self)} & {part.name for part in dataclasses.fields(Recipe)}
+        return dataclasses.replace(NO_RECIPE, **{name: getattr(self, name) for name in shared - {"coefficients"}})
+
+
+def write_sampler(folder: Path, sampler: Sampler, scheduler) -> None:
+    """Write sampler.json, and the sampler's FixedSigmaScheduler as diffusers saves one, each whole or not at all."""
+    text = json.dumps(dataclasses.asdict(sampler), indent=1) + "\n"
+    replace_file(folder / NAME, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    (folder / SCHEDULER).mkdir(exist_ok=True)
+    config = scheduler.to_json_string()
+    path = folder / SCHEDULER / scheduler.config_name
+    replace_file(path, lambda temporary: temporary.write_text(config, encoding="utf-8"))
+
+
+def read_sampler(source: str | Path) -> Sampler:
+    """Return the sampler in a file, or in a folder that holds sampler.json; raise InputError where it is none."""
+    path = Path(source, NAME) if os.path.isdir(source) else Path(source)
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LIMIT + 1)
+        if len(text) > LIMIT:
+            raise ValueError("it is too long")
+        return Sampler.from_json(text)
+    except KeyError as error:
+        reason = f"it has no {error}"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+    raise InputError(f"--sampler {path}: {reason}; give a {NAME} that train_glance_lora.py wrote, or its folder")
