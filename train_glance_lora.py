@@ -44,17 +44,17 @@ from glance.files.instance_data import load_pair
 from glance.files.lora import save_lora
 from glance.training import distribution, launcher, losses, out_of_memory, own_defaults, stages, trackers, trajectories
 from glance.training.draw_command import draw_command
-from glance.training.draws import Draws
 from glance.training.dry_run import dry_run
 from glance.training.fit import estimate_settings, resolve
 from glance.training.log import LossLog, check_finite, join_losses, read_losses, write_losses
 from glance.training.model_card import create_hub_repo, draw_preview, push_to_hub, save_picture, write_model_card
+from glance.training.objective import make_draws, make_objective
 from glance.training.optimizer import TrainingState, make_optimizer
 from glance.training.phases import Phase, find_source, folders, plan_phases, write_sampler_of
 from glance.training.prepare import Prepared, needs_drawing, prepare_pipeline
 from glance.training.settings import complete
 from glance.training.validation import Validation
-from glance_utils import PHASES, denoiser, timesteps_to_sigmas
+from glance_utils import denoiser
 
 
 logger = logging.getLogger(__name__)
@@ -86,38 +86,6 @@ def fresh_adapter(args, accelerator, transformer, layers: list[str]) -> list[tor
         if isinstance(layer, LoraLayer):
             layer.reset_lora_parameters(ADAPTER, "gaussian")
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-
-
-def make_objective(args, prepared: Prepared, phase: str) -> losses.Objective:
-    """Return what the phase learns: of the image, of the base's own trajectories, or of both."""
-    answers, steps, drawn = prepared.answers, prepared.steps, prepared.trajectories
-    flow = trajectory = weights = None
-    if args.loss == "trajectory":
-        places = steps.places(phase)
-        points = drawn.starts[:, :, places], drawn.targets[:, :, places]
-        trajectory = losses.Trajectory(*points, prepared.captions, answers.train_call)
-        weights = losses.segment_weights(drawn.lengths[places], args.segment_weights)
-    if args.loss == "flow" or args.flow_weight:
-        weight = args.flow_weight if args.loss == "trajectory" else 1.0
-        flow = losses.Flow(prepared.latents, answers.noise_scale, answers.single_call, weight)
-    return losses.Objective(timesteps_to_sigmas(steps.phases[phase]), flow, trajectory, weights)
-
-
-def make_draws(args, accelerator, prepared: Prepared, phase: str) -> Draws:
-    """Return the random choices of the phase, other ones than the other phase's."""
-    return Draws(
-        seed=args.seed + PHASES.index(phase),
-        mode=args.flow_timesteps_mode,
-        micro_steps=args.max_train_steps * args.gradient_accumulation_steps,
-        timesteps=len(prepared.steps.phases[phase]),
-        timesteps_per_step=args.timesteps_per_step,
-        batch_size=args.train_batch_size,
-        captions=len(prepared.captions),
-        trajectories=args.num_trajectories,
-        sample_shape=prepared.latents.shape[1:] if args.loss == "flow" or args.flow_weight else None,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
 
 
 def train_phase(args, accelerator, prepared: Prepared, phase: Phase, validation: Validation) -> Path | None:
@@ -267,7 +235,8 @@ def finish_sampler(args, accelerator, measurement, prepared: Prepared, size: tup
             trajectories.save(output_dir, prepared.trajectories)
             sampler = write_sampler_of(args, prepared, size, captions, output_dir)
         summary.say_steps(prepared.steps, prepared.answers.timesteps)
-        logger.info(f"  Error = {sampler.error} to {args.num_base_steps} steps, on what it was not found on")
+        if sampler.error is not None:
+            logger.info(f"  Error = {sampler.error:.4f} to {args.num_base_steps} steps, where it was not found")
         summary.say_done(measurement.report(), output_dir, [])
     trackers.end(accelerator)
     accelerator.end_training()
