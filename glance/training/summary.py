@@ -114,6 +114,6 @@ def say_done(report: list[str], output_dir: Path, phases: list[str]) -> None:
         logger.info(f"  {line}")
     names = {f"{folder}{LORA}": f"the {phase} LoRA" for phase, folder in zip(phases, folders)}
     logger.info(f"  In {output_dir}:")
-    for name, what in (names | WHAT).items():
-        if (output_dir / name).exists():
-            logger.info(f"    {name:{len(max(names, key=len))}}  {what}")
+    written = {name: what for name, what in (names | WHAT).items() if (output_dir / name).exists()}
+    for name, what in written.items():
+        logger.info(f"    {name:{max(map(len, written))}}  {what}")
