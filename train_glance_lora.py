@@ -147,10 +147,7 @@ def train_phase(args, accelerator, prepared: Prepared, phase: Phase, validation:
             stop = accelerator.check_trigger()  # on every process, where a signal reached any
             due = args.checkpointing_steps and step % args.checkpointing_steps == 0
             if (stop or due) and accelerator.is_main_process:
-                content = state.content() | {"settings": phase.compared, "step": step, "losses": log.state()}
-                with faults.one_line_errors(args.output_dir):
-                    folder = save_checkpoint(args.output_dir, content, total, args.checkpoints_total_limit)
-                logger.info(f"Saved {folder}")
+                write_checkpoint(args, phase, state, log, step)
             if stop:
                 return Path(args.output_dir) / f"checkpoint-{total}"
             validation.on_the_way(name, step, total)
@@ -160,6 +157,14 @@ def train_phase(args, accelerator, prepared: Prepared, phase: Phase, validation:
             write_losses(args.output_dir, read_losses(args.output_dir, phase.earlier) + log.rows())
     accelerator.free_memory()
     return None
+
+
+def write_checkpoint(args, phase: Phase, state: TrainingState, log: LossLog, step: int) -> None:
+    """Write what the phase goes on from after `step` of its own steps."""
+    content = state.content() | {"settings": phase.compared, "step": step, "losses": log.state()}
+    with faults.one_line_errors(args.output_dir):
+        folder = save_checkpoint(args.output_dir, content, phase.steps_before + step, args.checkpoints_total_limit)
+    logger.info(f"Saved {folder}")
 
 
 def train_phases(args, accelerator, prepared: Prepared, phases: list[Phase], validation: Validation) -> None:
@@ -177,9 +182,7 @@ def train_phases(args, accelerator, prepared: Prepared, phases: list[Phase], val
             logger.info(f"  {phase.recipe.phase}: {timesteps}")
             stopped = train_phase(args, accelerator, prepared, phase, validation)
             if stopped:
-                trackers.end(accelerator)
-                accelerator.end_training()
-                distribution.leave()
+                end(accelerator)
                 hint = f"go on with --resume_from_checkpoint {stopped}" if accelerator.is_main_process else None
                 faults.leave(*(noted or [signal.SIGTERM]), hint=hint)
             if accelerator.is_main_process:
@@ -225,6 +228,13 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
             train(args, accelerator, measurement, halves)
 
 
+def end(accelerator) -> None:
+    """Let trackers and processes go."""
+    trackers.end(accelerator)
+    accelerator.end_training()
+    distribution.leave()
+
+
 def finish_sampler(args, accelerator, measurement, prepared: Prepared, size: tuple[int, int], captions: int) -> None:
     """Write the sampler that was found, where no LoRA is trained for it, and say what to run next."""
     output_dir = Path(args.output_dir)
@@ -238,9 +248,7 @@ def finish_sampler(args, accelerator, measurement, prepared: Prepared, size: tup
         if sampler.error is not None:
             logger.info(f"  Error = {sampler.error:.4f} to {args.num_base_steps} steps, where it was not found")
         summary.say_done(measurement.report(), output_dir, [])
-    trackers.end(accelerator)
-    accelerator.end_training()
-    distribution.leave()
+    end(accelerator)
     if accelerator.is_main_process:
         print(draw_command(args, output_dir, []))
 
@@ -255,15 +263,8 @@ def train(args, accelerator, measurement, halves=None):
     for folder in folders(args).values():
         faults.check_writable(folder, "--output_dir")
 
-    needs = functools.partial(
-        estimate_settings,
-        args,
-        captions,
-        size,
-        needs_drawing(args, image),
-        [args.gradient_checkpointing],
-        logger.debug,
-    )
+    draws, checkpointing = needs_drawing(args, image), [args.gradient_checkpointing]
+    needs = functools.partial(estimate_settings, args, captions, size, draws, checkpointing, logger.debug)
     compared = functools.partial(out_of_memory.compared, needs, args, accelerator.device)
     repo_id = create_hub_repo(args) if args.push_to_hub and accelerator.is_main_process else None
     with trackers.begun(args, accelerator), compared():
@@ -287,12 +288,7 @@ def train(args, accelerator, measurement, halves=None):
                 save_picture(image, output_dir / "instance.png")
 
     recipes = {phase.recipe.phase: phase.recipe for phase in phases}
-    batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    logger.info("***** Running training *****")
-    logger.info(f"  Phases = {', '.join(recipes)}, {args.max_train_steps} steps each")
-    logger.info(f"  Image = {size[1]}x{size[0]}, latents {tuple(prepared.latents.shape)}")
-    summary.say_steps(prepared.steps, prepared.answers.timesteps)
-    logger.info(f"  Total batch size = {batch}")
+    summary.say_training(args, accelerator.num_processes, prepared, size)
     validation = Validation(args, accelerator, prepared, ADAPTER, halves.output_dir if halves else output_dir)
     with compared():
         train_phases(args, accelerator, prepared, phases, validation)
@@ -305,7 +301,8 @@ def train(args, accelerator, measurement, halves=None):
         stages.enter("preview")
         with compared(), out_of_memory.in_preview():
             preview = draw_preview(prepared, recipes, output_dir, args.seed, validation)
-    if accelerator.is_main_process and recipes:
+    finishes = accelerator.is_main_process and recipes
+    if finishes:
         with faults.one_line_errors(output_dir):
             if halves is not None:
                 faults.sweep(output_dir)
@@ -316,12 +313,10 @@ def train(args, accelerator, measurement, halves=None):
             if len(recipes) == 2:
                 write_sampler_of(args, prepared, size, len(captions), output_dir)
             write_model_card(args, output_dir, list(recipes.values()), caption)
-    trackers.end(accelerator)
-    accelerator.end_training()
-    distribution.leave()
-    if args.push_to_hub and accelerator.is_main_process and recipes:
-        push_to_hub(output_dir, repo_id, list(recipes))
-    if accelerator.is_main_process and recipes:
+    end(accelerator)
+    if finishes:
+        if args.push_to_hub:
+            push_to_hub(output_dir, repo_id, list(recipes))
         summary.say_done(measurement.report(), output_dir, list(recipes))
         print(draw_command(args, output_dir, list(recipes)))
 

@@ -106,6 +106,16 @@ def say_steps(steps, base_timesteps: list[float]) -> None:
     logger.info(f"  Sampler = {steps.grid} grid, {solver} solver, positions {places} of {len(base_timesteps)}")
 
 
+def say_training(args, processes: int, prepared, size: tuple[int, int]) -> None:
+    """Say what is about to be trained; `size` is (height, width) in pixels."""
+    batch = args.train_batch_size * processes * args.gradient_accumulation_steps
+    logger.info("***** Running training *****")
+    logger.info(f"  Phases = {', '.join(prepared.steps.phases)}, {args.max_train_steps} steps each")
+    logger.info(f"  Image = {size[1]}x{size[0]}, latents {tuple(prepared.latents.shape)}")
+    say_steps(prepared.steps, prepared.answers.timesteps)
+    logger.info(f"  Total batch size = {batch}")
+
+
 def say_done(report: list[str], output_dir: Path, phases: list[str]) -> None:
     """Say what each stage took, as `report` has it, and what lies where."""
     folders = [f"{phase}/" for phase in phases] if len(phases) == 2 else [""]
