@@ -290,7 +290,7 @@ INFERENCE |= {
     "dtype unknown": ({"dtype": "float8"}, "float8"),
     "two offloads": ({"enable_model_cpu_offload": True, "enable_group_offload": True}, "exclude each other"),
     "a token": ({"token": "hf_secret"}, "HF_TOKEN"),
-    "unknown flag": ({"promt": "a dog"}, "'prompt'"),
+    "unknown flag": ({"lora_scal": "1"}, "'lora_scale'"),
     "config missing": ({"config": "{loras}/nowhere.yaml"}, "nowhere.yaml"),
 }
 

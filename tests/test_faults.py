@@ -24,8 +24,8 @@ from glance_utils import InputError
 
 
 PHASES = ("slow", "fast")
-FILES = {"instance.png", "glance.png", "README.md", "loss.csv", "loss.png"}
-FILES |= {f"{phase}/{WEIGHT_NAME}" for phase in PHASES}
+FILES = {"instance.png", "glance.png", "README.md", "loss.csv", "loss.png", "sampler.json"}
+FILES |= {"scheduler/scheduler_config.json", *(f"{phase}/{WEIGHT_NAME}" for phase in PHASES)}
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

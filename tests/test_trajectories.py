@@ -218,7 +218,7 @@ def test_segment_weights_are_the_steps_lengths_one_in_the_mean(train, monkeypatc
 
     monkeypatch.setattr(losses, "segment_weights", watched)
     for name in ("uniform", "length", "length_squared"):
-        output = train(**SHORT, segment_weights=name, max_train_steps=1)
+        output = train(**SHORT, segment_weights=name, max_train_steps=1, overwrite_output_dir=True)
     sigmas = [timestep / 1000 for phase in PHASES for timestep in recipe_of(output / phase).timesteps] + [0.0]
     lengths = np.array([high - low for high, low in zip(sigmas, sigmas[1:])]).reshape(2, 2)
     assert seen["uniform"] == [1.0] * 4

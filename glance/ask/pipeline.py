@@ -186,9 +186,9 @@ def read_model_index(path: str | Path, **load_kwargs) -> dict:
             raise ValueError("its model_index.json names no pipeline class")
         modular = config["_class_name"].endswith("ModularPipeline")
     except Exception as error:  # a file that is no JSON ends in exceptions of every kind
-        if reason := hub.refusal(error, str(path), load_kwargs.get("revision")):
-            raise InputError(f"{path}: {reason}") from None
         modular = isinstance(error, OSError) and _is_modular(path, **load_kwargs)
+        if not modular and (reason := hub.refusal(error, str(path), load_kwargs.get("revision"))):
+            raise InputError(f"{path}: {reason}") from None
         if not modular:
             raise InputError(
                 f"{path}: not a diffusers pipeline (folder or hub id with model_index.json): {described(error)}"

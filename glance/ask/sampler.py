@@ -83,7 +83,8 @@ def fit_coefficients(points: list[torch.Tensor], sigmas: list[float], positions:
     for index, slope in enumerate(segment_slopes(points, sigmas)):
         basis = [part.flatten().double() for part in velocities[max(index - 1, 0) : index + 1][::-1]]
         solution = torch.linalg.lstsq(torch.stack(basis, dim=1), slope.flatten()[:, None].double()).solution
-        coefficients.append([*solution.flatten().tolist(), 0.0][:2])
+        # Rounded: the last digits depend on where in memory the numbers lay, and a file would be another each time.
+        coefficients.append([round(value, 9) for value in (*solution.flatten().tolist(), 0.0)][:2])
     return coefficients
 
 

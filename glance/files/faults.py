@@ -27,7 +27,8 @@ TRAJECTORIES = "trajectories.safetensors"  # what the base drew before training
 LOSSES = "loss.csv"
 # As atomic.replace_file names what it has not yet renamed.
 LEFTOVER = re.compile(
-    rf"\.({'|'.join(map(re.escape, (WEIGHT_NAME, STATE_NAME, TRAJECTORIES, LOSSES)))}|README\.md|\w+\.png)\.\d+"
+    rf"\.({'|'.join(map(re.escape, (WEIGHT_NAME, STATE_NAME, TRAJECTORIES, LOSSES)))}"
+    r"|README\.md|\w+\.(json|png))\.\d+"
 )
 
 

@@ -17,7 +17,7 @@ from glance.training.estimate import Choice, Estimate, Step, readable
 from glance.training.prepare import DTYPES, ask_call, estimate_run, needs_drawing
 from glance.training.steps import choose_steps, warn_of_shares
 from glance.training.trajectories import list_jobs
-from glance.training.weightless import load_without_weights
+from glance.training.weightless import estimable, load_without_weights
 
 
 STAGES = ("encoding", "drawing", "fitting", "training", "preview", "validation", "decoding")
@@ -139,11 +139,12 @@ def ask_needs(args) -> tuple[Settings, Estimate, list[str]]:
     else:
         image, caption, size = "any", "a picture", chosen_size(args, own_size)
     captions = [caption, *cli.read_prompts(args.prompts_file)]
-    call, single_call, layers = ask_call(args, pipe, max(captions, key=len), size)
-    settings, _, steps = choose_steps(args, pipe, call)
-    warn_of_shares(pipe, steps.phases, ask_timestep_table(pipe, settings.num_base_steps, **call), single_call)
-    draws = needs_drawing(args, image)
-    return settings, estimate_run(args, pipe, layers, call, single_call, size, draws, (False, True)), captions
+    with estimable(pipe):
+        call, single_call, layers = ask_call(args, pipe, max(captions, key=len), size)
+        settings, _, steps = choose_steps(args, pipe, call)
+        warn_of_shares(pipe, steps.phases, ask_timestep_table(pipe, settings.num_base_steps, **call), single_call)
+        draws = needs_drawing(args, image)
+        return settings, estimate_run(args, pipe, layers, call, single_call, size, draws, (False, True)), captions
 
 
 def dry_run(args) -> str:

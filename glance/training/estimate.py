@@ -15,12 +15,12 @@ from peft import LoraConfig
 from glance.adapters import compute_as_saved, with_adapters
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
-from glance.ask.pipeline import first_line, replaced
+from glance.ask.pipeline import replaced
 from glance.base import enable_gradient_checkpointing, rest_in_fp8
 from glance.shared_flags import QUANTIZATIONS
 from glance.training.optimizer import state_bytes
-from glance.training.weightless import UNKNOWN, Counter, empty, weightless, without_content
-from glance_utils import InputError, denoiser
+from glance.training.weightless import Counter, empty, estimable, weightless, without_content
+from glance_utils import denoiser
 
 
 @dataclass(frozen=True)
@@ -129,20 +129,11 @@ def measure(pipe, work: Callable[[], torch.Tensor], backward: bool = False) -> S
         return predict(*without_content(args), **without_content(kwargs))
 
     counter = Counter(transformer)
-    try:
-        with replaced(transformer, "forward", forward), torch.set_grad_enabled(backward), counter:
-            result = work()
-            if backward:
-                result.backward()
-            del result
-    except (InputError, *UNKNOWN) as error:
-        cause = error if isinstance(error, UNKNOWN) else error.__cause__
-        if isinstance(cause, UNKNOWN):
-            raise InputError(
-                f"{type(transformer).__name__} decides by numbers, so a step without weights cannot be estimated "
-                f"({first_line(cause)})"
-            ) from error
-        raise
+    with estimable(pipe), replaced(transformer, "forward", forward), torch.set_grad_enabled(backward), counter:
+        result = work()
+        if backward:
+            result.backward()
+        del result
     transformer.zero_grad()
     return Step(counter.peak, counter.flops, calls)
 

@@ -16,7 +16,7 @@ from glance.files.checkpoints import load_checkpoint
 from glance.training import distribution
 from glance.training.estimate import Choice, Estimate, readable
 from glance.training.prepare import DTYPES, ask_call, estimate_run, needs_drawing
-from glance.training.weightless import load_without_weights
+from glance.training.weightless import estimable, load_without_weights
 from glance_utils import InputError
 
 
@@ -88,8 +88,9 @@ def estimate_settings(args, captions: list[str], size, draws: bool, checkpointin
     """
     path, dtype = args.pretrained_model_name_or_path, DTYPES[args.mixed_precision]
     pipe = load_without_weights(path, dtype, **cli.load_arguments(args))
-    call, single_call, layers = ask_call(args, pipe, max(captions, key=len), size, warn)
-    return estimate_run(args, pipe, layers, call, single_call, size, draws, checkpointing)
+    with estimable(pipe):
+        call, single_call, layers = ask_call(args, pipe, max(captions, key=len), size, warn)
+        return estimate_run(args, pipe, layers, call, single_call, size, draws, checkpointing)
 
 
 def resolve(args: Settings, accelerator, image, captions: list[str], size: tuple[int, int], halves=None) -> Settings:

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.ask.components import component_class, denoiser_name
+from glance.ask.pipeline import first_line
 from glance_utils import InputError
 
 
@@ -31,6 +32,21 @@ CPU = torch.device("cpu")
 MODE = FakeTensorMode(allow_non_fake_inputs=True)  # one for all: tensors of two modes do not meet
 # What a tensor without content raises where its numbers are asked for.
 UNKNOWN = (UnsupportedFakeTensorException, DataDependentOutputException, DynamicOutputShapeException)
+
+
+@contextlib.contextmanager
+def estimable(pipe):
+    """Turn what is raised inside where numbers are asked for that are not there into an InputError."""
+    try:
+        yield
+    except (InputError, *UNKNOWN) as error:
+        cause = error if isinstance(error, UNKNOWN) else error.__cause__
+        if isinstance(cause, UNKNOWN):
+            raise InputError(
+                f"{type(pipe).__name__} decides by numbers, so without weights its needs cannot be estimated "
+                f"({first_line(cause)})"
+            ) from error
+        raise
 
 
 def _attention_flops(query, key, value, *args, out_val=None, **kwargs) -> int:
