@@ -153,7 +153,7 @@ def run(part: Part, seconds: float, here: bool) -> None:
 def call(script: str, flags: list[str], seconds: float) -> tuple[int, str]:
     """Return (exit code, what it wrote to stderr) of a benchmark in a process of its own."""
     command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=max(seconds, 1), cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
     return done.returncode, done.stderr
 
 
@@ -175,7 +175,7 @@ def run_tests(seconds: float, *arguments: str) -> Tests:
         path = Path(folder, "tests.xml")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={path}", *arguments]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=max(seconds, 1), cwd=ROOT)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
         except subprocess.TimeoutExpired:
             return Tests(error=f"not done after {seconds:.0f} s")
         if not path.exists():

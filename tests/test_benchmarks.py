@@ -24,6 +24,9 @@ from glance.ask.velocity import PipelineVelocity  # noqa: E402
 from glance_utils import InputError  # noqa: E402
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
 def benchmark(pipelines, tmp_path):
     """benchmark(script, **flags) -> its result, as in the JSON file that it writes."""

@@ -128,6 +128,7 @@ def test_a_dry_run_says_which_encoders_would_not_fit(pipelines):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one, for tests/test_gpu.py")
 @pytest.mark.parametrize(
     "base, kept", [("flux", "text_encoder (0.0 GB) and text_encoder_2"), ("qwen", "text_encoder")]

@@ -33,7 +33,7 @@ from glance.training import distribution  # noqa: E402
 from glance_utils import PHASES  # noqa: E402
 
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 CUDA, CARDS = torch.cuda.is_available(), torch.cuda.device_count()
 
 

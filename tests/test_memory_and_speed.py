@@ -30,6 +30,9 @@ from glance.training import prepare
 from glance_utils import PHASES, InputError, activate_adapter, glance_inference
 
 
+pytestmark = pytest.mark.slow
+
+
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

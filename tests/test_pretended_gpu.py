@@ -9,6 +9,9 @@ from glance import base as load_base
 from glance_utils import PHASES
 
 
+pytestmark = pytest.mark.slow
+
+
 if torch.cuda.is_available():
     pytest.skip("there is a real one, for tests/test_gpu.py", allow_module_level=True)
 

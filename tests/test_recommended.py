@@ -8,6 +8,9 @@ import train_glance_lora
 from glance.training import fit
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_is_for_24_gb(name):
     args = train_glance_lora.parse_args([f"--config={ROOT / 'configs' / name}.yaml"])

@@ -214,6 +214,7 @@ def test_a_pipeline_that_fills_a_cache_in_its_first_step_is_told_how_not_to(pair
     assert not output.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prx", "dreamlite"])
 def test_a_pipeline_that_guides_one_picture_alone_trains_sample_by_sample(name, pair, tmp_path):
     """Their models get two timesteps or sizes, one for each branch, for any number of pictures."""

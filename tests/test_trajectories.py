@@ -145,6 +145,7 @@ def end_error(teacher, output: Path, seed: int) -> tuple[float, float]:
     return tuple(errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["flux", "sd3", "qwen"])
 def test_the_loras_land_where_all_the_bases_steps_do(base, train, teacher):
     output = train(

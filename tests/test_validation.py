@@ -22,6 +22,9 @@ from glance.training.validation import Validation
 from glance_utils import PHASES
 
 
+pytestmark = pytest.mark.slow
+
+
 PROMPT = "a blue disc"
 SHORT = {"max_train_steps": 2, "num_base_steps": 12, "num_inference_steps": 4, "learning_rate": 3e-2}
 ON_THE_WAY = {"validation_prompt": PROMPT, "validation_steps": 1}
