@@ -85,6 +85,7 @@ def test_an_offloaded_encoder_answers_the_same_and_leaves_nothing(name, tmp_path
     assert [model() for model in models] == [None] * len(models)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["flux", "qwen"])
 def test_a_run_whose_encoders_are_offloaded_is_the_same_run(base, train, infer, tmp_path, monkeypatch):
     settings = {"max_train_steps": 2, "learning_rate": 1e-2}

@@ -180,6 +180,7 @@ def test_clip_scores_from_a_local_folder(tmp_path):
     assert len(scores) == 2 and all(-1 <= score <= 1 for score in scores) and scores[0] != scores[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ("flux", "sd3", "qwen"))
 def test_any_pipeline_any_pair_any_scorer(base, measured, pipelines, trained, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red ring\na blue ring\n")

@@ -171,6 +171,7 @@ def test_keep_trains_both_branches_and_fold_one(guidance, batch, train, monkeypa
     assert set(sizes) == {batch}
 
 
+@pytest.mark.slow
 def test_folded_guidance_is_not_added_again(train, infer, capsys, tmp_path):
     output = train("sd3", **SHORT, guidance="fold", max_train_steps=1)
     assert [recipe_of(output / phase).guidance for phase in PHASES] == ["fold"] * 2
@@ -190,6 +191,7 @@ def draw_caption(infer, base, output, tmp_path) -> Path:
     return infer(base, lora=output, prompt="a red ring", output=tmp_path / "preview.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"timesteps_per_step": 2, "train_batch_size": 2}], ids=["one", "four"])
 def test_folding_without_guidance_learns_what_keeping_does(settings, train, tmp_path):
     """FLUX here has its guidance embedded: there is one branch."""
@@ -310,6 +312,7 @@ def test_trajectories_of_anything_else_are_drawn_again(how, train, pipelines, wa
     assert len(walks) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [{}, {"flow_weight": 0.5, "timesteps_per_step": 2, "solver": "fitted"}])
 def test_resumed_equals_uninterrupted(extra, train, tmp_path):
     settings = SHORT | {"num_trajectories": 3, "max_train_steps": 4, "checkpointing_steps": 3} | extra
