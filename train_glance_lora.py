@@ -42,12 +42,13 @@ from glance.files import faults
 from glance.files.checkpoints import save_checkpoint, with_run
 from glance.files.instance_data import load_pair
 from glance.files.lora import save_lora
+from glance.files.pictures import save_png
 from glance.training import distribution, launcher, losses, out_of_memory, own_defaults, stages, trackers, trajectories
 from glance.training.draw_command import draw_command
 from glance.training.dry_run import dry_run
 from glance.training.fit import estimate_settings, resolve
 from glance.training.log import LossLog, check_finite, join_losses, read_losses, write_losses
-from glance.training.model_card import create_hub_repo, draw_preview, push_to_hub, save_picture, write_model_card
+from glance.training.model_card import create_hub_repo, draw_preview, push_to_hub, write_model_card
 from glance.training.objective import make_draws, make_objective
 from glance.training.optimizer import TrainingState, make_optimizer
 from glance.training.phases import Phase, find_source, folders, plan_phases, write_sampler_of
@@ -285,7 +286,7 @@ def train(args, accelerator, measurement, halves=None):
             if prepared.trajectories is not None:
                 trajectories.save(output_dir, prepared.trajectories)
             if halves is None:
-                save_picture(image, output_dir / "instance.png")
+                save_png(image, output_dir / "instance.png")
 
     recipes = {phase.recipe.phase: phase.recipe for phase in phases}
     summary.say_training(args, accelerator.num_processes, prepared, size)
@@ -307,9 +308,9 @@ def train(args, accelerator, measurement, halves=None):
             if halves is not None:
                 faults.sweep(output_dir)
                 join_losses(output_dir)
-                save_picture(image, output_dir / "instance.png")
+                save_png(image, output_dir / "instance.png")
             if preview is not None:
-                save_picture(preview, output_dir / "glance.png")
+                save_png(preview, output_dir / "glance.png")
             if len(recipes) == 2:
                 write_sampler_of(args, prepared, size, len(captions), output_dir)
             write_model_card(args, output_dir, list(recipes.values()), caption)

@@ -8,6 +8,11 @@ import os
 from pathlib import Path
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def replace_file(path: Path, write) -> None:
     """Call write(temporary path), then rename it to `path`: a file is either the old one or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

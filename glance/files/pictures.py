@@ -84,6 +84,11 @@ def _check_name(path: Path) -> None:
         raise InputError(f"--output {path}: cannot be written ({error.strerror})") from None
 
 
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a picture as PNG, whole or not at all; raise OSError where it cannot be written."""
+    replace_file(path, lambda temporary: image.save(temporary, format="PNG"))
+
+
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a picture, whole or not at all; raise InputError where it cannot be written."""
     kind = _kind(path)

@@ -129,6 +129,11 @@ class Recipe:
         return cls(**values)
 
 
+def as_in_recipe(name: str):
+    """Return a dataclass field whose value in a file must be one that fits Recipe's field of this name."""
+    return checked(Recipe.__dataclass_fields__[name].metadata["fits"])
+
+
 # Stands for the recipe of files from other trainers, which have none: all is left to the flags and the pipeline.
 NO_RECIPE = Recipe(
     phase="",

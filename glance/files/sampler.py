@@ -10,20 +10,17 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from glance.files.atomic import replace_file
+from glance.files.atomic import replace_text
 from glance.files.recipe import (
     NO_RECIPE,
     Recipe,
-    are_coefficients,
     are_timesteps,
+    as_in_recipe,
     checked,
     count,
-    is_guidance_scale,
     is_number,
-    is_text,
     read_fields,
 )
-from glance.shared_flags import MAX_SIDE
 from glance_utils import PHASES, InputError, Schedule, check_timesteps
 
 
@@ -40,22 +37,25 @@ def are_phases(value) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """All that it takes to draw so, and where it comes from. As JSON it has the fields in this order."""
+    """All that it takes to draw so, and where it comes from. As JSON it has the fields in this order.
 
-    base_model: str = checked(is_text)  # folder or hub id, as it was given
-    pipeline: str = checked(is_text)  # name of its class
-    height: int = checked(count(MAX_SIDE))  # pixels
-    width: int = checked(count(MAX_SIDE))
-    guidance_scale: float | None = checked(is_guidance_scale)  # None: the pipeline's own, or it takes none
-    pipeline_kwargs: dict = checked(lambda value: isinstance(value, dict))  # further arguments of its call
-    num_base_steps: int = checked(count(65536))  # of the schedule that the timesteps are picked from
+    A field that Recipe has too means what it means there, for both phases.
+    """
+
+    base_model: str = as_in_recipe("base_model")
+    pipeline: str = as_in_recipe("pipeline")
+    height: int = as_in_recipe("height")
+    width: int = as_in_recipe("width")
+    guidance_scale: float | None = as_in_recipe("guidance_scale")
+    pipeline_kwargs: dict = as_in_recipe("pipeline_kwargs")
+    num_base_steps: int = as_in_recipe("num_base_steps")
     phases: dict[str, list[float]] = checked(are_phases)  # timesteps, 0..1000, descending, by phase
-    coefficients: list[list[float]] | None = checked(are_coefficients)  # of the fitted solver, for each step
-    guidance: str = checked(lambda value: value in ("keep", "fold"))  # fold: the LoRAs hold it
-    grid: str | None = checked(lambda value: value is None or is_text(value))  # how the steps were picked, or given
+    coefficients: list[list[float]] | None = as_in_recipe("coefficients")
+    guidance: str = as_in_recipe("guidance")
+    grid: str | None = as_in_recipe("grid")
     captions: int = checked(lambda value: value == 0 or count(10**6)(value))  # on which it was found; 0: on none
     error: float | None = checked(lambda value: value is None or is_number(value))  # to the full run, on another
-    version: str = checked(is_text)  # of Glance
+    version: str = as_in_recipe("version")
 
     @classmethod
     def from_json(cls, text: str) -> "Sampler":
@@ -86,12 +86,9 @@ class Sampler:
 
 def write_sampler(folder: Path, sampler: Sampler, scheduler) -> None:
     """Write sampler.json, and the sampler's FixedSigmaScheduler as diffusers saves one, each whole or not at all."""
-    text = json.dumps(dataclasses.asdict(sampler), indent=1) + "\n"
-    replace_file(folder / NAME, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_text(folder / NAME, json.dumps(dataclasses.asdict(sampler), indent=1) + "\n")
     (folder / SCHEDULER).mkdir(exist_ok=True)
-    config = scheduler.to_json_string()
-    path = folder / SCHEDULER / scheduler.config_name
-    replace_file(path, lambda temporary: temporary.write_text(config, encoding="utf-8"))
+    replace_text(folder / SCHEDULER / scheduler.config_name, scheduler.to_json_string())
 
 
 def read_sampler(source: str | Path) -> Sampler:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from glance.files.atomic import replace_file
+from glance.files.atomic import replace_text
 from glance.files.faults import LOSSES
+from glance.files.pictures import save_png
 from glance.training.loss_chart import draw_chart
 from glance_utils import PHASES
 
@@ -94,10 +95,9 @@ def write_losses(folder: str | Path, rows: list[tuple]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([COLUMNS, *rows])
-    replace_file(Path(folder, LOSSES), lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
+    replace_text(Path(folder, LOSSES), text.getvalue())
     if rows:
-        chart = draw_chart(rows)
-        replace_file(Path(folder, CHART), lambda temporary: chart.save(temporary, format="PNG"))
+        save_png(draw_chart(rows), Path(folder, CHART))
 
 
 def join_losses(output_dir: Path) -> None:

@@ -24,7 +24,7 @@ from glance.ask import pipeline as ask
 from glance.ask.components import denoiser_name
 from glance.ask.pipeline import first_line
 from glance.files import faults
-from glance.files.atomic import replace_file
+from glance.files.atomic import replace_text
 from glance.files.lora import load_lora
 from glance.files.recipe import WEIGHT_NAME, Recipe, schedule_of
 from glance.files.sampler import NAME, SCHEDULER
@@ -81,11 +81,6 @@ def preview_latents(pipe, answers, recipes: dict[str, Recipe], seed: int) -> tor
             return ask_latents.loop_points(pipe, progress.update, **call, **kwargs, generator=generator)[-1]
 
 
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Write it as PNG, whole or not at all."""
-    replace_file(path, lambda temporary: image.save(temporary, format="PNG"))
-
-
 def write_model_card(args, directory: Path, recipes: list[Recipe], caption: str) -> None:
     """Write README.md into the output folder: what was trained, how to use it, the pictures."""
     rows = "\n".join(
@@ -126,7 +121,7 @@ Right, where both phases were trained: the same caption with both LoRAs.
 
     python infer_glance.py --pretrained_model_name_or_path {shlex.quote(base)} {loras} --prompt "..."
 """
-    replace_file(directory / CARD, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_text(directory / CARD, text)
 
 
 def hub_id(base: str) -> str | None:

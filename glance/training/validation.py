@@ -21,7 +21,6 @@ from glance.ask import pipeline as ask
 from glance.ask.pipeline import first_line, is_out_of_memory, replaced
 from glance.ask.sampler import relative_error
 from glance.files import pictures
-from glance.files.atomic import replace_file
 from glance.files.lora_forms import read_lora
 from glance.files.recipe import WEIGHT_NAME, Recipe
 from glance.training import distribution, stages, trackers
@@ -195,7 +194,7 @@ class Validation:
         picture, path = pictures.stack_rows(rows), self.output_dir / FOLDER / f"step_{total:04d}.png"
         _, base_error, error = (sum(column) / len(errors) for column in zip(*errors))
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda temporary: picture.save(temporary, format="PNG"))
+        pictures.save_png(picture, path)
         logger.info(f"Saved {path}: {label}, error {error:.4f}; {labels[1]}, {base_error:.4f}")
         trackers.log(self.accelerator, {"validation/error": error, "validation/error_of_base": base_error}, total)
         trackers.log_picture(self.accelerator, "validation", picture, total)
