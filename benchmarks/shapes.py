@@ -42,7 +42,7 @@ from glance.ask import pipeline as ask  # noqa: E402
 from glance.ask import prompts as ask_prompts  # noqa: E402
 from glance.ask.guidance import ask_single_branch  # noqa: E402
 from glance.shared_flags import QUANTIZATIONS  # noqa: E402
-from glance.training import fit, weightless  # noqa: E402
+from glance.training import weightless  # noqa: E402
 from glance_utils import InputError  # noqa: E402
 
 
@@ -348,11 +348,6 @@ def peak_memory(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
-
-
-def free_memory(device: str) -> int:
-    """Return the bytes that can still be allocated there."""
-    return fit.free_memory(torch.device(device))
 
 
 def machine(device: str) -> dict:

@@ -31,6 +31,7 @@ from glance import command_line as cli
 from glance.adapters import lora_layers
 from glance.ask import pipeline as ask
 from glance.ask.velocity import PipelineVelocity
+from glance.encoders import free_memory
 from glance.training import estimate
 from glance.training.draws import Draw
 from glance.training.log import check_finite
@@ -79,7 +80,7 @@ def glance_step(args, pipe, call, latents, layers: str | None = None):
 def main(argv: list[str] | None = None):
     args = shapes.parse(shapes.parser("Time a training step."), argv)
     estimated = estimated_peak(args)
-    if estimated > (free := shapes.free_memory(args.device)):
+    if estimated > (free := free_memory(torch.device(args.device))):
         raise InputError(f"it needs {estimated / 2**30:.1f} GiB by the estimate, {free / 2**30:.1f} GiB are free")
     pipe, call, latents = shapes.make_pipeline(args)
     counted = shapes.count_flops(pipe.transformer, lambda: velocity_once(pipe, call, latents))
@@ -124,7 +125,7 @@ def measured_peak(args, transformer, step) -> int:
     with Counter(transformer) as counter:
         step()
         step()
-    return estimate.bytes_of(transformer) + counter.peak
+    return estimate.saved_bytes(transformer) + counter.peak
 
 
 def velocity_once(pipe, call, latents):

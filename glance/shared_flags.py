@@ -10,6 +10,7 @@ from glance import command_line as cli
 
 
 MAX_SIDE = 16384  # pixels of a picture
+DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # --mixed_precision's as infer_glance.py names them; else float32
 QUANTIZATIONS = ("none", "nf4", "int8", "fp8")
 SIDE = cli.positive(int, MAX_SIDE)
 

@@ -131,7 +131,7 @@ def test_the_page_is_written_though_a_part_fails(tmp_path, monkeypatch, capsys):
 
 def test_what_does_not_fit_is_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "STEPS", ["--shape flux-dev --resolution 32 --text_tokens 8"])
-    monkeypatch.setattr(shapes, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(train_step, "free_memory", lambda device: 1000)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert gpu.main(["--small", "--output", str(tmp_path), "--only", "train_step"]) == 0
     assert "left out: it needs 0.0 GiB by the estimate, 0.0 GiB are free" in (tmp_path / "cpu.md").read_text()

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from glance.command_line import Settings
-from glance.training.launcher import DTYPES
+from glance.shared_flags import DTYPES
 from glance_utils import PHASES
 
 

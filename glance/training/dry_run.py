@@ -10,7 +10,7 @@ from accelerate.utils import parse_flag_from_env
 from glance import command_line as cli
 from glance.ask.schedule import ask_timestep_table
 from glance.command_line import Settings
-from glance.encoders import kept_away
+from glance.encoders import free_memory, kept_away
 from glance.files.instance_data import SOURCES, chosen_size, load_pair
 from glance.training import fit, own_defaults
 from glance.training.estimate import Choice, Estimate, Step, readable
@@ -151,7 +151,7 @@ def dry_run(args) -> str:
     """Return, as text, what the run will need, and which settings would fit."""
     settings, needed, captions = ask_needs(args)
     dtype, device = DTYPES[args.mixed_precision], PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
-    free, rate, name = fit.free_memory(device), matmul_rate(device, dtype), str(dtype).removeprefix("torch.")
+    free, rate, name = free_memory(device), matmul_rate(device, dtype), str(dtype).removeprefix("torch.")
     memory, checkpoints = args.memory or free, True in needed.training
     place = fit.memory_name(args, device, memory)
     choices = fit.candidates(fit.as_choice(args), checkpoints)

@@ -17,6 +17,7 @@ from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.ask.pipeline import replaced
 from glance.base import enable_gradient_checkpointing, rest_in_fp8
+from glance.encoders import bytes_of
 from glance.shared_flags import QUANTIZATIONS
 from glance.training.optimizer import state_bytes
 from glance.training.weightless import Counter, empty, estimable, weightless, without_content
@@ -161,7 +162,7 @@ def base_bytes(transformer: torch.nn.Module, quantization: str) -> int:
         with init_empty_weights():
             transformer = type(transformer).from_config(transformer.config).to(transformer.dtype)
         rest_in_fp8(transformer, transformer.dtype)
-    total = bytes_of(transformer)
+    total = saved_bytes(transformer)
     for module in transformer.modules():
         if isinstance(module, torch.nn.Linear) and quantization in ("nf4", "int8"):
             count, rows = module.weight.numel(), module.out_features
@@ -171,8 +172,8 @@ def base_bytes(transformer: torch.nn.Module, quantization: str) -> int:
     return total
 
 
-def bytes_of(module: torch.nn.Module) -> int:
-    """Return the bytes of its weights and of the buffers that are saved with them."""
+def saved_bytes(module: torch.nn.Module) -> int:
+    """Return the bytes of its weights and of what is saved with them, as a quantized weight's scales are."""
     return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
 
@@ -191,7 +192,7 @@ def estimate(
     linear = [layer.weight for layer in transformer.modules() if isinstance(layer, torch.nn.Linear)]
     layer = max(weight.numel() * weight.element_size() for weight in linear)
     lists = [part for part in transformer.modules() if isinstance(part, torch.nn.ModuleList)]
-    block = max((bytes_of(part) for blocks in lists for part in blocks), default=base["none"])
+    block = max((saved_bytes(part) for blocks in lists for part in blocks), default=base["none"])
     lora = LoraConfig(r=rank, lora_dropout=dropout, target_modules=layers, init_lora_weights=False)
     transformer.add_adapter(lora, "estimate")
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]

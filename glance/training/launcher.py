@@ -13,6 +13,7 @@ from accelerate.utils import parse_flag_from_env
 
 from glance.ask.pipeline import first_line
 from glance.command_line import Settings
+from glance.shared_flags import DTYPES
 from glance_utils import InputError
 
 
@@ -28,7 +29,6 @@ REFUSED = {
     "ACCELERATE_DOWNCAST_BF16": "it is for TPUs, on which nothing here runs; leave --downcast_bf16 out",
     "XLA_DOWNCAST_BF16": "it is for TPUs, on which nothing here runs; leave --downcast_bf16 out",
 }
-DTYPES = {"fp16": "float16", "bf16": "bfloat16"}  # as infer_glance.py names them
 
 
 def launched_value(variable: str) -> str | None:

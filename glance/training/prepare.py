@@ -106,6 +106,18 @@ def trained_call(args, call: dict, single_call: dict) -> dict:
     return call if args.loss == "trajectory" and args.guidance == "keep" else single_call
 
 
+def previewed_call(args, call: dict, single_call: dict) -> dict:
+    """Return the arguments that inference will call the pipeline with: without guidance where the LoRAs hold it."""
+    return single_call if args.guidance == "fold" else call
+
+
+def batching(args, pipe, train_call: dict) -> tuple[bool, bool]:
+    """Return whether a step's samples may have different timesteps, and whether it may have several samples at once;
+    the pipeline is asked only where the flags need to know."""
+    mixed = args.timesteps_per_step > 1 and takes_timesteps(pipe, **train_call)
+    return mixed, args.train_batch_size * args.timesteps_per_step == 1 or takes_batches(pipe, **train_call)
+
+
 def estimate_run(args, pipe, layers: list[str], call: dict, single_call: dict, size, draws: bool, checkpointing):
     """Return what the run needs (estimate.Estimate), asked of a pipeline whose models have no weights.
 
@@ -113,14 +125,9 @@ def estimate_run(args, pipe, layers: list[str], call: dict, single_call: dict, s
     which micro-steps are measured: without, with, or both. Raise InputError where it cannot be estimated.
     """
     layout = ask_latents.ask_layout(pipe, **call)
-    train_call = trained_call(args, call, single_call)
-    preview_call = single_call if args.guidance == "fold" else call
-    samples = args.train_batch_size * args.timesteps_per_step
-    model = PipelineVelocity(
-        pipe,
-        takes_timesteps=args.timesteps_per_step > 1 and takes_timesteps(pipe, **train_call),
-        takes_batches=samples == 1 or takes_batches(pipe, **train_call),
-    )
+    train_call, preview_call = trained_call(args, call, single_call), previewed_call(args, call, single_call)
+    mixed, batched = batching(args, pipe, train_call)
+    model = PipelineVelocity(pipe, takes_timesteps=mixed, takes_batches=batched)
     latents = torch.zeros(layout.latents_shape)
     points = latents.expand(1, args.train_batch_size, args.timesteps_per_step, *latents.shape[1:])
     sigmas = [1 - 0.001 * index for index in range(args.timesteps_per_step)]  # other ones, in the reach of one model
@@ -130,7 +137,7 @@ def estimate_run(args, pipe, layers: list[str], call: dict, single_call: dict, s
     if args.loss == "trajectory":
         trajectory = losses.Trajectory(points, points, [call["prompt"]], train_call)
     objective = losses.Objective(sigmas, flow, trajectory)
-    noise = torch.zeros(samples, *latents.shape[1:])
+    noise = torch.zeros(args.train_batch_size * args.timesteps_per_step, *latents.shape[1:])
     draw = Draw(list(range(len(sigmas))), noise, trajectories=tuple(range(args.train_batch_size)))
     previews = len(args.custom_timesteps) == 2 or args.validation_prompt
     work = estimate.Work(
@@ -213,12 +220,11 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
         )
     layout = ask_latents.ask_layout(pipe, **call)
     noise_scale = ask_latents.ask_noise_scale(pipe, **call)
-    mixed = args.timesteps_per_step > 1 and takes_timesteps(pipe, **train_call)
-    batched = args.train_batch_size * args.timesteps_per_step == 1 or takes_batches(pipe, **train_call)
+    mixed, batched = batching(args, pipe, train_call)
     train_calls = [train_call, single_call] if args.flow_weight else [train_call]
     sizes = batch_sizes(args.train_batch_size, args.timesteps_per_step, mixed, batched)
     remember_captions(pipe, captions, call, train_calls, sizes)
-    preview_call = single_call if args.guidance == "fold" else call
+    preview_call = previewed_call(args, call, single_call)
     remember_captions(pipe, args.validation_prompt, call, [preview_call], [1])
     ask_prompts.free_components(pipe, keep=("vae",))
     accelerator.free_memory()  # of which an image takes the VAE much

@@ -14,12 +14,11 @@ from pathlib import Path
 
 from glance import command_line as cli
 from glance.command_line import Settings
+from glance.shared_flags import DTYPES
 
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
-LORA = "pytorch_lora_weights.safetensors"
 WHAT = {
     "instance.png": "what was trained on",
     "glance.png": "the caption, drawn with both LoRAs",
@@ -46,7 +45,7 @@ def begin(args: Settings) -> None:
     learning = f"{args.optimizer or 'optimizer as it fits'}, learning rate {args.learning_rate:g}"
     logger.info(f"  LoRA = rank {args.rank}, {args.max_train_steps} steps of {learning}")
     logger.info(f"  Output = {args.output_dir}")
-    dtype = DTYPES.get(args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no", "float32")
+    dtype = DTYPES.get(args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION"), "float32")
     logger.info(f"  Device = {device_name()}; {dtype}, quantization {args.quantization or 'as it fits'}")
     logger.info("Starting")  # the libraries are imported, then the image is read
 
@@ -118,11 +117,13 @@ def say_training(args, processes: int, prepared, size: tuple[int, int]) -> None:
 
 def say_done(report: list[str], output_dir: Path, phases: list[str]) -> None:
     """Say what each stage took, as `report` has it, and what lies where."""
+    from glance.files.recipe import WEIGHT_NAME
+
     folders = [f"{phase}/" for phase in phases] if len(phases) == 2 else [""]
     logger.info("***** Done *****")
     for line in report:
         logger.info(f"  {line}")
-    names = {f"{folder}{LORA}": f"the {phase} LoRA" for phase, folder in zip(phases, folders)}
+    names = {f"{folder}{WEIGHT_NAME}": f"the {phase} LoRA" for phase, folder in zip(phases, folders)}
     logger.info(f"  In {output_dir}:")
     written = {name: what for name, what in (names | WHAT).items() if (output_dir / name).exists()}
     for name, what in written.items():
