@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 from test_infer import recipes_of, same, seeded
 
 from glance.files.sampler import NAME, SCHEDULER, read_sampler
+from glance.training.estimate import Estimate
 from glance_utils import PHASES, FixedSigmaScheduler, InputError
 
 
@@ -15,6 +16,22 @@ ALONE = {"max_train_steps": 0, "instance_image": None, "instance_prompt": "a blu
 FEW = {"num_inference_steps": 4}
 # Every sampler there is: by default it is the one that measures best.
 SAMPLERS = {"fitted": {"grid": "auto"}, "euler": {"grid": "even", "solver": "euler"}}
+
+
+def test_alone_nothing_is_estimated_said_or_fitted_for_training(train, capsys, caplog, monkeypatch):
+    """What fits is what the base can draw in, with less memory than a step of training takes."""
+    train(**ALONE, **FEW, dry_run=True)
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows == ["stage", "encoding", "drawing", "fitting", "all"]
+
+    sizes, peak = [], Estimate.peak
+    monkeypatch.setattr(Estimate, "peak", lambda *given: sizes.append(peak(*given)) or sizes[-1])
+    with caplog.at_level("INFO"):
+        train(**ALONE, **FEW, fit="auto", memory="16GB")
+        alone = max(sizes)
+        train(**ALONE | {"max_train_steps": 1}, **FEW, fit="auto", memory="16GB", overwrite_output_dir=True)
+    assert alone < max(sizes)
+    assert sum("trainable parameters" in message for message in caplog.messages) == 1
 
 
 @pytest.mark.parametrize("solver", SAMPLERS)

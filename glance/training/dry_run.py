@@ -51,6 +51,8 @@ def parts(settings, needed: Estimate, choice: Choice, captions: list[str]) -> di
         fitting = (ways * steps if ways > 1 else 0) + (steps if checked else 0)
         if fitting:
             found["fitting"] = fitting, needed.drawing
+    if not needed.training:
+        return found
     micro_steps = len(settings.custom_timesteps) * settings.max_train_steps * settings.gradient_accumulation_steps
     found["training"] = micro_steps, needed.training_step(choice)
     if len(settings.custom_timesteps) == 2:
@@ -167,8 +169,7 @@ def dry_run(args) -> str:
         "",
         *stage_table(needed, choice, parts(settings, needed, choice, captions), SHARE_OF_RATE * rate),
         "",
-        *settings_table(needed, name, SHARE_OF_RATE * rate),
-        "",
+        *([*settings_table(needed, name, SHARE_OF_RATE * rate), ""] if needed.training else []),
         advice(needed, fit.candidates(Choice(*[None] * 4), checkpoints), memory, place),
     ]
     return "\n".join(lines)

@@ -56,7 +56,7 @@ class Estimate:
     encoders: dict[str, int]  # every other model's weights, by the component's name
     encoding: int  # what the VAE needs beyond them to encode the image
     decoding: int  # the VAE's weights, and what it needs to decode the preview
-    training: dict[bool, Step]  # a micro-step, by gradient checkpointing
+    training: dict[bool, Step]  # a micro-step, by gradient checkpointing; {} where nothing is trained
     drawing: Step | None  # a step of the base, with its guidance; None where it draws nothing
     preview: Step | None  # a step of the preview and the validation; None where there is neither
 
@@ -88,12 +88,13 @@ class Estimate:
         """
         forward = self.weights(choice, backward=False)
         state = self.lora() + round(state_bytes(choice.optimizer, self.rank) * self.lora_parameters)
-        step = max(self.training_step(choice).activations, 2 * self.lora())  # gradients, and the optimizer's own
         vae = self.encoders.get("vae", 0)
         stages = {"encoding": max(sum(self.encoders.values()), vae + self.encoding)}
         if self.drawing is not None:
             stages["drawing"] = forward + self.drawing.activations
-        stages["training"] = self.weights(choice, backward=True) + state + step
+        if self.training:
+            step = max(self.training_step(choice).activations, 2 * self.lora())  # gradients, and the optimizer's own
+            stages["training"] = self.weights(choice, backward=True) + state + step
         if self.preview is not None:
             stages["preview"] = forward + 2 * self.lora() + self.preview.activations
             stages["decoding"] = self.decoding
@@ -109,7 +110,7 @@ class Estimate:
 class Work:
     """What a run has the transformer do, as functions that call its pipeline."""
 
-    train: Callable[[], torch.Tensor]  # returns a micro-step's loss, () float32
+    train: Callable[[], torch.Tensor] | None  # returns a micro-step's loss, () float32
     draw: Callable[[], torch.Tensor] | None = None  # returns a velocity, as the base draws trajectories
     preview: Callable[[], torch.Tensor] | None = None  # the same, as the preview is drawn
     same: bool = False  # whether the two are, and one of them tells of both
@@ -205,6 +206,8 @@ def estimate(
     preview = work.preview and (drawing if drawing and work.same else measure(pipe, work.preview))
     training = {}
     for choice in checkpointing if transformer._supports_gradient_checkpointing else [False]:
+        if work.train is None:
+            break
         if choice:
             enable_gradient_checkpointing(transformer)
         step = measure(pipe, work.train, backward=True)

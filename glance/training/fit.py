@@ -111,7 +111,8 @@ def resolve(args: Settings, accelerator, image, captions: list[str], size: tuple
     memory, saved = min(memory for memory, _ in found), next((saved for _, saved in found if saved), {})
     args = args.replace(**{name: value for name, value in saved.items() if getattr(args, name) is None})
     _, kind = find_denoiser(args.pretrained_model_name_or_path, **cli.load_arguments(args))
-    choices = candidates(as_choice(args), kind._supports_gradient_checkpointing, accelerator.num_processes)
+    checkpoints = kind._supports_gradient_checkpointing and args.max_train_steps > 0
+    choices = candidates(as_choice(args), checkpoints, accelerator.num_processes)
     if len(choices) > 1:
         place = memory_name(args, accelerator.device, memory)
         choices = [decide(args, choices, memory, place, captions, size, needs_drawing(args, image))]

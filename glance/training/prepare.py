@@ -139,9 +139,10 @@ def estimate_run(args, pipe, layers: list[str], call: dict, single_call: dict, s
     objective = losses.Objective(sigmas, flow, trajectory)
     noise = torch.zeros(args.train_batch_size * args.timesteps_per_step, *latents.shape[1:])
     draw = Draw(list(range(len(sigmas))), noise, trajectories=tuple(range(args.train_batch_size)))
-    previews = len(args.custom_timesteps) == 2 or args.validation_prompt
+    trains = args.max_train_steps > 0
+    previews = trains and (len(args.custom_timesteps) == 2 or args.validation_prompt)
     work = estimate.Work(
-        train=lambda: losses.step_losses(model, objective, draw)[0],
+        train=(lambda: losses.step_losses(model, objective, draw)[0]) if trains else None,
         draw=(lambda: model(latents, 1.0, **call)) if draws else None,
         preview=(lambda: model(latents, 1.0, **preview_call)) if previews else None,
         same=preview_call == call,
@@ -182,7 +183,8 @@ def prepare_pipeline(args, accelerator, base: str, image, captions: list[str], s
         prepared = ask_everything(args, accelerator, image, captions, size)
     accelerator.free_memory()
     pipe = prepared.models.pipe
-    summary.say_adapted(denoiser(pipe), prepared.answers.layers, args.rank)
+    if args.max_train_steps:
+        summary.say_adapted(denoiser(pipe), prepared.answers.layers, args.rank)
     stages.enter("loading transformer")
     with out_of_memory.in_training(args, "training", lambda: "loading the transformer"):
         transformer = with_adapters(prepared.models.load_transformer())

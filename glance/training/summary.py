@@ -24,6 +24,7 @@ WHAT = {
     "glance.png": "the caption, drawn with both LoRAs",
     "validation": "the validation prompts: the base's full run, its few steps, Glance",
     "sampler.json": "the steps and how to step, without weights",
+    "scheduler": "the same for any diffusers pipeline, FixedSigmaScheduler.from_pretrained",
     "loss.csv": "all losses",
     "loss.png": "what they look like",
     "trajectories.safetensors": "what the base drew, for the next run",
@@ -43,7 +44,8 @@ def begin(args: Settings) -> None:
     logger.info(f"  Base = {args.pretrained_model_name_or_path}{f', {kind}' if kind else ''}")
     logger.info(f"  Loss = {args.loss}, {grid}, {args.solver} solver, guidance{scale}: {args.guidance}")
     learning = f"{args.optimizer or 'optimizer as it fits'}, learning rate {args.learning_rate:g}"
-    logger.info(f"  LoRA = rank {args.rank}, {args.max_train_steps} steps of {learning}")
+    if args.max_train_steps:
+        logger.info(f"  LoRA = rank {args.rank}, {args.max_train_steps} steps of {learning}")
     logger.info(f"  Output = {args.output_dir}")
     dtype = DTYPES.get(args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION"), "float32")
     logger.info(f"  Device = {device_name()}; {dtype}, quantization {args.quantization or 'as it fits'}")
