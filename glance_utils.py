@@ -268,13 +268,15 @@ class Schedule:
     `phases` has the timesteps (0..1000, descending over all) under the name of the adapter that acts in them.
     `timestep_table`, [timestep, what the model is told there] ascending, is None where the two are alike (see
     glance/ask/schedule.py); `coefficients` are a fitted solver's (FixedSigmaScheduler); `guidance` are arguments of
-    the call that switch classifier-free guidance off where the LoRAs hold it.
+    the call that switch classifier-free guidance off where the LoRAs hold it. `branches` are what each step calls
+    where guidance is mixed, with weights as coefficients: glance/ask/mixed.py walks them, no scheduler does.
     """
 
     phases: dict[str, list[float]]
     timestep_table: list[list[float]] | None = None
     coefficients: list[list[float]] | None = None
     guidance: dict = dataclasses.field(default_factory=dict)
+    branches: list[str] | None = None
 
     @property
     def timesteps(self) -> list[float]:
@@ -288,6 +290,8 @@ class Schedule:
 
     def scheduler(self, like=None, before_step=None) -> FixedSigmaScheduler:
         """Return the FixedSigmaScheduler that walks these steps; `like` is the pipeline's own."""
+        if self.branches is not None:
+            raise InputError("a schedule of mixed branches needs more than a scheduler; draw with infer_glance.py")
         sigmas = timesteps_to_sigmas(self.timesteps)
         values = model_timesteps(self.timestep_table, sigmas)
         return FixedSigmaScheduler(sigmas, values, before_step, like, self.coefficients)

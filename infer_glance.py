@@ -36,8 +36,10 @@ from glance import base as load_base
 from glance import command_line as cli
 from glance.adapters import fused_adapters
 from glance.ask import latents as ask_latents
+from glance.ask import mixed
 from glance.ask import pipeline as ask
 from glance.ask.prompt_lengths import PromptLengths
+from glance.ask.prompts import remember_prompts
 from glance.encoders import free_memory, place_encoders
 from glance.files import faults, pictures
 from glance.files.lora import load_lora
@@ -55,6 +57,7 @@ from glance_utils import (
     denoiser,
     glance_inference,
     parse_timesteps,
+    switchable_adapters,
 )
 
 
@@ -165,22 +168,22 @@ class Counter:
     def __init__(self, pipe):
         self.calls = 0
         for model in (denoiser(pipe), *ask.further_denoisers(pipe).values()):
-            model.register_forward_pre_hook(self.count, with_kwargs=True)
+            model.register_forward_hook(self.count, with_kwargs=True)
 
-    def count(self, module, args, kwargs):
-        self.calls += len(ask.model_input(args, kwargs))
+    def count(self, module, args, kwargs, output):
+        if not isinstance(output, ask.NoPrediction):
+            self.calls += len(ask.model_input(args, kwargs))
 
 
-def timed(pipe, counter, call: dict, seed: int, **kwargs):
-    """Draw one picture; return it, its seconds and its model calls.
+def timed(pipe, counter, draw):
+    """Draw one picture by draw(**kwargs); return it, its seconds and its model calls.
 
     Raise InputError where the pipeline refuses, FloatingPointError where the latents or the pixels are not finite.
     """
     counter.calls = 0
     start = time.perf_counter()
-    kwargs |= {"generator": torch.Generator().manual_seed(seed), "output_type": "pil", "return_dict": False}
     with ask.refusals(pipe), ask_latents.finite_pictures(pipe):
-        image = ask.first_picture(pipe(**call, **kwargs))
+        image = ask.first_picture(draw(output_type="pil", return_dict=False))
     return image, time.perf_counter() - start, counter.calls
 
 
@@ -195,23 +198,47 @@ def draw_job(
     for count in base_steps:
         with faults.explained(f"base, {count} steps", what_to_try(args)) as label:
             pipe.set_progress_bar_config(desc=label, disable=hidden)
-            row.append((label, *timed(pipe, counter, call, seed, num_inference_steps=count)))
+            generator = torch.Generator().manual_seed(seed)
+            draw = functools.partial(pipe, **call, num_inference_steps=count, generator=generator)
+            row.append((label, *timed(pipe, counter, draw)))
     steps = len(schedule.timesteps)
     label, hint = f"Glance, {steps} steps", f"{what_to_try(args)}, or a lower --lora_scale"
     if args.without_loras:
         named = "sampler" if args.sampler else f"{args.grid} grid, {args.solver}"
         label, hint = f"{named}, {steps} steps", what_to_try(args)
     pipe.set_progress_bar_config(desc=label, disable=hidden)
+    with faults.explained(label, hint), drawing(args, pipe, schedule, call, seed) as draw:
+        row.append((label, *timed(pipe, counter, draw)))
+    return row
+
+
+@contextlib.contextmanager
+def drawing(args, pipe, schedule: Schedule, call: dict, seed: int):
+    """Yield draw(**kwargs), which draws on the schedule: with the LoRAs or without, by the pipeline's own loop or by
+    mixed branches."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(faults.explained(label, hint))
+        activate = stack.enter_context(fused_adapters(denoiser(pipe))) if args.fuse_lora else activate_adapter
+        if schedule.branches is not None:
+            before_step = stack.enter_context(phase_switch(args, pipe, schedule, activate))
+            yield functools.partial(mixed.draw, pipe, schedule, call, seed, before_step)
+            return
         if args.without_loras:
             kwargs = stack.enter_context(base_inference(pipe, schedule))
         else:
-            activate = stack.enter_context(fused_adapters(denoiser(pipe))) if args.fuse_lora else activate_adapter
             kwargs = stack.enter_context(glance_inference(pipe, schedule, args.lora_scale, activate))
         last_call = stack.enter_context(ask.plain_call(pipe, call | kwargs))
-        row.append((label, *timed(pipe, counter, last_call, seed)))
-    return row
+        yield functools.partial(pipe, **last_call, generator=torch.Generator().manual_seed(seed))
+
+
+@contextlib.contextmanager
+def phase_switch(args, pipe, schedule: Schedule, activate):
+    """Yield before_step(index), which lets the LoRA of that step's phase act, or does nothing without LoRAs."""
+    if args.without_loras:
+        yield lambda index: None
+        return
+    names = schedule.phase_of_steps
+    with switchable_adapters(denoiser(pipe), list(schedule.phases), activate) as switch:
+        yield lambda index: switch(names[index], args.lora_scale.get(names[index], 1.0))
 
 
 def what_to_try(args) -> str:
@@ -316,6 +343,8 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
             args, schedule = schedule_of_base(args, pipe, calls[0], what_to_try(args))
         base_steps = args.num_base_steps
     else:
+        if schedule and schedule.branches:
+            remember_prompts(pipe)  # which is called for each step
         schedule = schedule_of_loras(args, pipe, recipe, schedule, calls[0])
     base_steps = compared_steps(args, pipe, schedule, base_steps, calls[0])
     with faults.signals_handled(functools.partial(faults.leave, hint="what was drawn before is written")):

@@ -259,6 +259,7 @@ def train(args, accelerator, measurement, halves=None):
     args = own_defaults.with_one_frame(args)
     image, caption, size = load_pair(args, functools.partial(own_defaults.own_size, args))
     captions = [caption, *(prompt for prompt in cli.read_prompts(args.prompts_file) if prompt != caption)]
+    args = own_defaults.with_trajectories(args, captions)
     args = resolve(args, accelerator, image, captions, size, halves)
     source = find_source(args, accelerator.num_processes, image, captions, size)
     for folder in folders(args).values():

@@ -218,6 +218,13 @@ def positive(kind: type, most: float | None = None):
     return convert
 
 
+def calls(text: str) -> int | str:
+    """Return a number of model calls of a picture, 4 to 100, or "auto"; raise ArgumentTypeError otherwise."""
+    if text.strip() == "auto" or text.strip().isdecimal() and 4 <= int(text) <= 100:
+        return "auto" if text.strip() == "auto" else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number from 4 to 100")
+
+
 def memory(text: str) -> int:
     """Return the bytes of "16GB" (1e9 each) or "16GiB" (2**30 each); an argparse type."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(G|Gi|M|Mi)B?", text.strip(), re.IGNORECASE)

@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import re
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -71,13 +72,18 @@ def model_input(args: tuple, kwargs: dict) -> torch.Tensor | list:
     return kwargs["hidden_states"] if "hidden_states" in kwargs else [*args, *kwargs.values()][0]
 
 
+@dataclass
+class NoPrediction(Transformer2DModelOutput):
+    """What a bypassed denoiser answers."""
+
+
 def no_prediction(*args, **kwargs):
     """Return zeros in the shape of the input, of several images the last: a forward that computes nothing."""
     samples = model_input(args, kwargs)
     if isinstance(samples, torch.Tensor):
-        return Transformer2DModelOutput(sample=torch.zeros_like(samples))
+        return NoPrediction(sample=torch.zeros_like(samples))
     samples = [sample[-1] if isinstance(sample, list) else sample for sample in samples]
-    return Transformer2DModelOutput(sample=[torch.zeros_like(sample) for sample in samples])
+    return NoPrediction(sample=[torch.zeros_like(sample) for sample in samples])
 
 
 def _is_ours(error: Exception) -> bool:

@@ -99,10 +99,9 @@ def read_recipes(args, paths: dict[str, Path], sampler: Sampler | None) -> tuple
         steps = sampler.schedule() if sampler else args.custom_timesteps and Schedule(args.custom_timesteps)
         return sampler.recipe() if sampler else NO_RECIPE, steps
     for phase, timesteps in (args.custom_timesteps or {}).items():
-        recipes[phase] = dataclasses.replace(recipes[phase], timesteps=timesteps, coefficients=None)
+        recipes[phase] = dataclasses.replace(recipes[phase], timesteps=timesteps, coefficients=None, branches=None)
     for phase, timesteps in (sampler.phases if sampler else {}).items():
-        coefficients = sampler.coefficients_of(phase)
-        recipes[phase] = dataclasses.replace(recipes[phase], timesteps=timesteps, coefficients=coefficients)
+        recipes[phase] = dataclasses.replace(recipes[phase], timesteps=timesteps, **sampler.of_phase(phase))
     check_pair(recipes, paths)
     check_base(args, recipes["slow"])
     return recipes["slow"], schedule_of(recipes)

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from glance.ask.mixed import CALLED, TERMS
 from glance.shared_flags import MAX_SIDE
 from glance_utils import PHASES, InputError, Schedule, check_timesteps
 
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+LEFT_OUT = ("branches", "run", "asked")  # of a file where they are None: steps call all, the digests are not known
 HEADER_LIMIT = 16 * 2**20  # bytes; that of a LoRA on every layer of the largest models has less than one megabyte
 
 
@@ -47,14 +49,30 @@ def are_timesteps(value) -> bool:
 
 
 def are_coefficients(value) -> bool:
-    """Return whether it is None or a fitted solver's [a, c] for each step; [1, 0] would be Euler's."""
-    return value is None or (
-        isinstance(value, list)
-        and len(value) <= 1000
-        and all(
-            isinstance(pair, list) and len(pair) == 2 and all(is_number(part, 100) for part in pair) for pair in value
-        )
-    )
+    """Return whether it is None or, for each step, a fitted solver's [a, c], of which [1, 0] is Euler's, or the
+    weights of mixed branches."""
+    if value is None:
+        return True
+    lists = isinstance(value, list) and len(value) <= 1000 and all(isinstance(part, list) for part in value)
+    sizes = lists and {len(part) for part in value}
+    return sizes in ({2}, {TERMS}) and all(is_number(number, 100) for part in value for number in part)
+
+
+def are_branches(value) -> bool:
+    """Return whether it is None or, for each step, which of the branches it calls."""
+    return value is None or (isinstance(value, list) and len(value) <= 1000 and all(part in CALLED for part in value))
+
+
+def check_steps(steps: int, coefficients: list[list[float]] | None, branches: list[str] | None) -> None:
+    """Raise ValueError where lists for each step have not so many entries, or branches no weights of theirs."""
+    for name, entries in (("coefficients", coefficients), ("branches", branches)):
+        if entries is not None and len(entries) != steps:
+            raise ValueError(f"{name} for {len(entries)} of {steps} timesteps")
+    mixed = coefficients is not None and len(coefficients[0]) == TERMS
+    if mixed != (branches is not None):
+        raise ValueError("branches and their weights do not go together")
+    if branches is not None and branches[0] == "negative" and set(branches) == {"negative"}:
+        raise ValueError("branches never call the prompt's")
 
 
 def is_guidance_scale(value) -> bool:
@@ -98,7 +116,8 @@ class Recipe:
     num_base_steps: int = checked(count(65536))  # of the schedule that the timesteps are picked from
     grid: str | None = checked(lambda value: value is None or is_text(value), default=None)
     coefficients: list[list[float]] | None = checked(are_coefficients, default=None)  # of the fitted solver
-    guidance: str = checked(lambda value: value in ("keep", "fold"), default="keep")
+    branches: list[str] | None = checked(are_branches, default=None)  # that each step calls, where they are mixed
+    guidance: str = checked(lambda value: value in ("keep", "fold", "mix"), default="keep")
     loss: str = checked(is_text)
     max_train_steps: int = checked(count(10**6))
     rank: int = checked(count(65536))
@@ -107,9 +126,9 @@ class Recipe:
     asked: str | None = checked(lambda value: value is None or is_text(value), default=None)  # of those asked for
 
     def as_dict(self) -> dict:
-        """Return the fields as a file has them; the digests are left out where they are not known."""
+        """Return the fields as a file has them."""
         entries = {part.name: getattr(self, part.name) for part in fields(self)}
-        return {name: value for name, value in entries.items() if name not in ("run", "asked") or value is not None}
+        return {name: value for name, value in entries.items() if name not in LEFT_OUT or value is not None}
 
     def to_json(self) -> str:
         """Return the recipe as the text that a file's header holds."""
@@ -123,15 +142,13 @@ class Recipe:
         OverflowError or RecursionError for one that is wrong."""
         values = read_fields(cls, json.loads(text))
         values["timesteps"] = [float(timestep) for timestep in values["timesteps"]]
-        steps, pairs = len(values["timesteps"]), values["coefficients"]
-        if pairs and len(pairs) != steps:
-            raise ValueError(f"coefficients for {len(pairs)} of {steps} timesteps")
+        check_steps(len(values["timesteps"]), values["coefficients"], values["branches"])
         return cls(**values)
 
 
-def as_in_recipe(name: str):
+def as_in_recipe(name: str, **default):
     """Return a dataclass field whose value in a file must be one that fits Recipe's field of this name."""
-    return checked(Recipe.__dataclass_fields__[name].metadata["fits"])
+    return checked(Recipe.__dataclass_fields__[name].metadata["fits"], **default)
 
 
 # Stands for the recipe of files from other trainers, which have none: all is left to the flags and the pipeline.
@@ -206,6 +223,8 @@ def check_pair(recipes: dict[str, Recipe], paths: dict[str, Path]) -> None:
             )
     if bool(slow.coefficients) != bool(fast.coefficients):
         raise InputError("the pair does not match: one was trained for the fitted solver, the other for Euler's")
+    if bool(slow.branches) != bool(fast.branches):
+        raise InputError("the pair does not match: one was trained for mixed branches, the other was not")
 
 
 def schedule_of(recipes: dict[str, Recipe]) -> Schedule:
@@ -213,6 +232,9 @@ def schedule_of(recipes: dict[str, Recipe]) -> Schedule:
 
     The model's timesteps, and how guidance is switched off, are asked of the pipeline.
     """
-    fitted = [recipe.coefficients for recipe in recipes.values()]
+    fitted, branches = (
+        [getattr(recipe, name) for recipe in recipes.values()] for name in ("coefficients", "branches")
+    )
     phases = {phase: recipe.timesteps for phase, recipe in recipes.items()}
-    return Schedule(phases, coefficients=sum(fitted, []) if all(fitted) else None)
+    coefficients, branches = (sum(parts, []) if all(parts) else None for parts in (fitted, branches))
+    return Schedule(phases, coefficients=coefficients, branches=branches)

@@ -7,6 +7,7 @@ checked before any of it is used; a new field is one line of Sampler, with its c
 import dataclasses
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from glance.files.recipe import (
     Recipe,
     are_timesteps,
     as_in_recipe,
+    check_steps,
     checked,
     count,
     is_number,
@@ -51,6 +53,7 @@ class Sampler:
     num_base_steps: int = as_in_recipe("num_base_steps")
     phases: dict[str, list[float]] = checked(are_phases)  # timesteps, 0..1000, descending, by phase
     coefficients: list[list[float]] | None = as_in_recipe("coefficients")
+    branches: list[str] | None = as_in_recipe("branches", default=None)
     guidance: str = as_in_recipe("guidance")
     grid: str | None = as_in_recipe("grid")
     captions: int = checked(lambda value: value == 0 or count(10**6)(value))  # on which it was found; 0: on none
@@ -64,29 +67,35 @@ class Sampler:
         if not isinstance(entries, dict):
             raise TypeError("it holds no fields")
         sampler = cls(**read_fields(cls, entries))
-        steps, pairs = len(sum(sampler.phases.values(), [])), sampler.coefficients
-        if pairs is not None and len(pairs) != steps:
-            raise ValueError(f"coefficients for {len(pairs)} of {steps} timesteps")
+        check_steps(len(sum(sampler.phases.values(), [])), sampler.coefficients, sampler.branches)
         return sampler
 
     def schedule(self) -> Schedule:
         """Return its Schedule, as far as a file holds it: what the model is told is asked of the pipeline."""
-        return Schedule(self.phases, coefficients=self.coefficients)
+        return Schedule(self.phases, coefficients=self.coefficients, branches=self.branches)
 
-    def coefficients_of(self, phase: str) -> list[list[float]] | None:
-        """Return the fitted solver's coefficients for the steps of this phase."""
+    def of_phase(self, phase: str) -> dict:
+        """Return the coefficients and branches of the steps of this phase."""
         first = 0 if phase == "slow" else len(self.phases["slow"])
-        return self.coefficients and self.coefficients[first : first + len(self.phases[phase])]
+        places = slice(first, first + len(self.phases[phase]))
+        lists = {"coefficients": self.coefficients, "branches": self.branches}
+        return {name: entries and entries[places] for name, entries in lists.items()}
 
     def recipe(self) -> Recipe:
         """Return what inference takes of a LoRA's recipe: the base, the call and the number of the base's steps."""
         shared = {part.name for part in dataclasses.fields(self)} & {part.name for part in dataclasses.fields(Recipe)}
-        return dataclasses.replace(NO_RECIPE, **{name: getattr(self, name) for name in shared - {"coefficients"}})
+        return dataclasses.replace(
+            NO_RECIPE, **{name: getattr(self, name) for name in shared - {"coefficients", "branches"}}
+        )
 
 
-def write_sampler(folder: Path, sampler: Sampler, scheduler) -> None:
-    """Write sampler.json, and the sampler's FixedSigmaScheduler as diffusers saves one, each whole or not at all."""
+def write_sampler(folder: Path, sampler: Sampler, scheduler=None) -> None:
+    """Write sampler.json and, where one walks it, its FixedSigmaScheduler as diffusers saves one, each whole or not at
+    all; one that an earlier run left is taken away where none does."""
     replace_text(folder / NAME, json.dumps(dataclasses.asdict(sampler), indent=1) + "\n")
+    if scheduler is None:
+        shutil.rmtree(folder / SCHEDULER, ignore_errors=True)
+        return
     (folder / SCHEDULER).mkdir(exist_ok=True)
     replace_text(folder / SCHEDULER / scheduler.config_name, scheduler.to_json_string())
 

@@ -5,13 +5,23 @@ after, in glance/training/settings.py. A new flag belongs to a group here; wheth
 value is said in glance/files/checkpoints.py.
 """
 
+from pathlib import Path
+
 from glance import command_line as cli
 from glance import foreign_flags
 from glance.shared_flags import CALL_FLAGS, SIDE, add_shared, merge_call_flags
 
 
 # The flow loss's are the published method's, the trajectory loss's are what measured best (benchmarks/README.md).
-DEFAULTS = {"flow": {"grid": "glance", "solver": "euler"}, "trajectory": {"grid": "auto", "solver": "fitted"}}
+DEFAULTS = {
+    "flow": {"grid": "glance", "solver": "euler", "num_trajectories": 4},
+    "trajectory": {"grid": "auto", "solver": "fitted", "num_trajectories": 4},
+    "endpoint": {"grid": "auto", "solver": "fitted"},  # what is found is more than either, and begins with them
+}
+CAPTIONS = Path(__file__).parents[2] / "configs" / "captions.txt"  # of anything, for a sampler that is found on them
+CALLS = 10  # of the model, for --guidance mix
+CHOSEN = ("grid", "solver", "num_inference_steps", "flow_custom_timesteps")  # by --num_model_calls
+LOSSES = ("flow", "trajectory", "endpoint")
 SEGMENT_WEIGHTS = ("uniform", "length", "length_squared")  # losses.SEGMENT_POWERS
 # What trades time for memory where --fit does not choose it; gradient checkpointing is chosen in any case.
 MEMORY = {"quantization": "none", "optimizer": "adamw", "enable_group_offload": False}
@@ -26,7 +36,7 @@ def make_parser() -> cli.Parser:
     parser = cli.Parser(
         foreign_flags.ANSWERS, description="Train Glance's Slow-LoRA and Fast-LoRA on one image and its caption."
     )
-    for add_group in (add_model, add_data, add_schedule, add_learned, add_lora, add_training, add_memory):
+    for add_group in (add_model, add_data, add_calls, add_schedule, add_learned, add_lora, add_training, add_memory):
         add_group(parser)
     add_validation(parser)
     add_outputs(parser)
@@ -97,22 +107,45 @@ def add_schedule(parser: cli.Parser) -> None:
     )
 
 
+def add_calls(parser: cli.Parser) -> None:
+    group = parser.add_argument_group("the dial", "how many model calls a picture may cost; steps and branches follow")
+    add = group.add_argument
+    add(
+        "--num_model_calls",
+        type=cli.calls,
+        help="4 to 100, or auto: find which branches of guidance to call at which steps, measured on captions that it "
+        "was not fitted on",
+    )
+    add("--target_error", type=cli.positive(float), help="of --num_model_calls auto: the fewest calls with less")
+    add(
+        "--num_plans",
+        type=cli.positive(int),
+        help="how many ways to spend the calls are tried; by default as many "
+        "as cost what drawing the trajectories costs",
+    )
+
+
 def add_learned(parser: cli.Parser) -> None:
     group = parser.add_argument_group("what is learned")
     add = group.add_argument
     add(
         "--loss",
-        choices=("flow", "trajectory"),
-        default="flow",
-        help="flow: towards the image, as published; trajectory: along the base's own, which needs no image",
+        choices=LOSSES,
+        help="flow: towards the image, as published; trajectory: along the base's own, which needs no image; "
+        "endpoint: to where that ends, through all of the calls, which is the default with --num_model_calls",
     )
     add_shared(
         group,
         "--guidance",
-        default="keep",
-        help="keep: draw with guidance; fold: the LoRAs learn it, to draw without, in half the model calls",
+        choices=("keep", "fold", "mix"),
+        help="keep, the default: draw with guidance; fold: the LoRAs learn it, to draw without, in half the model "
+        f"calls; mix: each step calls the branches that --num_model_calls, {CALLS} by default, are best spent on",
     )
-    add("--num_trajectories", type=cli.positive(int, 10**4), default=4, help="how many the base draws of each caption")
+    add(
+        "--num_trajectories",
+        type=cli.positive(int, 10**4),
+        help="how many the base draws of each caption; 4, or with --num_model_calls as many as make 32 in all",
+    )
     add(
         "--segment_weights",
         choices=SEGMENT_WEIGHTS,
@@ -263,11 +296,14 @@ def parse(argv: list[str] | None = None) -> cli.Settings:
     values["optimizer"] = choose_optimizer(values.pop("use_8bit_adam"), values["optimizer"])
     if not values["fit"]:
         values |= {name: value for name, value in MEMORY.items() if values[name] is None}
+    values |= choose_guidance(values)
+    values |= choose_captions(values)
     args = cli.Settings(values | {"custom_timesteps": None})
     if not args.pretrained_model_name_or_path:
         raise cli.mistake("--pretrained_model_name_or_path is missing; give a diffusers pipeline, folder or hub id")
     check_combination(args, parser)
-    usual = DEFAULTS[args.loss if args.max_train_steps else "trajectory"]  # a sampler alone is what is found
+    found = not args.max_train_steps and args.loss == "flow"  # a sampler alone is what is found
+    usual = DEFAULTS["trajectory" if found else args.loss]
     defaults = {name: value for name, value in usual.items() if getattr(args, name) is None}
     near_base = args.loss == "trajectory" and args.guidance == "keep"  # the base is nearly there already
     rate = 1.0 if args.optimizer == "prodigy" else 1e-5 if near_base else 3e-4
@@ -275,6 +311,41 @@ def parse(argv: list[str] | None = None) -> cli.Settings:
     defaults["lora_alpha"] = args.lora_alpha or args.rank
     defaults["validation_prompt"] = [text.strip() for text in args.validation_prompt or () if text.strip()]
     return args.replace(**defaults)
+
+
+def choose_guidance(values: dict) -> dict:
+    """Return guidance, loss and num_model_calls, of which each may follow from the others.
+
+    Raise ArgumentError where they contradict each other.
+    """
+    guidance, loss, calls = values["guidance"], values["loss"], values["num_model_calls"]
+    mixed = [name for name, given in (("num_model_calls", calls), ("guidance mix", guidance == "mix")) if given]
+    mixed += ["loss endpoint"] if loss == "endpoint" else []
+    if not mixed:
+        for name in ("target_error", "num_plans"):
+            if values[name] is not None:
+                raise cli.mistake(f"--{name} belongs to --num_model_calls; give it, or leave --{name} out")
+        return {"guidance": guidance or "keep", "loss": loss or "flow"}
+    if guidance in ("keep", "fold"):
+        raise cli.mistake(f"--guidance {guidance} is not mixed, as --{mixed[0]} means it; leave one of the two out")
+    if loss in ("flow", "trajectory") and values["max_train_steps"]:
+        raise cli.mistake(f"--loss {loss} trains single steps, --{mixed[0]} is for --loss endpoint; leave one out")
+    for name in CHOSEN:
+        if values[name] is not None:
+            raise cli.mistake(f"--{mixed[0]} chooses the steps by measured error; leave --{name} out")
+    if (calls == "auto") != (values["target_error"] is not None):
+        raise cli.mistake("--num_model_calls auto and --target_error go together; give both, or a number of calls")
+    return {"guidance": "mix", "loss": "endpoint", "num_model_calls": calls or CALLS}
+
+
+def choose_captions(values: dict) -> dict:
+    """Return instance_prompt and prompts_file: for --num_model_calls the captions of a file, the general ones by
+    default, need no other beside them."""
+    sources = ("instance_image", "instance_prompt", "instance_data_dir", "data_backend_config", "dataset_name")
+    if values["guidance"] != "mix" or any(values[name] for name in sources):
+        return {}
+    file = values["prompts_file"] or str(CAPTIONS)
+    return {"prompts_file": file, "instance_prompt": cli.read_prompts(file)[0]}
 
 
 def choose_optimizer(use_8bit_adam: bool | None, optimizer: str | None) -> str | None:
@@ -309,6 +380,8 @@ def check_combination(args: cli.Settings, parser: cli.Parser) -> None:
         for name in ("prompts_file", "flow_weight", "segment_weights", "num_trajectories"):
             if getattr(args, name) != parser.get_default(name):
                 raise cli.mistake(f"--{name} belongs to the trajectory loss; give --loss trajectory or leave it out")
+    elif args.loss == "endpoint":
+        check_endpoint(args, parser)
     elif args.flow_custom_timesteps is not None:
         raise cli.mistake(
             "--flow_custom_timesteps: the trajectory loss learns steps of the model's own schedule; give --grid "
@@ -327,6 +400,16 @@ def check_combination(args: cli.Settings, parser: cli.Parser) -> None:
         )
     if args.parallel_phases and args.resume_from_checkpoint not in (None, "latest"):
         raise cli.mistake("--parallel_phases resumes each phase from its own checkpoint; give latest")
+
+
+def check_endpoint(args: cli.Settings, parser: cli.Parser) -> None:
+    """Raise ArgumentError where a flag is for losses of single steps."""
+    for name in ("flow_weight", "segment_weights", "timesteps_per_step", "flow_timesteps_mode"):
+        if getattr(args, name) != parser.get_default(name):
+            raise cli.mistake(f"--{name} is for losses of single steps, --loss endpoint has none; leave it out")
+    if args.phase in ("slow", "fast") or args.parallel_phases:
+        name = "parallel_phases" if args.parallel_phases else f"phase {args.phase}"
+        raise cli.mistake(f"--{name}: --loss endpoint trains both phases together; leave it out")
 
 
 def check_sampler_alone(args: cli.Settings) -> None:

@@ -41,9 +41,9 @@ def schedule_of_loras(args, pipe, recipe: Recipe, schedule: Schedule | None, cal
     if schedule is None:
         schedule = Schedule(published_timesteps(pipe, ask_timesteps(pipe, base_steps, **call)))
     table = ask_timestep_table(pipe, base_steps, **call)
-    folded = (args.guidance or recipe.guidance) == "fold"
+    single = (args.guidance or recipe.guidance) == "fold" or schedule.branches is not None
     return dataclasses.replace(
-        schedule, timestep_table=table, guidance=ask_single_branch(pipe, **call) if folded else {}
+        schedule, timestep_table=table, guidance=ask_single_branch(pipe, **call) if single else {}
     )
 
 

@@ -23,6 +23,9 @@ from glance_utils import InputError
 
 logger = logging.getLogger(__name__)
 
+TRAJECTORIES = 32  # of all captions together; more of them tell a sampler hardly more (docs/findings.md)
+FEW_CALLS = 8  # below it the sampler that is best for one caption is not for others
+
 
 def own_size(args: Settings, *near: int) -> tuple[int, int]:
     """Return size_of's answer for the base, by its configs alone."""
@@ -73,3 +76,18 @@ def with_one_frame(args: Settings) -> Settings:
             logger.info(f"{name}: 1, as an image is learned, and {kind.__name__} draws video")
             return args.replace(pipeline_kwargs=args.pipeline_kwargs | {name: 1})
     return args
+
+
+def with_trajectories(args: Settings, captions: list[str]) -> Settings:
+    """Return the settings with as many trajectories of each caption as a sampler of --num_model_calls is found on.
+
+    Raise InputError where these are too few captions to tell.
+    """
+    if args.guidance != "mix":
+        return args
+    if len(captions) == 1 and args.num_model_calls != "auto" and args.num_model_calls < FEW_CALLS:
+        raise InputError(
+            f"--num_model_calls {args.num_model_calls}: below {FEW_CALLS} calls what is best for one caption is wrong "
+            "for others; give two or more, as --prompts_file FILE"
+        )
+    return args.replace(num_trajectories=args.num_trajectories or max(2, -(-TRAJECTORIES // len(captions))))

@@ -100,6 +100,7 @@ def make_recipe(args, prepared: Prepared, phase: str, size: tuple[int, int]) -> 
         num_base_steps=args.num_base_steps,
         grid=steps.grid,
         coefficients=steps.coefficients_of(phase),
+        branches=steps.branches_of(phase),
         guidance=args.guidance,
         loss=args.loss,
         max_train_steps=args.max_train_steps,
@@ -114,7 +115,7 @@ def make_sampler(args, prepared: Prepared, size: tuple[int, int], captions: int)
     recipe = make_recipe(args, prepared, next(iter(steps.phases)), size).as_dict()
     known = {part.name: recipe[part.name] for part in dataclasses.fields(Sampler) if part.name in recipe}
     searched = found is not None and steps.grid is not None
-    own = {"phases": steps.whole, "coefficients": steps.coefficients}
+    own = {"phases": steps.whole, "coefficients": steps.coefficients, "branches": steps.branches}
     own |= {"captions": captions if searched else 0, "error": found.error if searched else None}
     return Sampler(**known | own)
 
@@ -123,7 +124,8 @@ def write_sampler_of(args, prepared: Prepared, size: tuple[int, int], captions: 
     """Write the run's sampler.json and scheduler, and return what is in them."""
     sampler = make_sampler(args, prepared, size, captions)
     schedule = dataclasses.replace(sampler.schedule(), timestep_table=prepared.answers.timestep_table)
-    write_sampler(folder, sampler, schedule.scheduler(prepared.models.pipe.scheduler))
+    scheduler = None if schedule.branches else schedule.scheduler(prepared.models.pipe.scheduler)
+    write_sampler(folder, sampler, scheduler)
     return sampler
 
 

@@ -25,6 +25,7 @@ from glance.ask import pipeline as ask
 from glance.ask import prompts as ask_prompts
 from glance.ask.components import denoiser_name
 from glance.ask.guidance import ask_single_branch
+from glance.ask.mixed import branch_calls
 from glance.ask.prompt_lengths import PromptLengths
 from glance.ask.schedule import ask_timestep_table
 from glance.ask.velocity import PipelineVelocity, check_instantaneous, check_memoryless, takes_batches, takes_timesteps
@@ -32,8 +33,9 @@ from glance.command_line import Settings
 from glance.encoders import free_memory, place_encoders
 from glance.training import distribution, estimate, losses, out_of_memory, stages, summary
 from glance.training.draws import Draw
+from glance.training.search import Trials, find_sampler
 from glance.training.steps import Steps, choose_steps, pick_steps, warn_of_shares
-from glance.training.trajectories import Teacher, Trajectories, check_can_draw, draw_trajectories
+from glance.training.trajectories import Teacher, Trajectories, check_can_draw, draw_trajectories, saved_or_drawn
 from glance_utils import InputError, denoiser
 
 
@@ -57,6 +59,7 @@ class Answers:
 
     call: dict  # the arguments of its call, with its guidance
     single_call: dict  # the same, with classifier-free guidance off
+    branch_calls: dict[str, dict]  # mixed.branch_calls': either branch of the call, by its name
     train_call: dict  # one of the two: what the LoRAs are trained in
     preview_call: dict  # one of the two: what inference will call
     timesteps: list[float]  # all of the base's own, 0..1000
@@ -154,7 +157,8 @@ def estimate_run(args, pipe, layers: list[str], call: dict, single_call: dict, s
 
 def needs_drawing(args, image) -> bool:
     """Return whether the base must draw before the LoRAs are trained."""
-    return args.loss == "trajectory" or args.grid == "auto" or args.solver == "fitted" or image is None
+    learned = args.loss != "flow" or args.guidance == "mix"
+    return learned or args.grid == "auto" or args.solver == "fitted" or image is None
 
 
 def batch_sizes(samples: int, timesteps: int, takes_timesteps: bool, takes_batches: bool) -> list[int]:
@@ -225,6 +229,12 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
     mixed, batched = batching(args, pipe, train_call)
     train_calls = [train_call, single_call] if args.flow_weight else [train_call]
     sizes = batch_sizes(args.train_batch_size, args.timesteps_per_step, mixed, batched)
+    branches = branch_calls(pipe, call, single_call)
+    if args.guidance == "mix":
+        sizes = sorted({1, args.train_batch_size, args.num_trajectories % args.train_batch_size or 1})
+        train_calls = [branches["prompt"]]
+        if negative := branches.get("negative"):
+            remember_captions(pipe, [negative["prompt"]], negative, [negative], sizes)
     remember_captions(pipe, captions, call, train_calls, sizes)
     preview_call = previewed_call(args, call, single_call)
     remember_captions(pipe, args.validation_prompt, call, [preview_call], [1])
@@ -238,6 +248,7 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
     answers = Answers(
         call=call,
         single_call=single_call,
+        branch_calls=branches,
         train_call=train_call,
         preview_call=preview_call,
         timesteps=timesteps,
@@ -276,11 +287,17 @@ def learn_from_base(accelerator, prepared: Prepared, base: str) -> Prepared:
     """Let the base draw, and add what is made of it: trajectories, the steps, the image where none is given."""
     settings, answers = prepared.settings, prepared.answers
     teacher = Teacher(prepared.models.pipe, answers.timesteps, answers.timestep_table, answers.call)
-    drawn = draw_trajectories(settings, accelerator, teacher, base, prepared.captions)
+    if settings.guidance == "mix":
+        model = PipelineVelocity(prepared.models.pipe, answers.timestep_table, takes_batches=answers.takes_batches)
+        trials = Trials(model, answers.branch_calls, teacher.sigmas, settings.train_batch_size)
+        draw = functools.partial(find_sampler, settings, teacher, trials, captions=prepared.captions)
+    else:
+        draw = functools.partial(draw_trajectories, settings, accelerator, teacher, prepared.captions)
+    drawn = saved_or_drawn(settings, teacher, base, prepared.captions, draw)
     latents, steps = prepared.latents, prepared.steps
     if latents is None:
         latents = drawn.picture.to(accelerator.device)
     if not settings.flow_custom_timesteps:
-        picked = drawn.positions, drawn.grid, drawn.coefficients
+        picked = drawn.positions, drawn.grid, drawn.coefficients, drawn.branches
         steps = pick_steps(settings.custom_timesteps, answers.timesteps, *picked)
     return dataclasses.replace(prepared, steps=steps, latents=latents, trajectories=drawn)

@@ -26,15 +26,20 @@ class Steps:
     phases: dict[str, list[float]]  # the timesteps (0..1000, descending) of each phase that is trained
     first: dict[str, int]  # the index of each phase's first step
     whole: dict[str, list[float]]  # of both phases, also where but one of them is trained
-    coefficients: list[list[float]] | None = None  # a fitted solver's, [a, c] for each step of both phases
+    coefficients: list[list[float]] | None = None  # a Schedule's, for the steps of both phases
+    branches: list[str] | None = None  # likewise
 
     def places(self, phase: str) -> slice:
         """Return where the phase's steps are among those of both."""
         return slice(self.first[phase], self.first[phase] + len(self.phases[phase]))
 
     def coefficients_of(self, phase: str) -> list[list[float]] | None:
-        """Return the fitted solver's coefficients for the steps of this phase."""
+        """Return a Schedule's coefficients for the steps of this phase."""
         return self.coefficients and self.coefficients[self.places(phase)]
+
+    def branches_of(self, phase: str) -> list[str] | None:
+        """Return the branches that the steps of this phase call, where they are mixed."""
+        return self.branches and self.branches[self.places(phase)]
 
 
 def pick_steps(
@@ -43,6 +48,7 @@ def pick_steps(
     positions: list[int],
     grid: str | None,
     coefficients: list[list[float]] | None = None,
+    branches: list[str] | None = None,
 ) -> Steps:
     """Return the phases that `custom` names, with its lists or, where there is None, the base's own at `positions`."""
     derived = derive_timesteps(base_timesteps, positions)
@@ -51,7 +57,7 @@ def pick_steps(
     slow = phases.get("slow") or [timestep for timestep in derived["slow"] if timestep > phases["fast"][0]]
     fast = phases.get("fast") or [timestep for timestep in derived["fast"] if timestep < slow[-1]]
     first = {"slow": 0, "fast": len(derived["slow"])}
-    return Steps(grid, phases, first, {"slow": slow, "fast": fast}, coefficients)
+    return Steps(grid, phases, first, {"slow": slow, "fast": fast}, coefficients, branches)
 
 
 def choose_count(args, pipe, grid: str, walked: int, fixed: bool) -> int:
@@ -62,6 +68,8 @@ def choose_count(args, pipe, grid: str, walked: int, fixed: bool) -> int:
     """
     this = f"this {type(pipe).__name__} has its own {walked} steps"
     count = args.num_inference_steps
+    if args.num_model_calls:  # as many steps at most: each calls its model
+        count = min(args.num_model_calls, walked)
     if args.num_base_steps not in (None, walked):
         raise InputError(f"--num_base_steps {args.num_base_steps}: {this}, whatever is asked; leave it out")
     usual = most_positions(grid, min(STEPS, max(2, -(-walked // 2))), walked)

@@ -27,7 +27,7 @@ from glance_utils import InputError, __version__, denoiser, grid_positions, segm
 
 
 logger = logging.getLogger(__name__)
-FORMAT = 3  # of the file, and of how its content is made; one of another format is drawn again
+FORMAT = 4  # of the file, and of how its content is made; one of another format is drawn again
 MOST_FITTED = 4  # trajectories that tell the sampler; the grid of one alone varies by a tenth in what it loses
 
 
@@ -39,11 +39,15 @@ class Trajectories:
     grid: str
     positions: list[int]  # the kept steps, 0-based, among all of the model's
     lengths: list[float]  # of each of them, in sigma
-    coefficients: list[list[float]] | None  # of the fitted solver, [a, c] for each kept step
+    coefficients: (
+        list[list[float]] | None
+    )  # of the fitted solver, [a, c] for each kept step; of branches, their weights
+    branches: list[str] | None  # that each kept step calls, where they are mixed (glance/ask/mixed.py)
     error: float | None  # of the sampler to all steps, on another trajectory; None where there was nothing to choose
     picture: torch.Tensor  # (1, ...) float32 on the CPU, where the first ends: what the base draws of its caption
     starts: torch.Tensor  # (captions, seeds, steps, ...) float32 on the CPU, the points at the kept steps
     targets: torch.Tensor  # the same shape: the velocities that lead from each of them to the next
+    # With mixed branches there is no velocity from one to the next: of each trajectory its start, and its end.
 
 
 def check_can_draw(pipe) -> None:
@@ -140,7 +144,7 @@ def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], measured:
 
 def seeds_per_caption(args) -> int:
     """Return how many trajectories of a caption are learned from."""
-    return args.num_trajectories if args.loss == "trajectory" else 1
+    return args.num_trajectories if args.loss == "trajectory" or args.guidance == "mix" else 1
 
 
 def list_jobs(args, captions: list[str]) -> list[tuple[str, int]]:
@@ -154,9 +158,9 @@ def list_jobs(args, captions: list[str]) -> list[tuple[str, int]]:
     return jobs
 
 
-def draw_trajectories(args, accelerator, teacher: Teacher, base: str, captions: list[str]) -> Trajectories:
-    """Return the base's trajectories: those in the output folder if they are of these settings, else drawn by all
-    processes together, each of them once. They are not written yet. `base` is base.identify's."""
+def saved_or_drawn(args, teacher: Teacher, base: str, captions: list[str], draw) -> Trajectories:
+    """Return the base's trajectories: those in the output folder if they are of these settings, else draw(digest),
+    by all processes together. They are not written yet. `base` is base.identify's."""
     path = Path(args.output_dir) / faults.TRAJECTORIES
     digest = settings_digest(args, teacher, base, captions)
     digest = distribution.gather_on_host(digest)[0]  # files may have another date on another machine
@@ -164,6 +168,11 @@ def draw_trajectories(args, accelerator, teacher: Teacher, base: str, captions: 
     if all(distribution.gather_on_host(saved is not None)):
         logger.info(f"Trajectories: those in {path}")
         return saved
+    return draw(digest)
+
+
+def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str], digest: str) -> Trajectories:
+    """Return the base's trajectories, each of them drawn once."""
     seeds, jobs = seeds_per_caption(args), list_jobs(args, captions)
     number = len(captions) * seeds
     # A few of them, spread over all but the last, tell the sampler; the last measures it. They are drawn first, with
@@ -199,7 +208,7 @@ def draw_trajectories(args, accelerator, teacher: Teacher, base: str, captions: 
     starts, targets = (torch.stack(part)[:, :, 0].unflatten(0, (len(captions), seeds)) for part in zip(*learned))
     ends = [teacher.sigmas[position] for position in positions] + [0.0]
     lengths = [high - low for high, low in zip(ends, ends[1:])]
-    return Trajectories(digest, grid, positions, lengths, coefficients, error, picture, starts, targets)
+    return Trajectories(digest, grid, positions, lengths, coefficients, None, error, picture, starts, targets)
 
 
 def settings_digest(args, teacher: Teacher, base: str, captions: list[str]) -> str:
@@ -220,7 +229,8 @@ def settings_digest(args, teacher: Teacher, base: str, captions: list[str]) -> s
 def save(directory: Path, trajectories: Trajectories) -> None:
     """Write them where the next run of the same settings finds them."""
     tensors = {name: getattr(trajectories, name).contiguous() for name in ("picture", "starts", "targets")}
-    sampler = {name: getattr(trajectories, name) for name in ("grid", "positions", "lengths", "coefficients", "error")}
+    names = ("grid", "positions", "lengths", "coefficients", "branches", "error")
+    sampler = {name: getattr(trajectories, name) for name in names}
     content = save_tensors(tensors, {"digest": trajectories.digest, "sampler": json.dumps(sampler)})
     replace_file(directory / faults.TRAJECTORIES, lambda temporary: temporary.write_bytes(content))
 
