@@ -20,6 +20,7 @@ if __name__ == "__main__":
     summary.begin(settings)
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import signal
@@ -28,13 +29,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from tqdm.auto import tqdm
 
 from glance import base as load_base
 from glance import command_line as cli
-from glance.adapters import compute_as_saved
+from glance.adapters import fresh_lora
 from glance.ask import latents as ask_latents
 from glance.ask.components import denoiser_name
 from glance.ask.velocity import PipelineVelocity
@@ -43,9 +42,11 @@ from glance.files.checkpoints import save_checkpoint, with_run
 from glance.files.instance_data import load_pair
 from glance.files.lora import save_lora
 from glance.files.pictures import save_png
+from glance.files.recipe import WEIGHT_NAME, read_recipe
 from glance.training import distribution, launcher, losses, out_of_memory, own_defaults, stages, trackers, trajectories
 from glance.training.draw_command import draw_command
 from glance.training.dry_run import dry_run
+from glance.training.endpoint import train_endpoint
 from glance.training.fit import estimate_settings, resolve
 from glance.training.log import LossLog, check_finite, join_losses, read_losses, write_losses
 from glance.training.model_card import create_hub_repo, draw_preview, push_to_hub, write_model_card
@@ -73,19 +74,11 @@ def fresh_adapter(args, accelerator, transformer, layers: list[str]) -> list[tor
 
     Both phases train in the same adapter, which is added once, so that nothing is compiled twice.
     """
-    if not hasattr(transformer, "peft_config"):
-        shape = {"r": args.rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-        transformer.add_adapter(LoraConfig(**shape, target_modules=layers), ADAPTER)
-        for parameter in transformer.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(accelerator.device, torch.float32)
-        compute_as_saved(transformer)
-        if args.compile:
-            load_base.compile_blocks(transformer)
-    torch.manual_seed(args.seed)  # alike on every process
-    for layer in transformer.modules():
-        if isinstance(layer, LoraLayer):
-            layer.reset_lora_parameters(ADAPTER, "gaussian")
+    first = not hasattr(transformer, "peft_config")
+    shape = {"r": args.rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+    fresh_lora(transformer, ADAPTER, layers, accelerator.device, args.seed, **shape)
+    if args.compile and first:
+        load_base.compile_blocks(transformer)
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
@@ -147,10 +140,10 @@ def train_phase(args, accelerator, prepared: Prepared, phase: Phase, validation:
             trackers.log(accelerator, newest, total)
             stop = accelerator.check_trigger()  # on every process, where a signal reached any
             due = args.checkpointing_steps and step % args.checkpointing_steps == 0
-            if (stop or due) and accelerator.is_main_process:
-                write_checkpoint(args, phase, state, log, step)
+            if stop or due:
+                folder = write_checkpoint(args, accelerator, phase, state, log, step)
             if stop:
-                return Path(args.output_dir) / f"checkpoint-{total}"
+                return folder
             validation.on_the_way(name, step, total)
     logger.info(f"  {name}: loss of each timestep, first round -> last: {log.first_and_last()}")
     if accelerator.is_main_process:  # before the LoRA, by which a resumed run knows that the phase is finished
@@ -160,12 +153,19 @@ def train_phase(args, accelerator, prepared: Prepared, phase: Phase, validation:
     return None
 
 
-def write_checkpoint(args, phase: Phase, state: TrainingState, log: LossLog, step: int) -> None:
-    """Write what the phase goes on from after `step` of its own steps."""
-    content = state.content() | {"settings": phase.compared, "step": step, "losses": log.state()}
-    with faults.one_line_errors(args.output_dir):
-        folder = save_checkpoint(args.output_dir, content, phase.steps_before + step, args.checkpoints_total_limit)
-    logger.info(f"Saved {folder}")
+def write_checkpoint(args, accelerator, phase: Phase, state, log: LossLog, step: int) -> Path:
+    """Write, from the main process, what the phase goes on from after `step` of its own steps; return its folder.
+
+    `state` is a TrainingState or an endpoint.Training.
+    """
+    total = phase.steps_before + step
+    folder = Path(args.output_dir) / f"checkpoint-{total}"
+    if accelerator.is_main_process:
+        content = state.content() | {"settings": phase.compared, "step": step, "losses": log.state()}
+        with faults.one_line_errors(args.output_dir):
+            save_checkpoint(args.output_dir, content, total, args.checkpoints_total_limit)
+        logger.info(f"Saved {folder}")
+    return folder
 
 
 def train_phases(args, accelerator, prepared: Prepared, phases: list[Phase], validation: Validation) -> None:
@@ -183,9 +183,7 @@ def train_phases(args, accelerator, prepared: Prepared, phases: list[Phase], val
             logger.info(f"  {phase.recipe.phase}: {timesteps}")
             stopped = train_phase(args, accelerator, prepared, phase, validation)
             if stopped:
-                end(accelerator)
-                hint = f"go on with --resume_from_checkpoint {stopped}" if accelerator.is_main_process else None
-                faults.leave(*(noted or [signal.SIGTERM]), hint=hint)
+                leave_with(accelerator, stopped, noted)
             if accelerator.is_main_process:
                 recipe = with_run(phase.recipe, phase.compared, phase.asked)
                 with faults.one_line_errors(args.output_dir):
@@ -196,6 +194,49 @@ def train_phases(args, accelerator, prepared: Prepared, phases: list[Phase], val
     if ADAPTER in getattr(transformer, "peft_config", ()):
         transformer.unload_lora()  # the base is as it was
     accelerator.wait_for_everyone()
+
+
+def leave_with(accelerator, checkpoint: Path, noted: list[int]) -> None:
+    """End the process, as a signal asked, and say from where a run goes on."""
+    end(accelerator)
+    hint = f"go on with --resume_from_checkpoint {checkpoint}" if accelerator.is_main_process else None
+    faults.leave(*(noted or [signal.SIGTERM]), hint=hint)
+
+
+def train_together(args, accelerator, prepared: Prepared, phases: list[Phase]) -> tuple[Prepared, list[Phase]]:
+    """Train both phases by the endpoint loss and write their LoRAs; return the steps with the weights that came of it.
+
+    What an earlier run finished is read instead.
+    """
+    transformer, name = denoiser(prepared.models.pipe), denoiser_name(prepared.models.pipe.config)
+    if all(phase.finished for phase in phases):
+        recipes = [read_recipe(phase.folder / WEIGHT_NAME) for phase in phases]
+        coefficients = sum((recipe.coefficients for recipe in recipes), [])
+        logger.info("  both phases: finished before")
+    else:
+        stages.enter("training both phases")
+        save = functools.partial(write_checkpoint, args, accelerator, phases[0])
+        with faults.signals_noted(accelerator.set_trigger) as noted:
+            trained = train_endpoint(args, accelerator, prepared, phases[0].checkpoint, save)
+            if isinstance(trained, Path):
+                leave_with(accelerator, trained, noted)
+        coefficients = trained.ends.coefficients()
+    steps = dataclasses.replace(prepared.steps, coefficients=coefficients)
+    prepared = dataclasses.replace(prepared, steps=steps)
+    recipes = [
+        dataclasses.replace(phase.recipe, coefficients=steps.coefficients_of(phase.recipe.phase)) for phase in phases
+    ]
+    if accelerator.is_main_process and not all(phase.finished for phase in phases):
+        with faults.one_line_errors(args.output_dir):
+            write_losses(args.output_dir, trained.log.rows())
+            for phase, recipe in zip(phases, recipes):
+                if recipe.phase in trained.phases:
+                    recipe = with_run(recipe, phase.compared, phase.asked)
+                    logger.info(f"Saved {save_lora(transformer, recipe.phase, phase.folder, recipe, name)}")
+    if hasattr(transformer, "peft_config"):
+        transformer.unload_lora()  # the base is as it was
+    accelerator.wait_for_everyone()
+    return prepared, [dataclasses.replace(phase, recipe=recipe) for phase, recipe in zip(phases, recipes)]
 
 
 def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
@@ -289,11 +330,17 @@ def train(args, accelerator, measurement, halves=None):
             if halves is None:
                 save_png(image, output_dir / "instance.png")
 
-    recipes = {phase.recipe.phase: phase.recipe for phase in phases}
     summary.say_training(args, accelerator.num_processes, prepared, size)
     validation = Validation(args, accelerator, prepared, ADAPTER, halves.output_dir if halves else output_dir)
     with compared():
-        train_phases(args, accelerator, prepared, phases, validation)
+        if args.loss == "endpoint":
+            prepared, phases = train_together(args, accelerator, prepared, phases)
+            validation.prepared = prepared
+        else:
+            train_phases(args, accelerator, prepared, phases, validation)
+    if args.train_coefficients_only:
+        return finish_sampler(args, accelerator, measurement, prepared, size, len(captions))
+    recipes = {phase.recipe.phase: phase.recipe for phase in phases}
 
     if halves is not None:
         recipes, output_dir = halves.meet(accelerator, recipes), halves.output_dir

@@ -10,6 +10,7 @@ import types
 import torch
 import torch.nn.functional as F
 from diffusers.loaders import PeftAdapterMixin
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from glance_utils import InputError, adapted_layers
@@ -61,6 +62,24 @@ def with_adapters(transformer):
         kind = type(transformer)
         transformer.__class__ = type(kind.__name__, (kind, PeftAdapterMixin), {"__module__": kind.__module__})
     return transformer
+
+
+def fresh_lora(transformer, name: str, layers: list[str], device: torch.device, seed: int, **shape) -> None:
+    """Give the transformer a float32 LoRA of this name on these layers, as at the beginning of its training.
+
+    `shape` are peft.LoraConfig's r, lora_alpha and lora_dropout. One that is there begins anew, so that nothing is
+    compiled twice. `seed` makes it the same on every process.
+    """
+    if name not in getattr(transformer, "peft_config", {}):
+        transformer.add_adapter(LoraConfig(**shape, target_modules=layers), name)
+        for parameter in transformer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(device, torch.float32)
+        compute_as_saved(transformer)
+    torch.manual_seed(seed)
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            layer.reset_lora_parameters(name, "gaussian")
 
 
 def compute_as_saved(transformer) -> None:

@@ -52,7 +52,7 @@ NOT_DRAWN = {
     *("rank", "lora_alpha", "lora_layers", "max_train_steps", "timesteps_per_step", "gradient_accumulation_steps"),
     *("learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "optimizer"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "lr_num_cycles", "lr_power", "lora_dropout"),
-    *("flow_timesteps_mode", "flow_weight", "segment_weights"),
+    *("flow_timesteps_mode", "flow_weight", "segment_weights", "train_coefficients_only"),
 }
 
 

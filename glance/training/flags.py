@@ -117,6 +117,7 @@ def add_calls(parser: cli.Parser) -> None:
         "was not fitted on",
     )
     add("--target_error", type=cli.positive(float), help="of --num_model_calls auto: the fewest calls with less")
+    add("--train_coefficients_only", action="store_true", help="the endpoint loss trains the steps' weights, no LoRA")
     add(
         "--num_plans",
         type=cli.positive(int),
@@ -322,8 +323,8 @@ def choose_guidance(values: dict) -> dict:
     mixed = [name for name, given in (("num_model_calls", calls), ("guidance mix", guidance == "mix")) if given]
     mixed += ["loss endpoint"] if loss == "endpoint" else []
     if not mixed:
-        for name in ("target_error", "num_plans"):
-            if values[name] is not None:
+        for name in ("target_error", "num_plans", "train_coefficients_only"):
+            if values[name]:
                 raise cli.mistake(f"--{name} belongs to --num_model_calls; give it, or leave --{name} out")
         return {"guidance": guidance or "keep", "loss": loss or "flow"}
     if guidance in ("keep", "fold"):

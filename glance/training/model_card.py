@@ -29,7 +29,8 @@ from glance.files.lora import load_lora
 from glance.files.recipe import WEIGHT_NAME, Recipe, schedule_of
 from glance.files.sampler import NAME, SCHEDULER
 from glance.training.draw_command import lora_flags
-from glance_utils import InputError, glance_inference
+from glance.training.validation import final_latents
+from glance_utils import InputError, denoiser, switchable_adapters
 
 
 logger = logging.getLogger(__name__)
@@ -71,26 +72,27 @@ def draw_preview(prepared, recipes: dict[str, Recipe], output_dir: Path, seed: i
 
 def preview_latents(pipe, answers, recipes: dict[str, Recipe], seed: int) -> torch.Tensor:
     """Return the caption's final latents, (1, ...) float32 on the CPU, with both LoRAs, loaded as their phases."""
-    schedule = dataclasses.replace(schedule_of(recipes), timestep_table=answers.timestep_table)
-    inference = glance_inference(pipe, schedule)
+    single = answers.single_arguments if schedule_of(recipes).branches else {}
+    schedule = dataclasses.replace(schedule_of(recipes), timestep_table=answers.timestep_table, guidance=single)
     hidden = not PartialState().is_local_main_process
-    progress = tqdm(total=len(schedule.timesteps), desc="preview", delay=1, disable=hidden)
-    with progress, inference as kwargs, ask.plain_call(pipe, answers.preview_call) as call:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.compiler.set_stance("force_eager"):  # one picture is not worth compiling for
-            return ask_latents.loop_points(pipe, progress.update, **call, **kwargs, generator=generator)[-1]
+    with tqdm(total=len(schedule.timesteps), desc="preview", delay=1, disable=hidden) as progress:
+        with switchable_adapters(denoiser(pipe), list(recipes)) as switch:
+            return final_latents(
+                pipe, schedule, answers.preview_call, seed, lambda phase: switch(phase, 1.0), progress.update
+            )
 
 
 def write_model_card(args, directory: Path, recipes: list[Recipe], caption: str) -> None:
     """Write README.md into the output folder: what was trained, how to use it, the pictures."""
     rows = "\n".join(
-        f"| {recipe.phase} | {', '.join(f'{timestep:.4f}' for timestep in recipe.timesteps)} | "
-        f"{', '.join(f'{a:.3f} {c:+.3f}' for a, c in recipe.coefficients or ()) or 'Euler'} |"
+        f"| {recipe.phase} | {', '.join(f'{timestep:.4f}' for timestep in recipe.timesteps)} | {how_to_step(recipe)} |"
         for recipe in recipes
     )
     images = " ".join(f"![{name}](./{name})" for name in pictures(len(recipes)))
     settings = recipes[0].as_dict()
-    settings = {key: settings[key] for key in settings if key not in ("phase", "timesteps", "coefficients")}
+    settings = {
+        key: settings[key] for key in settings if key not in ("phase", "timesteps", "coefficients", "branches")
+    }
     settings = json.dumps(settings, indent=2)
     flags = lora_flags(".", [recipe.phase for recipe in recipes])
     loras = " ".join(f"--{name} {value}" for name, value in flags.items())
@@ -111,7 +113,7 @@ the fast one, {sum(len(recipe.timesteps) for recipe in recipes)} steps in all.
 Left: the training image, or what the base draws in all its steps, "{caption}".
 Right, where both phases were trained: the same caption with both LoRAs.
 
-| phase | timesteps (0..1000) | steps: Euler, or the shares of this velocity and of the one before |
+| phase | timesteps (0..1000) | steps: Euler, shares of this velocity and of the one before, or branches |
 |---|---|---|
 {rows}
 
@@ -122,6 +124,13 @@ Right, where both phases were trained: the same caption with both LoRAs.
     python infer_glance.py --pretrained_model_name_or_path {shlex.quote(base)} {loras} --prompt "..."
 """
     replace_text(directory / CARD, text)
+
+
+def how_to_step(recipe: Recipe) -> str:
+    """Return how a LoRA's steps go along the velocities; the weights of mixed branches are in the file alone."""
+    if recipe.branches is not None:
+        return ", ".join(recipe.branches)
+    return ", ".join(f"{a:.3f} {c:+.3f}" for a, c in recipe.coefficients or ()) or "Euler"
 
 
 def hub_id(base: str) -> str | None:

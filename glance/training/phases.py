@@ -116,7 +116,10 @@ def make_sampler(args, prepared: Prepared, size: tuple[int, int], captions: int)
     known = {part.name: recipe[part.name] for part in dataclasses.fields(Sampler) if part.name in recipe}
     searched = found is not None and steps.grid is not None
     own = {"phases": steps.whole, "coefficients": steps.coefficients, "branches": steps.branches}
-    own |= {"captions": captions if searched else 0, "error": found.error if searched else None}
+    trained = (
+        steps.branches is not None and found.coefficients != steps.coefficients
+    )  # measured on no caption left out
+    own |= {"captions": captions if searched else 0, "error": found.error if searched and not trained else None}
     return Sampler(**known | own)
 
 
@@ -147,7 +150,7 @@ def plan_phases(
     if args.resume_from_checkpoint:
         steps = {phase: checkpoint["step"] for phase, checkpoint in checkpoints.items()}
         distribution.check_same(sorted(finished), steps)
-    for checkpoint in checkpoints.values():
+    for checkpoint in checkpoints.values() if args.loss != "endpoint" else ():  # which has two, and checks them
         check_lora(checkpoint["lora"], denoiser(prepared.models.pipe), prepared.answers.layers, args.rank)
     return [
         Phase(

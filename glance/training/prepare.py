@@ -71,6 +71,12 @@ class Answers:
     takes_timesteps: bool  # whether the samples of a batch may have different ones
     takes_batches: bool  # whether one step may have several samples
 
+    @property
+    def single_arguments(self) -> dict:
+        """Return the arguments that switch the call's classifier-free guidance off."""
+        missing = object()
+        return {name: value for name, value in self.single_call.items() if self.call.get(name, missing) != value}
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -135,7 +141,7 @@ def estimate_run(args, pipe, layers: list[str], call: dict, single_call: dict, s
     points = latents.expand(1, args.train_batch_size, args.timesteps_per_step, *latents.shape[1:])
     sigmas = [1 - 0.001 * index for index in range(args.timesteps_per_step)]  # other ones, in the reach of one model
     flow = trajectory = None
-    if args.loss == "flow" or args.flow_weight:
+    if args.loss in ("flow", "endpoint") or args.flow_weight:  # an endpoint's backward keeps one call at a time
         flow = losses.Flow(latents, call=single_call)
     if args.loss == "trajectory":
         trajectory = losses.Trajectory(points, points, [call["prompt"]], train_call)
@@ -237,7 +243,8 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
             remember_captions(pipe, [negative["prompt"]], negative, [negative], sizes)
     remember_captions(pipe, captions, call, train_calls, sizes)
     preview_call = previewed_call(args, call, single_call)
-    remember_captions(pipe, args.validation_prompt, call, [preview_call], [1])
+    single = branches["prompt"] if args.guidance == "mix" else preview_call
+    remember_captions(pipe, args.validation_prompt, call, [single], [1])
     ask_prompts.free_components(pipe, keep=("vae",))
     accelerator.free_memory()  # of which an image takes the VAE much
     latents = None if image is None else encode_image(pipe, image, layout, call)

@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from glance.ask import latents as ask_latents
+from glance.ask import mixed
 from glance.ask import pipeline as ask
 from glance.ask.pipeline import first_line, is_out_of_memory, replaced
 from glance.ask.sampler import relative_error
@@ -45,6 +46,16 @@ def final_latents(pipe, schedule: Schedule, call: dict, seed: int, act, advance)
             act(phases[index])
 
     with contextlib.ExitStack() as stack:
+        if schedule.branches is not None:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            calls = mixed.branch_calls(pipe, call, call | schedule.guidance)
+            start = mixed.starting_latents(pipe, generator=torch.Generator().manual_seed(seed), **calls["prompt"])
+
+            def begin(index: int) -> None:
+                before_step(index)
+                advance()
+
+            return mixed.final_latents(pipe, schedule, calls, start, begin).cpu()
         stack.enter_context(replaced(pipe, "scheduler", schedule.scheduler(pipe.scheduler, before_step)))
         arguments = stack.enter_context(ask.plain_call(pipe, call))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # few pictures are not worth compiling for
@@ -140,7 +151,9 @@ class Validation:
         """Return the steps of both phases, of which but one may be trained; `recipes` know what another half gave."""
         steps = self.prepared.steps
         phases = steps.whole | {phase: recipe.timesteps for phase, recipe in (recipes or {}).items()}
-        return Schedule(phases, self.prepared.answers.timestep_table, steps.coefficients)
+        answers = self.prepared.answers
+        single = answers.single_arguments if steps.branches else {}
+        return Schedule(phases, answers.timestep_table, steps.coefficients, single, steps.branches)
 
     def draw(self, schedule: Schedule, act) -> list[tuple[torch.Tensor, ...]]:
         """Return each job's three final latents, (1, ...) float32 on the CPU: the full run's, the base's, Glance's.
