@@ -40,7 +40,7 @@ def add_sampling(parser: cli.Parser) -> None:
     timesteps = "'SLOW LIST;FAST LIST'; as trained by default, derived for files without recipe"
     add_shared(group, "--flow_custom_timesteps", help=timesteps)
     add_shared(group, "--guidance_scale", help="strength of guidance; as trained by default")
-    add_shared(group, "--guidance", help="as trained by default; fold: none, it is in the LoRAs")
+    add_shared(group, "--guidance", help="as trained by default; fold: none, it is in the LoRAs; mix: as found")
     add_shared(group, "--pipeline_kwargs", *(f"--{name}" for name in CALL_FLAGS))
 
 
@@ -124,7 +124,7 @@ def check_without_loras(args: cli.Settings) -> bool:
     for_loras = ["flow_custom_timesteps", "fuse_lora", "slow_weight_name", "fast_weight_name"]
     for_loras += [] if args.sampler else ["allow_base_mismatch"]
     for_loras += ["lora_scale"] if set(args.lora_scale.values()) != {1.0} else []
-    for_loras += ["guidance"] if args.guidance == "fold" else []
+    for_loras += ["guidance"] if args.guidance == "fold" or args.guidance == "mix" and not args.sampler else []
     for name in for_loras:
         if getattr(args, name):
             raise cli.mistake(f"--{name} is for LoRAs, and {sampler[0]} draws without; leave one of the two out")

@@ -31,7 +31,7 @@ SHARED = {
         "help": "strength of guidance by a negative prompt, beside a guidance that the model is told",
     },
     "--guidance_scale": {"type": cli.finite},
-    "--guidance": {"choices": ("keep", "fold")},
+    "--guidance": {"choices": ("keep", "fold", "mix")},
     "--flow_custom_timesteps": {"type": cli.comma_separated},
     "--num_base_steps": {"type": cli.positive(int, 65536)},
     "--num_inference_steps": {"type": cli.positive(int)},

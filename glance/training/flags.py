@@ -138,7 +138,6 @@ def add_learned(parser: cli.Parser) -> None:
     add_shared(
         group,
         "--guidance",
-        choices=("keep", "fold", "mix"),
         help="keep, the default: draw with guidance; fold: the LoRAs learn it, to draw without, in half the model "
         f"calls; mix: each step calls the branches that --num_model_calls, {CALLS} by default, are best spent on",
     )

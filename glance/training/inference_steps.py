@@ -36,12 +36,19 @@ def published_timesteps(pipe: DiffusionPipeline, base_timesteps: list[float]) ->
 
 
 def schedule_of_loras(args, pipe, recipe: Recipe, schedule: Schedule | None, call: dict) -> Schedule:
-    """Return the steps of the files, completed by the pipeline where these hold nothing."""
+    """Return the steps of the files, completed by the pipeline where these hold nothing.
+
+    Raise InputError where --guidance is not how these steps go.
+    """
     base_steps = recipe.num_base_steps
     if schedule is None:
         schedule = Schedule(published_timesteps(pipe, ask_timesteps(pipe, base_steps, **call)))
+    mixed = schedule.branches is not None
+    if args.guidance and (args.guidance == "mix") != mixed:
+        held = "whose steps call mixed branches" if mixed else "whose steps know no branches"
+        raise InputError(f"--guidance {args.guidance}: these are files {held}; leave it out")
     table = ask_timestep_table(pipe, base_steps, **call)
-    single = (args.guidance or recipe.guidance) == "fold" or schedule.branches is not None
+    single = mixed or (args.guidance or recipe.guidance) == "fold"
     return dataclasses.replace(
         schedule, timestep_table=table, guidance=ask_single_branch(pipe, **call) if single else {}
     )

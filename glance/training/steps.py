@@ -68,8 +68,8 @@ def choose_count(args, pipe, grid: str, walked: int, fixed: bool) -> int:
     """
     this = f"this {type(pipe).__name__} has its own {walked} steps"
     count = args.num_inference_steps
-    if args.num_model_calls:  # as many steps at most: each calls its model
-        count = min(args.num_model_calls, walked)
+    if args.guidance == "mix":  # as many steps at most, until it is known how many: each calls its model
+        count = min(STEPS if args.num_model_calls == "auto" else args.num_model_calls, walked)
     if args.num_base_steps not in (None, walked):
         raise InputError(f"--num_base_steps {args.num_base_steps}: {this}, whatever is asked; leave it out")
     usual = most_positions(grid, min(STEPS, max(2, -(-walked // 2))), walked)
