@@ -62,8 +62,8 @@ def test_beside_loras_it_says_what_they_say(train, infer, tmp_path):
     folder = train(**ALONE | loss, **FEW)
     sampler, recipes = read_sampler(folder), recipes_of(folder)
     assert sampler.phases == {phase: recipe.timesteps for phase, recipe in recipes.items()}
-    assert {phase: sampler.coefficients_of(phase) for phase in PHASES} == {
-        phase: recipe.coefficients for phase, recipe in recipes.items()
+    assert {phase: sampler.of_phase(phase) for phase in PHASES} == {
+        phase: {"coefficients": recipe.coefficients, "branches": None} for phase, recipe in recipes.items()
     }
     with_loras = infer(lora=folder, output=tmp_path / "loras.png")
     assert same(with_loras, infer(lora=folder, sampler=folder, output=tmp_path / "both.png"))

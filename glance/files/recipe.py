@@ -60,18 +60,26 @@ def are_coefficients(value) -> bool:
 
 def are_branches(value) -> bool:
     """Return whether it is None or, for each step, which of the branches it calls."""
-    return value is None or (isinstance(value, list) and len(value) <= 1000 and all(part in CALLED for part in value))
+    fits = isinstance(value, list) and len(value) <= 1000 and all(isinstance(part, str) for part in value)
+    return value is None or (fits and set(value) <= set(CALLED))
 
 
 def check_steps(steps: int, coefficients: list[list[float]] | None, branches: list[str] | None) -> None:
-    """Raise ValueError where lists for each step have not so many entries, or branches no weights of theirs."""
+    """Raise ValueError where lists for each step have not so many entries, or branches no weights of theirs.
+
+    A single phase may call the negative prompt's branch alone, all steps together may not (check_called).
+    """
     for name, entries in (("coefficients", coefficients), ("branches", branches)):
         if entries is not None and len(entries) != steps:
             raise ValueError(f"{name} for {len(entries)} of {steps} timesteps")
     mixed = coefficients is not None and len(coefficients[0]) == TERMS
     if mixed != (branches is not None):
         raise ValueError("branches and their weights do not go together")
-    if branches is not None and branches[0] == "negative" and set(branches) == {"negative"}:
+
+
+def check_called(branches: list[str] | None) -> None:
+    """Raise ValueError where the branches of all steps leave the prompt out."""
+    if branches is not None and set(branches) == {"negative"}:
         raise ValueError("branches never call the prompt's")
 
 
@@ -225,6 +233,10 @@ def check_pair(recipes: dict[str, Recipe], paths: dict[str, Path]) -> None:
         raise InputError("the pair does not match: one was trained for the fitted solver, the other for Euler's")
     if bool(slow.branches) != bool(fast.branches):
         raise InputError("the pair does not match: one was trained for mixed branches, the other was not")
+    try:
+        check_called(slow.branches and slow.branches + fast.branches)
+    except ValueError as error:
+        raise InputError(f"the pair does not match: its {error}; train it again or get intact files") from None
 
 
 def schedule_of(recipes: dict[str, Recipe]) -> Schedule:

@@ -17,6 +17,7 @@ from glance.files.recipe import (
     Recipe,
     are_timesteps,
     as_in_recipe,
+    check_called,
     check_steps,
     checked,
     count,
@@ -68,6 +69,7 @@ class Sampler:
             raise TypeError("it holds no fields")
         sampler = cls(**read_fields(cls, entries))
         check_steps(len(sum(sampler.phases.values(), [])), sampler.coefficients, sampler.branches)
+        check_called(sampler.branches)
         return sampler
 
     def schedule(self) -> Schedule:
