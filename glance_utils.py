@@ -1,9 +1,7 @@
 """Glance in one file, to import or to copy: lists of timesteps, the losses, the sampler, the hand-off of two LoRAs.
 
 It needs torch, diffusers and peft. With glance/ask/, which asks a pipeline what only that knows, it trains any.
-
 Notation (Glance, arXiv 2512.02899, and rectified flow as in diffusers' FlowMatchEulerDiscreteScheduler):
-
     sigma      noise level in [0, 1];  timestep = 1000 * sigma
     latents    the clean image in the layout in which the pipeline denoises (packed tokens for FLUX)
     noisy      (1 - sigma) * latents + sigma * noise
@@ -71,7 +69,7 @@ def check_timesteps(timesteps: list[float], name: str = "timesteps") -> list[flo
 def parse_timesteps(text: str, name: str = "--flow_custom_timesteps") -> list[list[float]]:
     """Read "1000,979.2,957.5" or "SLOW LIST;FAST LIST" as one or two lists of timesteps (0..1000).
 
-    Values that are all <= 1 are sigmas and are converted. Raise InputError unless they descend, also across the two.
+    Values that are all <= 1 are sigmas. Raise InputError unless they descend, also across the two.
     """
     try:
         lists = [[float(value) for value in part.replace(",", " ").split()] for part in str(text).split(";")]
@@ -189,8 +187,8 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
         """Walk `sigmas` (0..1, descending), one step each; raise InputError where a list has not one entry for each.
 
         `model_timesteps` are what the model is told where that is not 1000 * sigma. `before_step(index)` is called
-        before each step's model calls. `like` is a scheduler from which to take the last two arguments. With
-        `coefficients`, [a, c] for each step, a step goes along a * velocity + c * the previous step's velocity.
+        before a step's model calls. `like` is a scheduler from which to take the last two arguments. With
+        `coefficients`, [a, c] for each step, a step goes along a * velocity + c * the previous velocity.
         """
         if like is not None:
             invert_sigmas = counts_image(like)
@@ -266,10 +264,9 @@ class Schedule:
     """The plan of a few steps, as plain data, which dataclasses.asdict makes JSON of and Schedule(**...) reads.
 
     `phases` has the timesteps (0..1000, descending over all) under the name of the adapter that acts in them.
-    `timestep_table`, [timestep, what the model is told there] ascending, is None where the two are alike (see
-    glance/ask/schedule.py); `coefficients` are a fitted solver's (FixedSigmaScheduler); `guidance` are arguments of
-    the call that switch classifier-free guidance off where the LoRAs hold it. `branches` are what each step calls
-    where guidance is mixed, with weights as coefficients: glance/ask/mixed.py walks them, no scheduler does.
+    `timestep_table`, [timestep, what the model is told there] ascending, is None where the two are alike;
+    `coefficients` are a fitted solver's; `guidance` are arguments of the call that switch classifier-free guidance
+    off. `branches` are what each step calls where these are mixed (glance/ask/mixed.py), by coefficients of their own.
     """
 
     phases: dict[str, list[float]]
@@ -291,7 +288,7 @@ class Schedule:
     def scheduler(self, like=None, before_step=None) -> FixedSigmaScheduler:
         """Return the FixedSigmaScheduler that walks these steps; `like` is the pipeline's own."""
         if self.branches is not None:
-            raise InputError("a schedule of mixed branches needs more than a scheduler; draw with infer_glance.py")
+            raise InputError("no scheduler walks mixed branches; draw with infer_glance.py")
         sigmas = timesteps_to_sigmas(self.timesteps)
         values = model_timesteps(self.timestep_table, sigmas)
         return FixedSigmaScheduler(sigmas, values, before_step, like, self.coefficients)
@@ -343,8 +340,8 @@ def check_adapters(transformer, names: list[str]) -> None:
 def switchable_adapters(transformer, names: list[str], activate=activate_adapter):
     """Yield switch(name, scale), which lets one of the adapters `names` act; afterwards all are as before.
 
-    Put back, layer by layer, is which adapters are active, how strong, whether they are disabled and which train.
-    Further adapters that are active stay so all along. Raise InputError as check_adapters does.
+    Put back, layer by layer, is which are active, how strong, whether they are disabled and which train. Further
+    ones that are active stay so all along. Raise InputError as check_adapters does.
     """
     check_adapters(transformer, names)
     states, others = [], {}
@@ -378,10 +375,9 @@ def glance_inference(
             image = pipe(prompt, **kwargs).images[0]
 
     The adapters are already loaded under the names of the schedule's phases; `scales` are their strengths, 1 by
-    default. A pipeline that leaves steps out, as those that begin with a picture do, begins in the phase of its first
-    step. Other adapters that are active stay so. Afterwards scheduler and adapters are as they were found. `activate`
-    switches adapters (the other one is fused_adapters' of glance/adapters.py). Raise InputError for names that are not
-    loaded, and for a schedule that cannot be walked.
+    default. A pipeline that leaves steps out begins in the phase of its first step. Other adapters that are active
+    stay so. Afterwards all is as it was found. `activate` switches adapters (or glance/adapters.py's).
+    Raise InputError for names that are not loaded, and for a schedule that cannot be walked.
     """
     schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)
     names, scales, active = schedule.phase_of_steps, scales or {}, None
