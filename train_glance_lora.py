@@ -288,7 +288,7 @@ def finish_sampler(args, accelerator, measurement, prepared: Prepared, size: tup
             sampler = write_sampler_of(args, prepared, size, captions, output_dir)
         summary.say_steps(prepared.steps, prepared.answers.timesteps)
         if sampler.error is not None:
-            logger.info(f"  Error = {sampler.error:.4f} to {args.num_base_steps} steps, on another trajectory")
+            summary.say_error(sampler)
         summary.say_done(measurement.report(), output_dir, [])
     end(accelerator)
     if accelerator.is_main_process:

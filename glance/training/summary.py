@@ -38,11 +38,13 @@ def begin(args: Settings) -> None:
         return
     cli.show_own_logs()
     kind = base_class(args.pretrained_model_name_or_path, args.revision)
-    grid = "timesteps as given" if args.flow_custom_timesteps else f"{args.grid} grid"
+    grid = f"{'timesteps as given' if args.flow_custom_timesteps else f'{args.grid} grid'}, {args.solver} solver"
+    if args.guidance == "mix":
+        grid = f"{args.num_model_calls} model calls"
     scale = "" if args.guidance_scale is None else f" {args.guidance_scale:g}"
     logger.info("***** Glance *****")
     logger.info(f"  Base = {args.pretrained_model_name_or_path}{f', {kind}' if kind else ''}")
-    logger.info(f"  Loss = {args.loss}, {grid}, {args.solver} solver, guidance{scale}: {args.guidance}")
+    logger.info(f"  Loss = {args.loss}, {grid}, guidance{scale}: {args.guidance}")
     learning = f"{args.optimizer or 'optimizer as it fits'}, learning rate {args.learning_rate:g}"
     if args.max_train_steps:
         logger.info(f"  LoRA = rank {args.rank}, {args.max_train_steps} steps of {learning}")
@@ -102,9 +104,26 @@ def say_steps(steps, base_timesteps: list[float]) -> None:
     if steps.grid is None:
         logger.info(f"  Sampler = timesteps as given, {solver} solver")
         return
-    positions = [[base_timesteps.index(timestep) + 1 for timestep in phase] for phase in steps.phases.values()]
-    places = " | ".join(" ".join(map(str, phase)) for phase in positions)
-    logger.info(f"  Sampler = {steps.grid} grid, {solver} solver, positions {places} of {len(base_timesteps)}")
+    phases = {
+        phase: [str(base_timesteps.index(timestep) + 1) for timestep in timesteps]
+        for phase, timesteps in steps.phases.items()
+    }
+    kind, meaning = f"{steps.grid} grid, {solver} solver", ""
+    if steps.branches is not None:
+        kind, meaning = "mixed branches", " (P: the prompt's branch, N: the negative prompt's, B: both)"
+        called = {phase: [branches[0].upper() for branches in steps.branches_of(phase)] for phase in phases}
+        phases = {phase: list(map("".join, zip(called[phase], phases[phase]))) for phase in phases}
+    places = " | ".join(map(" ".join, phases.values()))
+    logger.info(f"  Sampler = {kind}, positions {places} of {len(base_timesteps)}{meaning}")
+
+
+def say_error(sampler) -> None:
+    """Say how far a sampler.json's sampler ends from the full run, and what that was measured on."""
+    measured = "another trajectory"
+    if sampler.branches is not None:
+        others = "captions" if sampler.captions > 1 else "noises"
+        measured = f"{others} on which it was not fitted"
+    logger.info(f"  Error = {sampler.error:.4f} to {sampler.num_base_steps} steps, on {measured}")
 
 
 def say_training(args, processes: int, prepared, size: tuple[int, int]) -> None:
