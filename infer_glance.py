@@ -7,10 +7,10 @@
 
 The base, the schedule, the size and the guidance are read from the LoRA files where no flag says another. Image i of a
 prompt has the seed --seed + i. With more than one image, out.png becomes out-000.png, out-001.png, ... `accelerate
-launch infer_glance.py` splits the images over its processes. --compare draws the base at full steps, the base at ten
-and Glance beside each other; until the picture is whole its rows are out-row-000.png, ... A picture that is not finite
-(NaN) is not written; the others are, and the exit code is 1. The last command needs no LoRAs: the base alone walks so
-many of its own steps.
+launch infer_glance.py` splits the images over its processes. --compare draws the base at full steps, the base at
+as many model calls, Glance's steps without LoRAs and Glance beside each other, with the error to the first under each;
+until the picture is whole its rows are out-row-000.png, ... A picture that is not finite (NaN) is not written; the
+others are, and the exit code is 1. The last command needs no LoRAs: the base alone walks so many of its own steps.
 """
 
 from glance import inference_flags, start
@@ -19,27 +19,22 @@ from glance import inference_flags, start
 if __name__ == "__main__":
     settings = start.as_script("what was not saved yet is lost", inference_flags.parse)
 
-import contextlib
 import functools
 import logging
-import time
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
-from PIL import Image
 from tqdm.auto import tqdm
 
 from glance import base as load_base
 from glance import command_line as cli
-from glance.adapters import fused_adapters
-from glance.ask import latents as ask_latents
-from glance.ask import mixed
 from glance.ask import pipeline as ask
 from glance.ask.prompt_lengths import PromptLengths
 from glance.ask.prompts import remember_prompts
+from glance.drawing import Counter, Written, draw_job, draw_strip, errors_of, what_to_try
 from glance.encoders import free_memory, place_encoders
 from glance.files import faults, pictures
 from glance.files.lora import load_lora
@@ -47,7 +42,7 @@ from glance.files.lora_forms import read_lora
 from glance.files.pair import find_loras, read_recipes, with_base
 from glance.files.sampler import read_sampler
 from glance.training import distribution, launcher, out_of_memory
-from glance.training.inference_steps import base_inference, compared_steps, schedule_of_base, schedule_of_loras
+from glance.training.inference_steps import compared_steps, schedule_of_base, schedule_of_loras
 from glance.training.weightless import decoding_bytes, load_without_weights
 from glance_utils import (
     PHASES,
@@ -55,9 +50,7 @@ from glance_utils import (
     Schedule,
     activate_adapter,
     denoiser,
-    glance_inference,
     parse_timesteps,
-    switchable_adapters,
 )
 
 
@@ -162,100 +155,13 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device, decoding: 
     return pipe
 
 
-class Counter:
-    """A counter of the samples that pass the model: guidance by a doubled batch is two model calls."""
-
-    def __init__(self, pipe):
-        self.calls = 0
-        for model in (denoiser(pipe), *ask.further_denoisers(pipe).values()):
-            model.register_forward_hook(self.count, with_kwargs=True)
-
-    def count(self, module, args, kwargs, output):
-        if not isinstance(output, ask.NoPrediction):
-            self.calls += len(ask.model_input(args, kwargs))
-
-
-def timed(pipe, counter, draw):
-    """Draw one picture by draw(**kwargs); return it, its seconds and its model calls.
-
-    Raise InputError where the pipeline refuses, FloatingPointError where the latents or the pixels are not finite.
-    """
-    counter.calls = 0
-    start = time.perf_counter()
-    with ask.refusals(pipe), ask_latents.finite_pictures(pipe):
-        image = ask.first_picture(draw(output_type="pil", return_dict=False))
-    return image, time.perf_counter() - start, counter.calls
-
-
-def draw_job(
-    args, pipe, counter, schedule: Schedule, base_steps: list[int], call: dict, seed: int, hidden: bool = True
-) -> list[tuple]:
-    """Return [(label, picture, seconds, model calls)]: the schedule's, after the base's in each of `base_steps`.
-
-    Each has the pipeline's own bar of steps, unless that is `hidden`.
-    """
-    row = []
-    for count in base_steps:
-        with faults.explained(f"base, {count} steps", what_to_try(args)) as label:
-            pipe.set_progress_bar_config(desc=label, disable=hidden)
-            generator = torch.Generator().manual_seed(seed)
-            draw = functools.partial(pipe, **call, num_inference_steps=count, generator=generator)
-            row.append((label, *timed(pipe, counter, draw)))
-    steps = len(schedule.timesteps)
-    label, hint = f"Glance, {steps} steps", f"{what_to_try(args)}, or a lower --lora_scale"
-    if args.without_loras:
-        named = "sampler" if args.sampler else f"{args.grid} grid, {args.solver}"
-        label, hint = f"{named}, {steps} steps", what_to_try(args)
-    pipe.set_progress_bar_config(desc=label, disable=hidden)
-    with faults.explained(label, hint), drawing(args, pipe, schedule, call, seed) as draw:
-        row.append((label, *timed(pipe, counter, draw)))
-    return row
-
-
-@contextlib.contextmanager
-def drawing(args, pipe, schedule: Schedule, call: dict, seed: int):
-    """Yield draw(**kwargs), which draws on the schedule: with the LoRAs or without, by the pipeline's own loop or by
-    mixed branches."""
-    with contextlib.ExitStack() as stack:
-        activate = stack.enter_context(fused_adapters(denoiser(pipe))) if args.fuse_lora else activate_adapter
-        if schedule.branches is not None:
-            before_step = stack.enter_context(phase_switch(args, pipe, schedule, activate))
-            yield functools.partial(mixed.draw, pipe, schedule, call, seed, before_step)
-            return
-        if args.without_loras:
-            kwargs = stack.enter_context(base_inference(pipe, schedule))
-        else:
-            kwargs = stack.enter_context(glance_inference(pipe, schedule, args.lora_scale, activate))
-        last_call = stack.enter_context(ask.plain_call(pipe, call | kwargs))
-        yield functools.partial(pipe, **last_call, generator=torch.Generator().manual_seed(seed))
-
-
-@contextlib.contextmanager
-def phase_switch(args, pipe, schedule: Schedule, activate):
-    """Yield before_step(index), which lets the LoRA of that step's phase act, or does nothing without LoRAs."""
-    if args.without_loras:
-        yield lambda index: None
-        return
-    names = schedule.phase_of_steps
-    with switchable_adapters(denoiser(pipe), list(schedule.phases), activate) as switch:
-        yield lambda index: switch(names[index], args.lora_scale.get(names[index], 1.0))
-
-
-def what_to_try(args) -> str:
-    """Return advice against numbers that are not finite: another dtype than this run's."""
-    others = " or ".join(f"--dtype {name}" for name in ("bfloat16", "float32") if name != args.dtype)
-    advice = others if args.dtype != "float32" else "other weights of the base, as these may hold some"
-    quantized = f" and --quantization {args.quantization}" if args.quantization != "none" else ""
-    return f"it was drawn in --dtype {args.dtype}{quantized}; try {advice}"
-
-
 def draw_all(
     args, state, pipe, schedule: Schedule, base_steps: list[int], calls: list[dict], jobs: list, files: list[Path]
-) -> tuple[list, list]:
+) -> tuple[list[Written], list[str]]:
     """Draw this process's share of the jobs, each written as soon as it is drawn.
 
-    Return [(number, strip of the comparison or None, seconds, model calls, whether the process drew it first)] and
-    what was not finite, in words. A single picture has the pipeline's own bar of steps, several have one of pictures.
+    Return what was written and what was not finite, in words. A single picture has the pipeline's own bar of steps,
+    several have one of pictures.
     """
     counter = Counter(pipe)
     drawn, failed = [], []
@@ -271,32 +177,28 @@ def draw_all(
                 failed.append(f"{files[number].name} was not written: {error}")
                 logger.warning(failed[-1])
                 continue
-            _, image, seconds, count = row[-1]
+            _, image, seconds, count, _ = row[-1]
             width, height = (calls[number].get(side, size) for side, size in zip(("width", "height"), image.size))
             if not drawn and (width, height) != image.size:
                 logger.warning(f"{width}x{height} was asked, {type(pipe).__name__} draws {image.width}x{image.height}")
             strip = draw_strip(row, jobs[number][0], first and not single) if args.compare else None
             pictures.save_image(strip or image, files[number])
-            drawn.append((number, strip, seconds, count, first))
+            drawn.append(Written(number, strip, seconds, count, first, errors_of(row)))
     return drawn, failed
 
 
-def draw_strip(row: list[tuple], prompt: str, first: bool) -> Image.Image:
-    """Return a row of the comparison; that of the `first` of several pictures says that its seconds are the longest:
-    memory is laid out then, and with --compile compiled."""
-    seconds = "first {:.2f} s" if first else "{:.2f} s"
-    labelled = [(label, image, f"{seconds.format(spent)}, {calls} model calls") for label, image, spent, calls in row]
-    return pictures.draw_row(labelled, prompt)
-
-
-def report(drawn: list[tuple]) -> str:
-    """Return the seconds and model calls of what draw_all drew: the first picture apart, where others followed it."""
-    count = drawn[0][3]
-    first = next((seconds for *_, seconds, _, is_first in drawn if is_first), None)
-    later = [seconds for *_, seconds, _, is_first in drawn if not is_first]
+def report(drawn: list[Written]) -> str:
+    """Return the seconds and model calls of what draw_all drew, the first picture apart where others followed it, and
+    the mean error of each column of a comparison."""
+    count = drawn[0].calls
+    errors = [f"{label} {sum(one.errors[label] for one in drawn) / len(drawn):.4f}" for label in drawn[0].errors]
+    ending = f"; error to the full run: {'; '.join(errors)}" if errors else ""
+    first = next((one.seconds for one in drawn if one.is_first), None)
+    later = [one.seconds for one in drawn if not one.is_first]
     if first is None or not later:
-        return f"{drawn[0][2]:.2f} s and {count} model calls each"
-    return f"{count} model calls each; first picture {first:.2f} s, then {sum(later) / len(later):.2f} s each"
+        return f"{drawn[0].seconds:.2f} s and {count} model calls each{ending}"
+    mean = sum(later) / len(later)
+    return f"{count} model calls each; first picture {first:.2f} s, then {mean:.2f} s each{ending}"
 
 
 def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
@@ -321,7 +223,7 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
     to_write = files
     if args.compare:
         to_write = [*files, output]
-        size = pictures.comparison_size(size, columns=3, rows=len(jobs)) if size else None
+        size = pictures.comparison_size(size, 3 if args.without_loras else 4, len(jobs), details=2) if size else None
     pictures.check_output(output, to_write, size)
     with launcher.begun():
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
@@ -350,11 +252,11 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
     with faults.signals_handled(functools.partial(faults.leave, hint="what was drawn before is written")):
         drawn, failed = draw_all(args, state, pipe, schedule, base_steps, calls, jobs, files)
         drawn, failed = (sum(distribution.gather_on_host(part), []) for part in (drawn, failed))
-        drawn.sort(key=lambda picture: picture[0])  # by number
+        drawn.sort(key=lambda picture: picture.number)
         if state.is_main_process and args.compare and drawn:
-            pictures.save_image(pictures.stack_rows([strip for _, strip, *_ in drawn]), output)
-            for number, *_ in drawn:
-                files[number].unlink(missing_ok=True)
+            pictures.save_image(pictures.stack_rows([picture.strip for picture in drawn]), output)
+            for picture in drawn:
+                files[picture.number].unlink(missing_ok=True)
     distribution.leave()
     if state.is_main_process and failed:
         raise FloatingPointError(failed[0] + (f" ({len(failed)} of {len(jobs)} were not)" if failed[1:] else ""))

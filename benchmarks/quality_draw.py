@@ -15,7 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from quality_rows import BASE_STEPS
 from tqdm.auto import tqdm
 
-import infer_glance
+from glance import drawing
 from glance.adapters import fused_adapters
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
@@ -38,7 +38,7 @@ from glance_utils import (
 SEEDS = {"reported": 9000, "validation": 1000, "training": 3000, "diversity": 7000}  # of each set's first picture
 
 
-class Counter(infer_glance.Counter):
+class Counter(drawing.Counter):
     """A counter of model calls and of linear layers' multiplications: a cache calls the model and skips most of it."""
 
     def __init__(self, pipe):

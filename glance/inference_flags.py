@@ -66,7 +66,11 @@ def add_pictures(parser: cli.Parser) -> None:
     add("--num_images", type=cli.positive(int), default=1, help="images per prompt")
     add_shared(group, "--seed", help="seed of a prompt's first image; the next has the next")
     add_shared(group, "--height", "--width", help="in pixels; as trained by default")
-    add("--compare", action="store_true", help="one labelled picture: base at full steps, base at as many, Glance")
+    add(
+        "--compare",
+        action="store_true",
+        help="one labelled picture: base at full steps, base at as many model calls, the steps without LoRAs, Glance",
+    )
 
 
 def add_memory(parser: cli.Parser) -> None:

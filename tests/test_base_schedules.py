@@ -188,8 +188,9 @@ def test_its_comparison_is_with_all_of_its_own(turbo, own_timesteps, train, infe
     draw = pictures.draw_row
     monkeypatch.setattr(pictures, "draw_row", lambda found, *more: rows.append(found) or draw(found, *more))
     path = infer(turbo, lora=output, compare=True)
-    assert [label for label, _, _ in rows[0]] == ["base, 8 steps", "Glance, 4 steps"]
-    assert [details.partition(", ")[2] for _, _, details in rows[0]] == ["8 model calls", "4 model calls"]
+    assert [label for label, _, _ in rows[0]] == ["base, 8 steps", "without LoRAs, 4 steps", "Glance, 4 steps"]
+    calls = [details.splitlines()[0].partition(", ")[2] for _, _, details in rows[0]]
+    assert calls == ["8 model calls", "4 model calls", "4 model calls"]
     assert Image.open(path).size[0] > 0
     infer(turbo, num_inference_steps=4, grid="even", height=64, width=64, compare=True)
     assert [label for label, _, _ in rows[1]] == ["base, 8 steps", "even grid, euler, 4 steps"]

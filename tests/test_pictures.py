@@ -20,6 +20,7 @@ from test_faults import full_disk
 
 import infer_glance
 from glance import command_line as cli
+from glance import drawing
 from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.files import pictures
@@ -82,7 +83,7 @@ def test_too_strong_a_lora_is_no_picture(trained, infer, tmp_path, capsys):
 @pytest.fixture
 def second_is_nan(monkeypatch):
     """The second picture that infer_glance.py draws ends in NaN."""
-    timed, drawn = infer_glance.timed, []
+    timed, drawn = drawing.timed, []
 
     def watched(pipe, *args, **kwargs):
         drawn.append(pipe)
@@ -94,7 +95,7 @@ def second_is_nan(monkeypatch):
         finally:
             bias.data.zero_()
 
-    monkeypatch.setattr(infer_glance, "timed", watched)
+    monkeypatch.setattr(drawing, "timed", watched)
 
 
 def test_the_others_are_drawn_and_stay(trained, infer, second_is_nan, tmp_path, capsys):
@@ -183,7 +184,7 @@ def test_every_prompt_is_labelled_at_once(tmp_path):
     assert pictures._shortened(TEXTS[1], font, 780).startswith("x" * 50)
 
 
-TOO_LARGE = {"webp": 50, "jpg": 200, "ico": 1}  # rows of 334 pixels
+TOO_LARGE = {"webp": 50, "jpg": 200, "ico": 1}  # rows of 356 pixels
 
 
 @pytest.mark.parametrize("suffix", TOO_LARGE)
@@ -194,7 +195,7 @@ def test_a_comparison_that_the_format_cannot_hold_is_refused_first(
     settings = {"lora": trained(), "compare": True, "num_images": TOO_LARGE[suffix]}
     with pytest.raises(InputError) as error:
         infer(**settings, output=tmp_path / f"out.{suffix}")
-    assert_one_line(error, "holds no picture of 816x")
+    assert_one_line(error, "holds no picture of 1084x")
     assert list(tmp_path.iterdir()) == [] and "Maximum" not in capfd.readouterr().err  # libjpeg's own
 
 
@@ -217,7 +218,7 @@ def test_a_folder_in_the_place_of_the_third_picture(trained, infer, monkeypatch,
 
 def test_rows_are_on_the_disk_as_they_come(trained, infer, monkeypatch, tmp_path):
     """Also where Ctrl-C ends the run; the comparison is whole or not there."""
-    timed, drawn = infer_glance.timed, []
+    timed, drawn = drawing.timed, []
 
     def stopping(*args, **kwargs):
         drawn.append(1)
@@ -225,12 +226,12 @@ def test_rows_are_on_the_disk_as_they_come(trained, infer, monkeypatch, tmp_path
             os.kill(os.getpid(), signal.SIGINT)
         return timed(*args, **kwargs)
 
-    monkeypatch.setattr(infer_glance, "timed", stopping)
+    monkeypatch.setattr(drawing, "timed", stopping)
     with pytest.raises(SystemExit) as end:
         infer(lora=trained(), num_images=3, compare=True)
     assert end.value.code == 130
     assert [path.name for path in tmp_path.iterdir()] == ["out-row-000.png"]
-    assert Image.open(tmp_path / "out-row-000.png").size == pictures.comparison_size((32, 32), 3, 1)
+    assert Image.open(tmp_path / "out-row-000.png").size == pictures.comparison_size((32, 32), 4, 1, 2)
 
 
 def test_rows_of_nan_are_left_out(trained, infer, second_is_nan, tmp_path, capsys):
@@ -238,7 +239,7 @@ def test_rows_of_nan_are_left_out(trained, infer, second_is_nan, tmp_path, capsy
     words = ["out-row-000.png was not written: base, 10 steps"]
     assert_not_finite(capsys, lambda: infer(lora=trained(), num_images=2, compare=True), *words)
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
-    assert Image.open(tmp_path / "out.png").size == pictures.comparison_size((32, 32), 3, 1)
+    assert Image.open(tmp_path / "out.png").size == pictures.comparison_size((32, 32), 4, 1, 2)
 
 
 @pytest.mark.processes
@@ -248,7 +249,7 @@ def test_two_processes_share_the_rows(trained, pipelines, tmp_path):
     done = launch(KINDS["ddp"], 2, ROOT / "infer_glance.py", *flags(**settings))
     assert done.returncode == 0, done.stderr[-5000:]
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
-    assert Image.open(tmp_path / "out.png").size == pictures.comparison_size((32, 32), 3, 3)
+    assert Image.open(tmp_path / "out.png").size == pictures.comparison_size((32, 32), 4, 3, 2)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -275,11 +276,11 @@ def test_a_full_disk_keeps_what_was_drawn(trained, infer, monkeypatch, tmp_path,
 
 
 def test_an_output_folder_that_vanishes_is_made_again(trained, infer, monkeypatch, tmp_path):
-    timed = infer_glance.timed
+    timed = drawing.timed
 
     def vanish(*args, **kwargs):
         shutil.rmtree(tmp_path / "new", ignore_errors=True)
         return timed(*args, **kwargs)
 
-    monkeypatch.setattr(infer_glance, "timed", vanish)
+    monkeypatch.setattr(drawing, "timed", vanish)
     assert Image.open(infer(lora=trained(), output=tmp_path / "new" / "out.png")).size == (32, 32)

@@ -12,6 +12,7 @@ from test_families import FAMILIES
 from tiny_pipelines import make_flux
 
 import infer_glance
+from glance import drawing
 from glance.ask import pipeline as ask
 from glance.ask import prompts as ask_prompts
 from glance.ask.velocity import takes_batches
@@ -176,7 +177,7 @@ def test_tiling_without_a_vae(pipelines, flux):
 
 def test_what_fails_only_while_drawing_is_one_line(trained, infer, monkeypatch, tmp_path, capsys):
     """A dry run bypasses the transformer and the VAE; the pictures before it stay."""
-    drawn, decode = [], infer_glance.timed
+    drawn, decode = [], drawing.timed
 
     def timed(pipe, *args, **kwargs):
         drawn.append(pipe)
@@ -186,7 +187,7 @@ def test_what_fails_only_while_drawing_is_one_line(trained, infer, monkeypatch, 
             pipe.vae.decoder.conv_in.weight = torch.nn.Parameter(torch.zeros(16, 4, 99, 99))
         return decode(pipe, *args, **kwargs)
 
-    monkeypatch.setattr(infer_glance, "timed", timed)
+    monkeypatch.setattr(drawing, "timed", timed)
     with pytest.raises(InputError) as error:
         infer(lora=trained(), num_images=3)
     assert_one_line(error, "FluxPipeline refuses the call: RuntimeError: ")

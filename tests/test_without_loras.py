@@ -9,6 +9,7 @@ from test_infer import seeded
 
 import infer_glance
 from glance.ask.schedule import ask_timesteps
+from glance.drawing import Written
 from glance.files import pictures
 from glance_utils import grid_positions
 
@@ -65,7 +66,7 @@ def test_it_is_compared_with_the_base_at_as_many_steps(infer, rows):
     infer(**WHOLE, num_base_steps=4, num_inference_steps=4, grid="even", compare=True)
     (row,) = rows
     assert [label for label, _, _ in row] == ["base, 4 steps", "base, 4 steps", "even grid, euler, 4 steps"]
-    assert all(details.endswith(", 4 model calls") for _, _, details in row)
+    assert all(details.splitlines()[0].endswith(", 4 model calls") for _, _, details in row)
     assert row[0][1].tobytes() == row[1][1].tobytes()
 
 
@@ -133,7 +134,8 @@ def test_of_several_the_first_is_timed_apart(infer, capfd, rows):
 
 
 def test_seconds_are_the_mean_of_all_but_each_process_s_first():
-    drawn = [(0, None, 9.0, 10, True), (1, None, 2.0, 10, False), (2, None, 7.0, 10, True), (3, None, 4.0, 10, False)]
+    told = [(9.0, True), (2.0, False), (7.0, True), (4.0, False)]
+    drawn = [Written(number, None, seconds, 10, first, {}) for number, (seconds, first) in enumerate(told)]
     assert infer_glance.report(drawn) == "10 model calls each; first picture 9.00 s, then 3.00 s each"
     assert infer_glance.report(drawn[:1]) == "9.00 s and 10 model calls each"
     assert infer_glance.report(drawn[1:2]) == "2.00 s and 10 model calls each"  # the first one was not finite

@@ -43,6 +43,11 @@ def ask_single_branch(pipe: DiffusionPipeline, **kwargs) -> dict:
     raise InputError(f"{type(pipe).__name__}: guidance cannot be switched off ({'; '.join(tried)})")
 
 
+def count_model_calls(pipe: DiffusionPipeline, **kwargs) -> int:
+    """Return how many samples pass the model in a step of the pipeline, by whichever way it guides."""
+    return sum(_made_up_step(pipe, None, **kwargs)[0])
+
+
 def _made_up_step(pipe: DiffusionPipeline, changed: int | None, **kwargs) -> tuple[list[int], torch.Tensor]:
     """Return the batch size of each model call in a dry step, and the step's velocity (1, ...) in float32.
 

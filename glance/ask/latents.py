@@ -218,6 +218,26 @@ def loop_points(pipe: DiffusionPipeline, advance=lambda: None, **kwargs) -> list
     return points
 
 
+@contextlib.contextmanager
+def final_latents(pipe: DiffusionPipeline):
+    """Yield a list that holds, after a call of the pipeline inside, its final latents (B, ...): what the last step of
+    its scheduler returned or, where it takes none itself, that of a copy of it."""
+    scheduler, steps, ends = pipe.scheduler, type(pipe.scheduler).step, []
+    is_own = False
+
+    @functools.wraps(steps)
+    def keep(stepping, *args, **kwargs):
+        nonlocal is_own
+        output = steps(stepping, *args, **kwargs)
+        is_own = is_own or stepping is scheduler
+        if stepping is scheduler or not is_own:
+            ends[:] = [output[0].clone()]  # some pipelines write into it
+        return output
+
+    with replaced(type(scheduler), "step", keep):
+        yield ends
+
+
 def check_finite(values: torch.Tensor, name: str) -> torch.Tensor:
     """Return the values as they are; raise FloatingPointError where some are NaN or infinite.
 

@@ -131,15 +131,24 @@ def final_latents(
     return walk_branches(velocity, start, sigmas, schedule.branches, lambda index, terms: schedule.coefficients[index])
 
 
-def draw(pipe: DiffusionPipeline, schedule: Schedule, call: dict, seed: int, before_step=lambda index: None, **kwargs):
+def draw(
+    pipe: DiffusionPipeline,
+    schedule: Schedule,
+    call: dict,
+    seed: int,
+    before_step=lambda index: None,
+    keep=lambda latents: None,
+    **kwargs,
+):
     """Return what pipe(**call, **kwargs) returns, drawn on a schedule with branches; `seed` is its generator's.
 
     `schedule.guidance` switches the call's classifier-free guidance off (ask_single_branch). before_step(index) is
-    called before each step's model calls.
+    called before each step's model calls, keep(latents) with the final ones, (1, ...) float32.
     """
     calls = branch_calls(pipe, call, call | schedule.guidance)
     start = starting_latents(pipe, generator=torch.Generator().manual_seed(seed), **calls["prompt"])
     latents = final_latents(pipe, schedule, calls, start, before_step)
+    keep(latents)
     return decoded(pipe, latents, generator=torch.Generator().manual_seed(seed), **calls["prompt"], **kwargs)
 
 

@@ -103,10 +103,11 @@ def save_image(image: Image.Image, path: Path) -> None:
         ) from None
 
 
-def comparison_size(picture: tuple[int, int], columns: int, rows: int) -> tuple[int, int]:
-    """Return (width, height) of a comparison of pictures of this (width, height), all in pixels."""
+def comparison_size(picture: tuple[int, int], columns: int, rows: int, details: int = 1) -> tuple[int, int]:
+    """Return (width, height) of a comparison of pictures of this (width, height), all in pixels, with so many lines of
+    details under each."""
     width, height = _shown_size(picture)
-    return columns * (width + GAP) + GAP, rows * (height + 3 * LINE + GAP) + GAP
+    return columns * (width + GAP) + GAP, rows * (height + (2 + details) * LINE + GAP) + GAP
 
 
 def _shown_size(picture: tuple[int, int]) -> tuple[int, int]:
@@ -116,18 +117,20 @@ def _shown_size(picture: tuple[int, int]) -> tuple[int, int]:
 
 
 def draw_row(row: list[tuple], prompt: str) -> Image.Image:
-    """Return a comparison of one prompt: its (label, image, details) beside each other."""
+    """Return a comparison of one prompt: its (label, image, details) beside each other, details of a line or more."""
     size = row[0][1].size
     font = ImageFont.load_default(16)
     width, height = _shown_size(size)
-    canvas = Image.new("RGB", comparison_size(size, len(row), 1), "white")
+    lines = max(len(details.splitlines()) for _, _, details in row)
+    canvas = Image.new("RGB", comparison_size(size, len(row), 1, lines), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((GAP, GAP), _shortened(prompt, font, canvas.width - 2 * GAP), "black", font)
     for column, (label, image, details) in enumerate(row):
         left, top = GAP + column * (width + GAP), GAP + LINE
         canvas.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top))
         draw.text((left, top + height + 2), label, "black", font)
-        draw.text((left, top + LINE + height), details, "dimgray", font)
+        for number, line in enumerate(details.splitlines(), 1):
+            draw.text((left, top + height + number * LINE), line, "dimgray", font)
     return canvas
 
 

@@ -5,12 +5,14 @@ Asked of the pipeline, before anything is drawn; where steps come from elsewhere
 
 import contextlib
 import dataclasses
+import logging
 
 from diffusers import DiffusionPipeline
 
 from glance.ask import latents as ask_latents
 from glance.ask import sampler as grids
-from glance.ask.guidance import ask_single_branch
+from glance.ask.guidance import ask_single_branch, count_model_calls
+from glance.ask.mixed import count_calls
 from glance.ask.pipeline import replaced
 from glance.ask.schedule import ask_timestep_table, ask_timesteps, has_own_steps
 from glance.command_line import Settings
@@ -19,6 +21,9 @@ from glance.files.recipe import Recipe
 from glance.training.steps import choose_steps
 from glance.training.trajectories import Teacher, choose_sampler
 from glance_utils import InputError, Schedule, derive_timesteps, grid_positions
+
+
+logger = logging.getLogger(__name__)
 
 
 def published_timesteps(pipe: DiffusionPipeline, base_timesteps: list[float]) -> dict[str, list[float]]:
@@ -86,9 +91,22 @@ def base_inference(pipe: DiffusionPipeline, schedule: Schedule):
 
 
 def compared_steps(args, pipe, schedule: Schedule, base_steps: int, call: dict) -> list[int]:
-    """Return how many steps the base draws in, in each of --compare's columns before the last; [] without it."""
+    """Return how many steps the base draws in, in each of --compare's columns of its own; [] without it.
+
+    In the first it walks all of its steps, in the second, of its own schedule, as many as cost about as many model
+    calls as the schedule that is compared.
+    """
     if not args.compare:
         return []
-    walked, steps = len(ask_timesteps(pipe, base_steps, **call)), len(schedule.timesteps)
+    walked = len(ask_timesteps(pipe, base_steps, **call))
+    steps = count_calls(schedule.branches) if schedule.branches else len(schedule.timesteps)
+    calls = steps * count_model_calls(pipe, **call | schedule.guidance)
+    few = max(1, calls // count_model_calls(pipe, **call))
     # A base that ships its own steps cannot be asked for fewer of them.
-    return [walked] if has_own_steps(pipe, steps, **call) else [walked, steps]
+    if has_own_steps(pipe, few, **call):
+        return [walked]
+    try:
+        return [walked, len(ask_timesteps(pipe, few, **call))]
+    except InputError as error:
+        logger.warning(f"--compare leaves out the base at as many model calls: {error}")
+        return [walked]
