@@ -299,9 +299,11 @@ def on_a_real_device(pipe: DiffusionPipeline):
 
     A pipeline takes the device of its first component, which may be the transformer without weights.
     """
-    devices = [getattr(part, "device", None) for part in pipe.components.values()]  # also of freed ones
-    devices = [device for device in devices if isinstance(device, torch.device) and device.type != "meta"]
-    if pipe._execution_device.type != "meta" or not devices:
+    devices = []
+    if pipe._execution_device.type == "meta":
+        devices = [getattr(part, "device", None) for part in pipe.components.values()]  # also of freed ones
+        devices = [device for device in devices if isinstance(device, torch.device) and device.type != "meta"]
+    if not devices:
         yield
         return
     with replaced(type(pipe), "_execution_device", devices[0]):

@@ -185,9 +185,9 @@ def unquoted(value) -> str:
 def check_flags(saved: dict, now: dict) -> None:
     """Raise check_settings' errors for what is set before the base is loaded; `now` is run_settings without a recipe.
 
-    What is left to the base is None in it, but for --grid auto.
+    What is left to the base is None in it, or auto; a grid is the recipe's.
     """
-    set_before = {key: value for key, value in now.items() if value is not None and key != "grid"}
+    set_before = {key: value for key, value in now.items() if value not in (None, "auto") and key != "grid"}
     check_settings({key: value for key, value in saved.items() if key in set_before}, set_before)
 
 

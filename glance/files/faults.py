@@ -25,9 +25,10 @@ from glance_utils import InputError
 STARTED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 TRAJECTORIES = "trajectories.safetensors"  # what the base drew before training
 LOSSES = "loss.csv"
+CALLS = "calls.csv"  # errors over numbers of model calls
 # As atomic.replace_file names what it has not yet renamed.
 LEFTOVER = re.compile(
-    rf"\.({'|'.join(map(re.escape, (WEIGHT_NAME, STATE_NAME, TRAJECTORIES, LOSSES)))}"
+    rf"\.({'|'.join(map(re.escape, (WEIGHT_NAME, STATE_NAME, TRAJECTORIES, LOSSES, CALLS)))}"
     r"|README\.md|\w+\.(json|png))\.\d+"
 )
 

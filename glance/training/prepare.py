@@ -25,15 +25,15 @@ from glance.ask import pipeline as ask
 from glance.ask import prompts as ask_prompts
 from glance.ask.components import denoiser_name
 from glance.ask.guidance import ask_single_branch
-from glance.ask.mixed import branch_calls
+from glance.ask.mixed import branch_calls, count_calls
 from glance.ask.prompt_lengths import PromptLengths
 from glance.ask.schedule import ask_timestep_table
 from glance.ask.velocity import PipelineVelocity, check_instantaneous, check_memoryless, takes_batches, takes_timesteps
 from glance.command_line import Settings
 from glance.encoders import free_memory, place_encoders
-from glance.training import distribution, estimate, losses, out_of_memory, stages, summary
+from glance.training import calls_chart, distribution, estimate, losses, out_of_memory, stages, summary
 from glance.training.draws import Draw
-from glance.training.search import Trials, find_sampler
+from glance.training.search import Shipped, Trials, ask_shipped, find_sampler, sizes_at_once
 from glance.training.steps import Steps, choose_steps, pick_steps, warn_of_shares
 from glance.training.trajectories import Teacher, Trajectories, check_can_draw, draw_trajectories, saved_or_drawn
 from glance_utils import InputError, denoiser
@@ -64,6 +64,8 @@ class Answers:
     preview_call: dict  # one of the two: what inference will call
     timesteps: list[float]  # all of the base's own, 0..1000
     timestep_table: list[list[float]] | None  # what its model is told at them (ask_timestep_table)
+    shipped: dict[int, Shipped | None]  # search.ask_shipped's, where a number of model calls is asked for
+    at_once: dict[str, list[int]]  # how many pictures of a prompt each branch may be asked for, likewise
     layout: ask_latents.LatentLayout
     image_latents: torch.Tensor | None  # (1, ...) float32; None where there is no image
     noise_scale: float  # how much stronger than standard normal its noise is
@@ -236,11 +238,14 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
     train_calls = [train_call, single_call] if args.flow_weight else [train_call]
     sizes = batch_sizes(args.train_batch_size, args.timesteps_per_step, mixed, batched)
     branches = branch_calls(pipe, call, single_call)
+    shipped, at_once = {}, {}
     if args.guidance == "mix":
-        sizes = sorted({1, args.train_batch_size, args.num_trajectories % args.train_batch_size or 1})
-        train_calls = [branches["prompt"]]
+        shipped = ask_shipped(pipe, args, len(timesteps), call, "negative" in branches, len(captions))
+        batched = all(takes_batches(pipe, **branch) for branch in branches.values())
+        at_once = sizes_at_once(args, branches, len(captions), layout.latents_shape if batched else None)
+        train_calls, sizes = [branches["prompt"]], at_once["prompt"]
         if negative := branches.get("negative"):
-            remember_captions(pipe, [negative["prompt"]], negative, [negative], sizes)
+            remember_captions(pipe, [negative["prompt"]], negative, [negative], at_once["negative"])
     remember_captions(pipe, captions, call, train_calls, sizes)
     preview_call = previewed_call(args, call, single_call)
     single = branches["prompt"] if args.guidance == "mix" else preview_call
@@ -260,6 +265,8 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
         preview_call=preview_call,
         timesteps=timesteps,
         timestep_table=timestep_table,
+        shipped=shipped,
+        at_once=at_once,
         layout=layout,
         image_latents=latents,
         noise_scale=noise_scale,
@@ -296,15 +303,19 @@ def learn_from_base(accelerator, prepared: Prepared, base: str) -> Prepared:
     teacher = Teacher(prepared.models.pipe, answers.timesteps, answers.timestep_table, answers.call)
     if settings.guidance == "mix":
         model = PipelineVelocity(prepared.models.pipe, answers.timestep_table, takes_batches=answers.takes_batches)
-        trials = Trials(model, answers.branch_calls, teacher.sigmas, settings.train_batch_size)
-        draw = functools.partial(find_sampler, settings, teacher, trials, captions=prepared.captions)
+        trials = Trials(model, answers.branch_calls, teacher.sigmas, answers.at_once)
+        draw = functools.partial(find_sampler, settings, teacher, trials, answers.shipped, captions=prepared.captions)
     else:
         draw = functools.partial(draw_trajectories, settings, accelerator, teacher, prepared.captions)
     drawn = saved_or_drawn(settings, teacher, base, prepared.captions, draw)
     latents, steps = prepared.latents, prepared.steps
     if latents is None:
         latents = drawn.picture.to(accelerator.device)
+    if drawn.curve:
+        calls_chart.say_curve(drawn.curve, len(teacher.timesteps))
+        calls = count_calls(drawn.branches)  # that auto has come to
+        settings = settings.replace(num_model_calls=calls, num_inference_steps=min(calls, len(teacher.timesteps)))
     if not settings.flow_custom_timesteps:
         picked = drawn.positions, drawn.grid, drawn.coefficients, drawn.branches
         steps = pick_steps(settings.custom_timesteps, answers.timesteps, *picked)
-    return dataclasses.replace(prepared, steps=steps, latents=latents, trajectories=drawn)
+    return dataclasses.replace(prepared, settings=settings, steps=steps, latents=latents, trajectories=drawn)

@@ -4,12 +4,15 @@ A plan says it: the step of each call and the branches that are called there. Fo
 its own path to the base's points, on the trajectories of one half of the captions; where it ends on those of the
 other half says how good it is. Trying goes on from the best plans so far, until it has cost as many model calls as
 drawing the trajectories did. The weights of the best plan are then fitted on all of them.
+
+Before, a few numbers of calls are measured by plans to begin with, beside what the base as shipped comes to in as
+many: a curve, from which --num_model_calls auto takes its number.
 """
 
+import contextlib
 import itertools
 import logging
 import random
-from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
@@ -17,10 +20,13 @@ from tqdm.auto import tqdm
 
 from glance.ask import sampler as grids
 from glance.ask.mixed import count_calls, normal_equations, solve_weights, walk_branches
+from glance.ask.schedule import ask_timestep_table, ask_timesteps, has_own_steps
 from glance.ask.velocity import PipelineVelocity
 from glance.training import distribution, stages
-from glance.training.trajectories import Teacher, Trajectories, list_jobs
-from glance_utils import grid_positions
+from glance.training.examples import Examples, distance, draw_examples, filled
+from glance.training.own_defaults import FEW_CALLS
+from glance.training.trajectories import Teacher, Trajectories
+from glance_utils import InputError, grid_positions
 
 
 logger = logging.getLogger(__name__)
@@ -36,7 +42,12 @@ FOUND = {
     14: "P1 N4 P5 N9 B15 P21 N30 B33 B43 N47 P48",
     20: "B1 B3 N7 P8 B13 B15 P22 N25 B30 B38 B45 B49",
 }
+AT_ONCE = (1, 2, 4, 8, 16)  # pictures that are asked for at once,
+LARGEST = 2**18  # as far as their latents have no more numbers: those of FLUX.1 at 1024x1024
 SURVIVORS = 4  # plans that are changed to get the next
+CURVE = (4, 6, 8, 10, 14, 20, 28, 40)  # numbers of calls that are measured
+MOST_MEASURED, MOST_PLANS = 16, 3  # trajectories and plans, for each of these
+Shipped = tuple[list[float], list[list[float]] | None]  # timesteps and timestep_table of the base's own few steps
 
 
 def written(plan: Plan) -> str:
@@ -50,32 +61,59 @@ def read_plan(text: str, steps: int) -> Plan:
     return tuple(((round((int(word[1:]) - 1) * (steps - 1) / 49)), LETTERS[word[0]]) for word in text.split())
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Trajectories of the base that this process tries plans on, those of a caption side by side."""
+def sizes_at_once(args, branches: dict, captions: int, shape: torch.Size | None) -> dict[str, list[int]]:
+    """Return how many pictures of a prompt each of the branches may be asked for at once: 1, --train_batch_size and,
+    as any number is made up of them, powers of two, as far as their latents are together no larger than one picture's
+    of 1024x1024.
 
-    captions: list[str]  # of each of them
-    points: torch.Tensor  # (trajectories, steps + 1, ...) float32 on the CPU
-    fitted: torch.Tensor  # (trajectories,) bool: in the half on which weights are fitted
-    own: int  # so many are this process's; others fill its share up, so that a sharded base computes on all
+    `shape` is that of a picture's latents (1, ...), None where the pipeline takes one at a time.
+    """
+    if shape is None:
+        return {branch: [1] for branch in branches}
+    room = LARGEST // shape.numel()
+    most = {"prompt": args.num_trajectories, "negative": captions * args.num_trajectories}
+    powers = {branch: {size for size in AT_ONCE if size <= min(room, most[branch])} for branch in branches}
+    return {branch: sorted({1, args.train_batch_size} | sizes) for branch, sizes in powers.items()}
+
+
+def batches_of(count: int, sizes: list[int]) -> list[int]:
+    """Return as few of the sizes, 1 among them, as make up the count, the largest first."""
+    batches = []
+    while count:
+        batches.append(max(size for size in sizes if size <= count))
+        count -= batches[-1]
+    return batches
 
 
 class Trials:
     """A base on which plans are tried."""
 
-    def __init__(self, model: PipelineVelocity, calls: dict[str, dict], sigmas: list[float], batch_size: int):
-        """`calls` are branch_calls', `sigmas` the base's own with the 0 at the end; so many pictures of a caption are
-        asked for at once."""
-        self.model, self.calls, self.sigmas, self.batch_size = model, calls, sigmas, batch_size
+    def __init__(
+        self, model: PipelineVelocity, calls: dict[str, dict], sigmas: list[float], sizes: dict[str, list[int]]
+    ):
+        """`calls` are branch_calls', `sigmas` the base's own with the 0 at the end, `sizes` sizes_at_once's."""
+        self.model, self.calls, self.sigmas, self.sizes = model, calls, sigmas, sizes
+
+    @property
+    def guided(self) -> bool:
+        """Return whether there is a negative branch."""
+        return "negative" in self.calls
+
+    @property
+    def most_calls(self) -> int:
+        """Return how many model calls the base's own steps are."""
+        return (len(self.sigmas) - 1) * (2 if self.guided else 1)
 
     def velocity(self, captions: list[str], branch: str, latents: torch.Tensor, sigma: float) -> torch.Tensor:
         """Return a branch's velocities (B, ...) float32 at latents (B, ...) of these captions, on the CPU."""
         prompts = captions if branch == "prompt" else [self.calls[branch]["prompt"]] * len(captions)
         velocities = []
         for prompt, run in itertools.groupby(range(len(latents)), prompts.__getitem__):
-            for rows in torch.tensor(list(run)).split(self.batch_size):
+            rows = list(run)
+            for size in batches_of(len(rows), self.sizes[branch]):
                 call = self.calls[branch] | {"prompt": prompt}
-                velocities.append(self.model(latents[rows], sigma, **call).float().cpu())
+                velocities.append(self.model(latents[rows[:size]], sigma, **call).float().cpu())
+                del rows[:size]
         return torch.cat(velocities)
 
     @torch.no_grad()
@@ -85,7 +123,7 @@ class Trials:
         positions, branches = zip(*plan)
         ends = [*positions[1:], len(self.sigmas) - 1]
         sigmas = [self.sigmas[position] for position in (*positions, ends[-1])]
-        rows = rows & (torch.arange(len(rows)) < examples.own)
+        rows = rows & examples.own_rows()
         weights = []
 
         def velocity(index, branch, latents):
@@ -104,45 +142,102 @@ class Trials:
     def error(self, plan: Plan, examples: Examples, folds: tuple[bool, ...]) -> float:
         """Return how far from the base's own ends the plan ends, in the mean over `folds`: fitted on one half of the
         captions, measured on the other."""
-        off = size = 0.0
-        for fold in folds:
-            rows = examples.fitted == fold
-            _, ends = self.fit(plan, examples, rows)
-            measured = ~rows & (torch.arange(len(rows)) < examples.own)
-            exact = examples.points[measured, -1].double()
-            parts = distribution.gather_on_host(((ends[measured] - exact).square().sum(), exact.square().sum()))
-            off, size = off + sum(part for part, _ in parts), size + sum(part for _, part in parts)
-        error = float((off / size) ** 0.5)
-        return error if error == error else float("inf")
+        return distance(examples, [(self.fit(plan, examples, examples.fitted == half)[1], half) for half in folds])
 
 
-def draw_examples(args, teacher: Teacher, captions: list[str]) -> Examples:
-    """Let the base draw --num_trajectories of each caption, each on one process, and return this process's."""
-    state, jobs, points = PartialState(), list_jobs(args, captions), {}
-    numbers = list(range(len(jobs)))
+def ask_shipped(pipe, args, steps: int, call: dict, guided: bool, captions: int) -> dict[int, Shipped | None]:
+    """Return the schedule that the pipeline itself takes for so many calls, None where it has none, for each number of
+    calls that is measured: those of CURVE and --num_model_calls that its `steps` can take.
 
-    def draw(number: int, advance) -> None:
-        points[number] = torch.cat(teacher.draw(*jobs[number], advance=advance))
+    With guidance, `guided`, each of its steps is two calls. A base that ships a list of its own steps has no other
+    schedule. Raise InputError where the number that is asked for is not among them, or auto has none to choose from
+    on so many captions.
+    """
+    most, calls = steps * (2 if guided else 1), args.num_model_calls
+    possible = sorted(number for number in {*CURVE, *([] if calls == "auto" else [calls])} if number <= most)
+    these = f"--num_model_calls {calls}: the {steps} steps of this {type(pipe).__name__} are {most} model calls"
+    if calls == "auto" and not set(possible) - not_told(possible, captions):
+        raise InputError(f"{these}, too few to choose from{'' if captions > 1 else ' on one caption'}; give a number")
+    if calls != "auto" and calls > most:
+        raise InputError(f"{these}; give {most} at most")
+    shipped, fixed = dict.fromkeys(possible), has_own_steps(pipe, steps, **call)
+    for number in [] if fixed else possible:
+        few = number // 2 if guided else number
+        with contextlib.suppress(InputError):  # with so few steps it walks no schedule of one after another
+            shipped[number] = ask_timesteps(pipe, few, **call), ask_timestep_table(pipe, few, **call)
+    return shipped
 
-    stages.enter("drawing")
-    distribution.share(numbers, draw, "drawing", len(teacher.timesteps))
-    own = numbers[state.process_index :: state.num_processes]
-    share = -(-len(jobs) // state.num_processes) if distribution.is_sharded() else len(own)
-    rows = own + [max(points)] * (share - len(own))
-    # Of several captions every other one is fitted on, of a single one the first half of its trajectories.
-    seeds = args.num_trajectories
-    fitted = [row // seeds % 2 == 0 if captions[1:] else row < seeds / 2 for row in rows]
-    points = torch.stack([points[row] for row in rows])
-    return Examples([jobs[row][0] for row in rows], points, torch.tensor(fitted), len(own))
+
+def not_told(numbers: list[int], captions: int) -> set[int]:
+    """Return the numbers of calls of which so many captions do not tell what is best for others."""
+    return {number for number in numbers if captions == 1 and number < FEW_CALLS}
 
 
-def find_sampler(args, teacher: Teacher, trials: Trials, digest: str, captions: list[str]) -> Trajectories:
-    """Return the sampler of --num_model_calls that was found, with where the base's trajectories begin and end."""
+def shipped_error(teacher: Teacher, shipped: Shipped, examples: Examples) -> float:
+    """Return how far from the base's own ends it ends on another schedule of its own, over the half of the captions
+    that plans are measured on."""
+    timesteps, table = shipped
+    ends = examples.points[:, -1].clone()
+    for row in filled((~examples.fitted & examples.own_rows()).nonzero().flatten().tolist()):
+        call = teacher.call | {"prompt": examples.captions[row]}
+        ends[row] = grids.walk(teacher.pipe, timesteps, table, examples.seeds[row], **call)[-1]
+    return distance(examples, [(ends, True)])
+
+
+def measure_curve(
+    teacher: Teacher, trials: Trials, examples: Examples, shipped: dict[int, Shipped | None], left_out: set[int]
+) -> list[list]:
+    """Return [calls, error as shipped, error calibrated] for each number of calls of `shipped`, which is ask_shipped's
+    answer; an error is None where there is none to say.
+
+    Calibrated is the best of a few of first_plans, but for the numbers that are left out. At most MOST_MEASURED
+    trajectories are tried on, half of them to fit and half to measure, and as many plans, MOST_PLANS at most, as let
+    all of it cost about as many calls as drawing all of the trajectories did.
+    """
+    few, points, none = examples.some(MOST_MEASURED), examples.to_begin_with(), float("inf")
+    known = few.all_own()
+    measured = sum(not fitted for _, fitted in known)
+    share = len(examples.all_own()) * trials.most_calls / len(shipped)  # of the calls, for each number
+    curve, hidden = [], not PartialState().is_local_main_process
+    for calls, schedule in tqdm(shipped.items(), desc="measuring numbers of calls", delay=1, disable=hidden):
+        tries = min(max(int((share - calls * measured) / (calls * len(known))), 1), MOST_PLANS)
+        plans = [] if calls in left_out else first_plans(calls, points, trials.sigmas, trials.guided)[:tries]
+        plans = distribution.gather_on_host(plans)[0]
+        own = shipped_error(teacher, schedule, few) if schedule else none
+        calibrated = min((trials.error(plan, few, (True,)) for plan in plans), default=none)
+        curve.append([calls, *(None if error == none else error for error in (own, calibrated))])
+    return distribution.gather_on_host(curve)[0]
+
+
+def choose_calls(curve: list, target: float) -> int:
+    """Return the fewest calls of the curve whose calibrated error is below the target; where none is, say so and
+    return those with the least."""
+    told = [(error, calls) for calls, _, error in curve if error is not None]
+    enough = [calls for error, calls in told if error < target]
+    if enough:
+        logger.info(f"  {min(enough)} model calls are the fewest with an error below {target:g}")
+        return min(enough)
+    error, calls = min(told)
+    logger.warning(
+        f"--target_error {target:g}: no number of model calls that was tried comes so near; {calls} come nearest, "
+        f"with {error:.4f}"
+    )
+    return calls
+
+
+def find_sampler(
+    args, teacher: Teacher, trials: Trials, shipped: dict[int, Shipped | None], digest: str, captions: list[str]
+) -> Trajectories:
+    """Return the sampler of --num_model_calls that was found, with where the base's trajectories begin and end.
+
+    `shipped` is ask_shipped's answer.
+    """
     examples = draw_examples(args, teacher, captions)
     stages.enter("choosing")
-    steps, calls, guided = len(teacher.timesteps), args.num_model_calls, "negative" in trials.calls
-    tries = args.num_plans or max(1, steps * (2 if guided else 1) // calls)
-    plan, _ = find_plan(trials, examples, calls, tries, guided, args.seed)
+    steps, calls = len(teacher.timesteps), args.num_model_calls
+    curve = measure_curve(teacher, trials, examples, shipped, {calls} | not_told(list(shipped), len(captions)))
+    calls = choose_calls(curve, args.target_error) if calls == "auto" else calls
+    plan, _ = find_plan(trials, examples, calls, args.num_plans or max(1, trials.most_calls // calls), args.seed)
     error = trials.error(plan, examples, (True, False))
     weights, _ = trials.fit(plan, examples, torch.ones_like(examples.fitted))
     logger.info(f"  {calls} model calls: error {error:.4f} to {steps} steps, {written(plan)}")
@@ -152,9 +247,18 @@ def find_sampler(args, teacher: Teacher, trials: Trials, digest: str, captions: 
     both = torch.stack([shares[index % count][index // count] for index in range(number)])
     both = both.unflatten(0, (len(captions), -1))
     ends = [teacher.sigmas[position] for position in positions] + [0.0]
-    lengths = [high - low for high, low in zip(ends, ends[1:])]
     return Trajectories(
-        digest, "mix", positions, lengths, weights, branches, error, both[0, 0, 1:], both[:, :, :1], both[:, :, 1:]
+        digest=digest,
+        grid="mix",
+        positions=positions,
+        lengths=[high - low for high, low in zip(ends, ends[1:])],
+        coefficients=weights,
+        branches=branches,
+        error=error,
+        curve=[[*row[:2], error] if row[0] == calls else row for row in curve],
+        picture=both[0, 0, 1:],
+        starts=both[:, :, :1],
+        targets=both[:, :, 1:],
     )
 
 
@@ -232,15 +336,13 @@ def changed(plan: Plan, steps: int, guided: bool, choice: random.Random) -> Plan
     return tuple((position, branches) for position, branches in plan)
 
 
-def find_plan(
-    trials: Trials, examples: Examples, calls: int, tries: int, guided: bool, seed: int
-) -> tuple[Plan, float]:
+def find_plan(trials: Trials, examples: Examples, calls: int, tries: int, seed: int) -> tuple[Plan, float]:
     """Return the best of so many plans, tried on the examples, and its error.
 
     All processes try the same ones. The same arguments find the same plan.
     """
-    steps, choice = len(trials.sigmas) - 1, random.Random(seed)
-    first = first_plans(calls, list(examples.points.unbind(1)), trials.sigmas, guided)
+    steps, guided, choice = len(trials.sigmas) - 1, trials.guided, random.Random(seed)
+    first = first_plans(calls, examples.to_begin_with(), trials.sigmas, guided)
     first = distribution.gather_on_host(first)[0]
     ranked, tried = [], set()
     hidden = not PartialState().is_local_main_process

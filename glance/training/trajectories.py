@@ -22,12 +22,14 @@ from glance.ask.velocity import PipelineVelocity
 from glance.files import faults
 from glance.files.atomic import replace_file
 from glance.files.checkpoints import NOT_COMPARED, NOT_DRAWN
+from glance.files.recipe import is_number
 from glance.training import distribution, stages
+from glance.training.calls_chart import write_curve
 from glance_utils import InputError, __version__, denoiser, grid_positions, segment_slopes, timesteps_to_sigmas
 
 
 logger = logging.getLogger(__name__)
-FORMAT = 4  # of the file, and of how its content is made; one of another format is drawn again
+FORMAT = 5  # of the file, and of how its content is made; one of another format is drawn again
 MOST_FITTED = 4  # trajectories that tell the sampler; the grid of one alone varies by a tenth in what it loses
 
 
@@ -44,6 +46,7 @@ class Trajectories:
     )  # of the fitted solver, [a, c] for each kept step; of branches, their weights
     branches: list[str] | None  # that each kept step calls, where they are mixed (glance/ask/mixed.py)
     error: float | None  # of the sampler to all steps, on another trajectory; None where there was nothing to choose
+    curve: list[list] | None  # search.measure_curve's, where a number of model calls was asked for
     picture: torch.Tensor  # (1, ...) float32 on the CPU, where the first ends: what the base draws of its caption
     starts: torch.Tensor  # (captions, seeds, steps, ...) float32 on the CPU, the points at the kept steps
     targets: torch.Tensor  # the same shape: the velocities that lead from each of them to the next
@@ -208,7 +211,7 @@ def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str], 
     starts, targets = (torch.stack(part)[:, :, 0].unflatten(0, (len(captions), seeds)) for part in zip(*learned))
     ends = [teacher.sigmas[position] for position in positions] + [0.0]
     lengths = [high - low for high, low in zip(ends, ends[1:])]
-    return Trajectories(digest, grid, positions, lengths, coefficients, None, error, picture, starts, targets)
+    return Trajectories(digest, grid, positions, lengths, coefficients, None, error, None, picture, starts, targets)
 
 
 def settings_digest(args, teacher: Teacher, base: str, captions: list[str]) -> str:
@@ -227,12 +230,21 @@ def settings_digest(args, teacher: Teacher, base: str, captions: list[str]) -> s
 
 
 def save(directory: Path, trajectories: Trajectories) -> None:
-    """Write them where the next run of the same settings finds them."""
+    """Write them where the next run of the same settings finds them, and calls.csv and calls.png of their curve."""
     tensors = {name: getattr(trajectories, name).contiguous() for name in ("picture", "starts", "targets")}
-    names = ("grid", "positions", "lengths", "coefficients", "branches", "error")
+    names = ("grid", "positions", "lengths", "coefficients", "branches", "error", "curve")
     sampler = {name: getattr(trajectories, name) for name in names}
     content = save_tensors(tensors, {"digest": trajectories.digest, "sampler": json.dumps(sampler)})
     replace_file(directory / faults.TRAJECTORIES, lambda temporary: temporary.write_bytes(content))
+    write_curve(directory, trajectories.curve)
+
+
+def is_curve(value) -> bool:
+    """Return whether it is None or rows of a number of calls and two errors, of which each may be None."""
+    return value is None or all(
+        type(calls) is int and calls > 0 and all(error is None or is_number(error) for error in (shipped, calibrated))
+        for calls, shipped, calibrated in value
+    )
 
 
 def load(path: Path, digest: str) -> Trajectories | None:
@@ -243,6 +255,7 @@ def load(path: Path, digest: str) -> Trajectories | None:
             if header.get("digest") != digest:
                 return None
             tensors = {name: file.get_tensor(name) for name in ("picture", "starts", "targets")}
-            return Trajectories(digest, **json.loads(header["sampler"]), **tensors)
+            drawn = Trajectories(digest, **json.loads(header["sampler"]), **tensors)
+            return drawn if is_curve(drawn.curve) else None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
