@@ -240,6 +240,11 @@ def find_sampler(
     plan, _ = find_plan(trials, examples, calls, args.num_plans or max(1, trials.most_calls // calls), args.seed)
     error = trials.error(plan, examples, (True, False))
     weights, _ = trials.fit(plan, examples, torch.ones_like(examples.fitted))
+    told = next(calibrated for number, _, calibrated in curve if number == calls)
+    if told is not None and told < (args.target_error or 0) <= error:  # told by fewer captions
+        logger.warning(
+            f"--target_error {args.target_error:g}: on all captions {calls} model calls come to {error:.4f}"
+        )
     logger.info(f"  {calls} model calls: error {error:.4f} to {steps} steps, {written(plan)}")
     positions, branches = map(list, zip(*plan))
     shares = distribution.gather_on_host(examples.points[: examples.own, [0, -1]])
