@@ -1,0 +1,199 @@
+"""The endpoint loss: weights of mixed branches and both LoRAs, trained on where a picture ends."""
+
+import json
+
+import pytest
+import torch
+from conftest import picture_distance
+from diffusers import DiffusionPipeline
+from peak_memory import allocated, small_flux
+from PIL import Image
+from test_train import lora, recipe_of
+
+from glance.adapters import fresh_lora, lora_layers, with_adapters
+from glance.ask import pipeline as ask
+from glance.ask.guidance import ask_single_branch
+from glance.ask.mixed import branch_calls
+from glance.ask.velocity import PipelineVelocity
+from glance.files.sampler import read_sampler
+from glance.training import endpoint
+from glance_utils import PHASES, InputError, Schedule, activate_adapter
+
+
+TERMS = 8
+SHORT = {"num_model_calls": 4, "num_base_steps": 8, "num_plans": 1, "num_trajectories": 1, "instance_image": None}
+SHORT |= {"max_train_steps": 4, "learning_rate": 3e-2, "guidance_scale": 3}
+
+
+@pytest.fixture
+def prompts(tmp_path) -> str:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red ring\na blue square\n")
+    return path
+
+
+def ends_of(pipe, branches: list[str], guidance_scale: float | None = 3) -> tuple[endpoint.Ends, torch.Tensor]:
+    """Where the pipeline's walk of these branches ends, with a LoRA for each phase, and noise to begin with."""
+    call = ask.call_arguments(pipe, "a red ring", 32, 32, guidance_scale, {})
+    calls = branch_calls(pipe, call, call | ask_single_branch(pipe, **call))
+    transformer = with_adapters(pipe.transformer).requires_grad_(False)
+    layers = lora_layers(transformer)
+    for number, phase in enumerate(PHASES):
+        shape = {"r": 4, "lora_alpha": 4, "lora_dropout": 0.0}
+        fresh_lora(transformer, phase, layers, torch.device("cpu"), number, **shape)
+    parameters = {name: part for name, part in transformer.named_parameters() if ".lora_" in name}
+    generator = torch.Generator().manual_seed(0)
+    for part in parameters.values():
+        part.data.normal_(0, 0.1, generator=generator)
+
+    def switch(phase: str) -> None:
+        activate_adapter(transformer, phase)
+        for part in parameters.values():
+            part.requires_grad_(True)
+
+    switch("slow")
+    sigmas = torch.linspace(1, 0.1, len(branches)).tolist()
+    half = -(-len(branches) // 2)
+    phases = {"slow": [1000 * sigma for sigma in sigmas[:half]], "fast": [1000 * sigma for sigma in sigmas[half:]]}
+    weights = torch.randn(len(branches), TERMS, generator=generator) / 4
+    schedule = Schedule(phases, coefficients=weights.tolist(), branches=branches)
+    ends = endpoint.Ends(PipelineVelocity(pipe), schedule, calls, switch)
+    start = torch.randn(2, *ask_shape(pipe, call), generator=generator)
+    return ends, start
+
+
+def ask_shape(pipe, call) -> torch.Size:
+    from glance.ask.mixed import starting_latents
+
+    return starting_latents(pipe, **call).shape[1:]
+
+
+def gradients(ends: endpoint.Ends, start: torch.Tensor, recompute: bool) -> dict[str, torch.Tensor]:
+    ends.zero_grad()
+    ends(start, "a red ring", recompute).square().mean().backward()
+    return {name: part.grad.clone() for name, part in ends.named_parameters() if part.grad is not None}
+
+
+@pytest.mark.parametrize("base", ["sd3", "qwen"])
+def test_recomputed_calls_give_the_gradients_of_the_unrolled_walk(base, pipelines):
+    pipe = DiffusionPipeline.from_pretrained(pipelines[base])
+    ends, start = ends_of(
+        pipe, ["prompt", "both", "prompt", "prompt"] if base == "qwen" else ["prompt", "negative", "both"]
+    )
+    if base == "qwen":  # without a negative prompt it has no guidance
+        assert list(ends.calls) == ["prompt"]
+        ends.schedule = Schedule(
+            ends.schedule.phases, coefficients=ends.schedule.coefficients, branches=["prompt"] * 4
+        )
+    kept, recomputed = (gradients(ends, start, recompute) for recompute in (False, True))
+    assert kept.keys() == recomputed.keys()
+    for phase in PHASES:
+        of_phase = [name for name in kept if f".{phase}." in name]
+        reached = [bool(kept[name].abs().max() > 0) for name in of_phase]
+        assert sum(reached) > len(reached) / 2  # the last block's text is not looked at
+    for name, gradient in kept.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
+
+
+def test_the_gradient_is_the_slope_of_the_loss(pipelines):
+    ends, start = ends_of(DiffusionPipeline.from_pretrained(pipelines["sd3"]), ["both", "prompt", "negative"])
+    slope = gradients(ends, start, True)["weights"][1, 0].item()
+    losses = []
+    for change in (-1e-2, 1e-2):
+        with torch.no_grad():
+            ends.weights[1, 0] += change
+            losses.append(ends(start, "a red ring", False).double().square().mean().item())
+            ends.weights[1, 0] -= change
+    assert (losses[1] - losses[0]) / 2e-2 == pytest.approx(slope, rel=1e-2)
+
+
+def test_many_calls_take_hardly_more_memory_than_two(pipelines):
+    peaks = {}
+    for calls in (2, 10):
+        transformer = small_flux(num_layers=1, num_single_layers=2)
+        pipe = DiffusionPipeline.from_pretrained(pipelines["flux"], transformer=transformer)
+        ends, start = ends_of(pipe, ["prompt"] * calls, None)
+        with allocated() as found:
+            gradients(ends, start, True)
+        peaks[calls] = found["peak"]
+    assert peaks[10] < 1.1 * peaks[2]
+
+
+def test_both_loras_and_the_weights_are_trained_written_and_drawn_with(train, infer, prompts):
+    output = train("sd3", prompts_file=prompts, **SHORT)
+    found, sampler = json.loads(header(output)["sampler"]), read_sampler(output)
+    assert sampler.branches == found["branches"] and sampler.error is None
+    assert sampler.coefficients != found["coefficients"]
+    pieces = [recipe_of(output / phase) for phase in PHASES]
+    assert sum((piece.coefficients for piece in pieces), []) == sampler.coefficients
+    assert sum((piece.branches for piece in pieces), []) == sampler.branches
+    for phase in PHASES:
+        values = {name: value for name, value in lora(output / phase).items() if "lora_B" in name}
+        trained = [bool(value.abs().max() > 0) for value in values.values()]
+        assert sum(trained) > len(trained) / 2  # the last block's text is not looked at
+    drawn = infer("sd3", lora=output, prompt="a red ring")
+    assert picture_distance(output / "glance.png", drawn) <= 1
+    without = infer("sd3", sampler=output, prompt="a red ring", output=drawn.with_name("without.png"))
+    assert picture_distance(without, drawn) > 1
+    assert Image.open(drawn).size == (32, 32)
+
+
+def test_the_loss_falls(train, prompts):
+    output = train("sd3", prompts_file=prompts, **SHORT | {"max_train_steps": 30, "learning_rate": 1e-2})
+    losses = [float(line.rsplit(",", 1)[1]) for line in (output / "loss.csv").read_text().splitlines()[1:]]
+    assert len(losses) == 30
+    assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(train, prompts, tmp_path):
+    whole = train("sd3", prompts_file=prompts, checkpointing_steps=2, lora_dropout=0.1, **SHORT)
+    again = tmp_path / "again"
+    settings = SHORT | {"output_dir": again, "resume_from_checkpoint": whole / "checkpoint-2"}
+    train("sd3", prompts_file=prompts, lora_dropout=0.1, **settings)
+    for phase in PHASES:
+        first, second = lora(whole / phase), lora(again / phase)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (whole / "sampler.json").read_text() == (again / "sampler.json").read_text()
+    assert (whole / "loss.csv").read_text() == (again / "loss.csv").read_text()
+
+
+def test_a_finished_run_is_not_trained_again(train, prompts, caplog):
+    output = train("sd3", prompts_file=prompts, **SHORT)
+    before = {path: path.read_bytes() for path in output.rglob("*.safetensors")} | {
+        output / "sampler.json": (output / "sampler.json").read_bytes()
+    }
+    caplog.clear()
+    train("sd3", prompts_file=prompts, resume_from_checkpoint="latest", **SHORT)
+    assert "training both phases" not in caplog.text.lower()
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_coefficients_alone_are_trained_without_loras(train, infer, prompts):
+    output = train("sd3", prompts_file=prompts, train_coefficients_only=True, **SHORT)
+    assert not list(output.rglob("pytorch_lora_weights.safetensors"))
+    found, sampler = json.loads(header(output)["sampler"]), read_sampler(output)
+    assert sampler.coefficients != found["coefficients"]
+    assert Image.open(infer("sd3", sampler=output, prompt="a red ring")).size == (32, 32)
+
+
+@pytest.mark.parametrize("wrong", ["a phase is missing", "another rank"])
+def test_a_checkpoint_of_another_run_is_refused(wrong, train, prompts, tmp_path):
+    output = train("sd3", prompts_file=prompts, checkpointing_steps=2, **SHORT)
+    path = output / "checkpoint-2" / "training_state.pt"
+    state = torch.load(path, weights_only=True)
+    if wrong == "a phase is missing":
+        state["lora"] = {name: value for name, value in state["lora"].items() if name.startswith("slow.")}
+    else:
+        state["lora"] = {name: torch.zeros(3, *value.shape[1:]) for name, value in state["lora"].items()}
+    torch.save(state, path)
+    settings = SHORT | {"output_dir": tmp_path / "again", "resume_from_checkpoint": output / "checkpoint-2"}
+    with pytest.raises(InputError, match="--resume_from_checkpoint: its LoRA"):
+        train("sd3", prompts_file=prompts, **settings)
+
+
+def header(output) -> dict:
+    from safetensors import safe_open
+
+    with safe_open(output / "trajectories.safetensors", "pt") as file:
+        return file.metadata()
