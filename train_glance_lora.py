@@ -20,7 +20,6 @@ if __name__ == "__main__":
     summary.begin(settings)
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import signal
@@ -42,11 +41,10 @@ from glance.files.checkpoints import save_checkpoint, with_run
 from glance.files.instance_data import load_pair
 from glance.files.lora import save_lora
 from glance.files.pictures import save_png
-from glance.files.recipe import WEIGHT_NAME, read_recipe
 from glance.training import distribution, launcher, losses, out_of_memory, own_defaults, stages, trackers, trajectories
 from glance.training.draw_command import draw_command
 from glance.training.dry_run import dry_run
-from glance.training.endpoint import train_endpoint
+from glance.training.endpoint import train_together
 from glance.training.fit import estimate_settings, resolve
 from glance.training.log import LossLog, check_finite, join_losses, read_losses, write_losses
 from glance.training.model_card import create_hub_repo, draw_preview, push_to_hub, write_model_card
@@ -183,7 +181,7 @@ def train_phases(args, accelerator, prepared: Prepared, phases: list[Phase], val
             logger.info(f"  {phase.recipe.phase}: {timesteps}")
             stopped = train_phase(args, accelerator, prepared, phase, validation)
             if stopped:
-                leave_with(accelerator, stopped, noted)
+                leave_with(args, accelerator, stopped, noted)
             if accelerator.is_main_process:
                 recipe = with_run(phase.recipe, phase.compared, phase.asked)
                 with faults.one_line_errors(args.output_dir):
@@ -196,47 +194,11 @@ def train_phases(args, accelerator, prepared: Prepared, phases: list[Phase], val
     accelerator.wait_for_everyone()
 
 
-def leave_with(accelerator, checkpoint: Path, noted: list[int]) -> None:
+def leave_with(args, accelerator, checkpoint: Path, noted: list[int]) -> None:
     """End the process, as a signal asked, and say from where a run goes on."""
     end(accelerator)
     hint = f"go on with --resume_from_checkpoint {checkpoint}" if accelerator.is_main_process else None
     faults.leave(*(noted or [signal.SIGTERM]), hint=hint)
-
-
-def train_together(args, accelerator, prepared: Prepared, phases: list[Phase]) -> tuple[Prepared, list[Phase]]:
-    """Train both phases by the endpoint loss and write their LoRAs; return the steps with the weights that came of it.
-
-    What an earlier run finished is read instead.
-    """
-    transformer, name = denoiser(prepared.models.pipe), denoiser_name(prepared.models.pipe.config)
-    if all(phase.finished for phase in phases):
-        recipes = [read_recipe(phase.folder / WEIGHT_NAME) for phase in phases]
-        coefficients = sum((recipe.coefficients for recipe in recipes), [])
-        logger.info("  both phases: finished before")
-    else:
-        stages.enter("training both phases")
-        save = functools.partial(write_checkpoint, args, accelerator, phases[0])
-        with faults.signals_noted(accelerator.set_trigger) as noted:
-            trained = train_endpoint(args, accelerator, prepared, phases[0].checkpoint, save)
-            if isinstance(trained, Path):
-                leave_with(accelerator, trained, noted)
-        coefficients = trained.ends.coefficients()
-    steps = dataclasses.replace(prepared.steps, coefficients=coefficients)
-    prepared = dataclasses.replace(prepared, steps=steps)
-    recipes = [
-        dataclasses.replace(phase.recipe, coefficients=steps.coefficients_of(phase.recipe.phase)) for phase in phases
-    ]
-    if accelerator.is_main_process and not all(phase.finished for phase in phases):
-        with faults.one_line_errors(args.output_dir):
-            write_losses(args.output_dir, trained.log.rows())
-            for phase, recipe in zip(phases, recipes):
-                if recipe.phase in trained.phases:
-                    recipe = with_run(recipe, phase.compared, phase.asked)
-                    logger.info(f"Saved {save_lora(transformer, recipe.phase, phase.folder, recipe, name)}")
-    if hasattr(transformer, "peft_config"):
-        transformer.unload_lora()  # the base is as it was
-    accelerator.wait_for_everyone()
-    return prepared, [dataclasses.replace(phase, recipe=recipe) for phase, recipe in zip(phases, recipes)]
 
 
 def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
@@ -299,7 +261,7 @@ def train(args, accelerator, measurement, halves=None):
     """Do the whole run, or with --parallel_phases its half, in an output folder that no other run writes to."""
     args = own_defaults.with_one_frame(args)
     image, caption, size = load_pair(args, functools.partial(own_defaults.own_size, args))
-    captions = [caption, *(prompt for prompt in cli.read_prompts(args.prompts_file) if prompt != caption)]
+    captions = own_defaults.all_captions(args, caption)
     args = own_defaults.with_trajectories(args, captions)
     args = resolve(args, accelerator, image, captions, size, halves)
     source = find_source(args, accelerator.num_processes, image, captions, size)
@@ -334,7 +296,8 @@ def train(args, accelerator, measurement, halves=None):
     validation = Validation(args, accelerator, prepared, ADAPTER, halves.output_dir if halves else output_dir)
     with compared():
         if args.loss == "endpoint":
-            prepared, phases = train_together(args, accelerator, prepared, phases)
+            save, leave = (functools.partial(act, args, accelerator) for act in (write_checkpoint, leave_with))
+            prepared, phases = train_together(args, accelerator, prepared, phases, save, leave)
             validation.prepared = prepared
         else:
             train_phases(args, accelerator, prepared, phases, validation)

@@ -13,13 +13,19 @@ from diffusers import DiffusionPipeline
 
 from glance.ask.pipeline import Answer, Probe, accepted_arguments, refusals, run_pipeline
 from glance.ask.velocity import PipelineVelocity
-from glance_utils import Schedule, timesteps_to_sigmas
+from glance_utils import InputError, Schedule, timesteps_to_sigmas
 
 
 CALLED = {"prompt": ("prompt",), "negative": ("negative",), "both": ("prompt", "negative")}  # by a step's branches
 NEWEST = 3  # outputs of each branch that a step combines
 TERMS = 2 * NEWEST + 2  # with the latents and the start
 RIDGE = 1e-4  # of the mean square of the terms
+# The share of what guidance changes that neither branch may tell. At the first step of tiny pipelines of all families
+# it is 0.24 at most where the branches are those of the guidance (0 but where it rescales norms or pads prompts
+# alike), and 0.66 to 1 where the pipeline prepares the negative prompt in another way (Lumina2, GLM, OmniGen, Bria
+# FIBO 2, DreamLite) or does not guide all channels (Lumina).
+UNTOLD = 0.5
+ROUNDING = 0.02  # of the velocity: as much may be rounding in half precision, where guidance changes little
 
 
 def branch_calls(pipe: DiffusionPipeline, call: dict, single_call: dict) -> dict[str, dict]:
@@ -42,6 +48,34 @@ def branch_calls(pipe: DiffusionPipeline, call: dict, single_call: dict) -> dict
     }
     others = {name: text for name, text in negative.items() if text is not None}
     return {"prompt": single_call, "negative": rest | {"prompt": ""} | others}
+
+
+@torch.no_grad()
+def check_branches(model: PipelineVelocity, call: dict, calls: dict[str, dict], sigma: float) -> None:
+    """Raise InputError where `call`'s guidance is not made of the branches `calls`, branch_calls', at its first noise.
+
+    The guided velocity should be a combination of the two, as it is where the pipeline treats the negative prompt as
+    it would treat a prompt.
+    """
+    if "negative" not in calls:
+        return
+    noise = starting_latents(model.pipe, **calls["prompt"])
+    guided, *branches = (
+        model(noise, sigma, **arguments).double().flatten() for arguments in (call, calls["prompt"], calls["negative"])
+    )
+
+    def untold(count: int) -> float:
+        """Return how much of the guided velocity no combination of the first branches is."""
+        known = torch.stack(branches[:count], dim=1)
+        nearest = known @ torch.linalg.lstsq(known, guided[:, None]).solution[:, 0]
+        return float((guided - nearest).norm() / guided.norm())
+
+    changed, left = untold(1), untold(2)
+    if left > ROUNDING and left > UNTOLD * changed:
+        raise InputError(
+            f"{type(model.pipe).__name__}: {left / changed:.0%} of what its guidance changes is in neither of its "
+            "branches, as it treats the negative prompt otherwise than a prompt; leave --num_model_calls out"
+        )
 
 
 def walk_branches(velocity, start: torch.Tensor, sigmas: list[float], branches: list[str], weigh) -> torch.Tensor:

@@ -93,11 +93,11 @@ def save_lora(transformer, adapter: str, directory: str | Path, recipe: Recipe, 
     }
     Path(directory).mkdir(parents=True, exist_ok=True)
     path = Path(directory) / WEIGHT_NAME
-    replace_file(path, lambda temporary: temporary.write_bytes(_ordered(save(state, metadata=header))))
+    replace_file(path, lambda temporary: temporary.write_bytes(in_order(save(state, metadata=header))))
     return path
 
 
-def _ordered(content: bytes) -> bytes:
+def in_order(content: bytes) -> bytes:
     """Return a safetensors file with its header's keys in order.
 
     safetensors writes metadata in a random order, and the same run should give the same file.

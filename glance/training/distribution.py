@@ -66,6 +66,7 @@ def check_combination(args, accelerator) -> None:
             raise InputError("ZeRO 3 would shard the LoRA alone; set zero_stage: 2, or shard the base by FSDP")
         refuse(args, "DeepSpeed", "checkpointing_steps", "resume_from_checkpoint", "parallel_phases", "fit")
         refuse(args, "DeepSpeed", *(["optimizer"] if args.optimizer != "adamw" else []))  # it hands them flat parts
+        refuse(args, "DeepSpeed", *(["num_model_calls"] if args.max_train_steps else []))  # nor parts of two rates
     if is_sharded():
         plugin = FullyShardedDataParallelPlugin()  # of what the launcher put into the environment
         if plugin.fsdp_version != 2:
@@ -73,6 +74,8 @@ def check_combination(args, accelerator) -> None:
         if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
             raise InputError("fsdp_offload_params: a sharded base stays on its accelerators; launch more of them")
         refuse(args, "FSDP", "compile", "fit", *(["quantization"] if args.quantization != "none" else []))
+        # A backward pass that calls the model again would gather its rows while others are given back.
+        refuse(args, "FSDP", *(["num_model_calls"] if args.max_train_steps else []))
         if not torch.distributed.is_initialized():
             raise InputError("FSDP shards the base among several processes; launch them with --num_processes")
         disable_fsdp_ram_efficient_loading()  # with it transformers gives only the first process its text encoders

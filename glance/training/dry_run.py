@@ -15,6 +15,7 @@ from glance.files.instance_data import SOURCES, chosen_size, load_pair
 from glance.training import fit, own_defaults
 from glance.training.estimate import Choice, Estimate, Step, readable
 from glance.training.prepare import DTYPES, ask_call, estimate_run, needs_drawing
+from glance.training.search import CURVE, plans_tried
 from glance.training.steps import choose_steps, warn_of_shares
 from glance.training.trajectories import list_jobs
 from glance.training.weightless import estimable, load_without_weights
@@ -40,8 +41,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def parts(settings, needed: Estimate, choice: Choice, captions: list[str]) -> dict[str, tuple[int, Step]]:
     """Return (number of steps, one of them) for each part of the run that calls the transformer.
 
-    "fitting" is what --grid auto and --solver fitted draw to measure their ways against each other, "validation" the
-    base in all and in Glance's steps, once, and Glance each time.
+    "fitting" is what --grid auto and --solver fitted draw to measure their ways against each other, or the trials of
+    --num_model_calls, "validation" the base in all and in Glance's steps, once, and Glance each time.
     """
     found, steps = {}, settings.num_inference_steps
     if needed.drawing is not None:
@@ -49,12 +50,17 @@ def parts(settings, needed: Estimate, choice: Choice, captions: list[str]) -> di
         ways = (3 if settings.grid == "auto" else 1) * (2 if settings.solver == "fitted" else 1)
         checked = settings.loss == "trajectory" and settings.guidance == "keep"
         fitting = (ways * steps if ways > 1 else 0) + (steps if checked else 0)
-        if fitting:
+        if needed.trial is not None:
+            found["fitting"] = trial_runs(settings, captions), needed.trial
+        elif fitting:
             found["fitting"] = fitting, needed.drawing
     if not needed.training:
         return found
-    micro_steps = len(settings.custom_timesteps) * settings.max_train_steps * settings.gradient_accumulation_steps
-    found["training"] = micro_steps, needed.training_step(choice)
+    phases, calls = len(settings.custom_timesteps), 1
+    if needed.trial is not None:  # both phases together, through all calls
+        phases, calls = 1, calls_of(settings)
+    micro_steps = phases * settings.max_train_steps * settings.gradient_accumulation_steps
+    found["training"] = micro_steps * calls, needed.training_step(choice)
     if len(settings.custom_timesteps) == 2:
         found["preview"] = steps, needed.preview
     if settings.validation_prompt:
@@ -63,6 +69,22 @@ def parts(settings, needed: Estimate, choice: Choice, captions: list[str]) -> di
         pictures = len(settings.validation_prompt) * settings.num_validation_images
         found["validation"] = pictures * (settings.num_base_steps + (times + 1) * steps), needed.preview
     return found
+
+
+def trial_runs(settings, captions: list[str]) -> int:
+    """Return how many runs of a branch find the plan of --num_model_calls, one picture each.
+
+    All trajectories are walked by every plan that is tried, and by the best one three times more: fitted on one half
+    of the captions, on the other, and on all. The curve over numbers of calls costs about what drawing does.
+    """
+    most_calls, calls = 2 * settings.num_base_steps, calls_of(settings)
+    tries = plans_tried(settings, most_calls, calls) + 3
+    return (tries * calls + most_calls) * len(captions) * settings.num_trajectories
+
+
+def calls_of(settings) -> int:
+    """Return --num_model_calls; of auto, which is not known before, the most that it may take."""
+    return max(CURVE) if settings.num_model_calls == "auto" else settings.num_model_calls
 
 
 def flops_of(found: dict[str, tuple[int, Step]]) -> int:
@@ -140,7 +162,8 @@ def ask_needs(args) -> tuple[Settings, Estimate, list[str]]:
         image, caption, size = load_pair(args, own_size)
     else:
         image, caption, size = "any", "a picture", chosen_size(args, own_size)
-    captions = [caption, *cli.read_prompts(args.prompts_file)]
+    captions = own_defaults.all_captions(args, caption)
+    args = own_defaults.with_trajectories(args, captions)
     with estimable(pipe):
         call, single_call, layers = ask_call(args, pipe, max(captions, key=len), size)
         settings, _, steps = choose_steps(args, pipe, call)

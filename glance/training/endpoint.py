@@ -5,6 +5,8 @@ The other losses train one step at a time, towards where the base would go from 
 computed once more in the backward pass, so that the memory is that of one call and of a few latents for each.
 """
 
+import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +17,18 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from tqdm.auto import tqdm
 
 from glance.adapters import fresh_lora
+from glance.ask.components import denoiser_name
 from glance.ask.mixed import walk_branches
 from glance.ask.velocity import PipelineVelocity
-from glance.files.checkpoints import check_lora
-from glance.files.lora import check_loaded
-from glance.training import distribution, out_of_memory, trackers
+from glance.files import faults
+from glance.files.checkpoints import check_lora, with_run
+from glance.files.lora import check_loaded, save_lora
+from glance.files.recipe import WEIGHT_NAME, read_recipe
+from glance.training import distribution, out_of_memory, stages, trackers
 from glance.training.draws import Draw, Draws
-from glance.training.log import LossLog, check_finite
+from glance.training.log import LossLog, check_finite, write_losses
 from glance.training.optimizer import make_optimizer
+from glance.training.phases import Phase
 from glance.training.prepare import Prepared
 from glance_utils import PHASES, Schedule, activate_adapter, denoiser, timesteps_to_sigmas, velocity_loss
 
@@ -201,3 +207,42 @@ def train_endpoint(args, accelerator, prepared: Prepared, state: dict | None, sa
                 return folder
     logger.info(f"  {NAME}: loss {log.first_and_last()}")
     return training
+
+
+def train_together(
+    args, accelerator, prepared: Prepared, phases: list[Phase], save: Callable, leave: Callable
+) -> tuple[Prepared, list[Phase]]:
+    """Train both phases by the endpoint loss and write their LoRAs; return the steps with the weights that came of it.
+
+    What an earlier run finished is read instead. save(phase, training, log, step) writes a checkpoint and returns its
+    folder; leave(folder, signals) ends the process where a signal asked to stop.
+    """
+    transformer, name = denoiser(prepared.models.pipe), denoiser_name(prepared.models.pipe.config)
+    if all(phase.finished for phase in phases):
+        recipes = [read_recipe(phase.folder / WEIGHT_NAME) for phase in phases]
+        coefficients = sum((recipe.coefficients for recipe in recipes), [])
+        logger.info("  both phases: finished before")
+    else:
+        stages.enter("training both phases")
+        save_both = functools.partial(save, phases[0])
+        with faults.signals_noted(accelerator.set_trigger) as noted:
+            trained = train_endpoint(args, accelerator, prepared, phases[0].checkpoint, save_both)
+            if isinstance(trained, Path):
+                leave(trained, noted)
+        coefficients = trained.ends.coefficients()
+    steps = dataclasses.replace(prepared.steps, coefficients=coefficients)
+    prepared = dataclasses.replace(prepared, steps=steps)
+    recipes = [
+        dataclasses.replace(phase.recipe, coefficients=steps.coefficients_of(phase.recipe.phase)) for phase in phases
+    ]
+    if accelerator.is_main_process and not all(phase.finished for phase in phases):
+        with faults.one_line_errors(args.output_dir):
+            write_losses(args.output_dir, trained.log.rows())
+            for phase, recipe in zip(phases, recipes):
+                if recipe.phase in trained.phases:
+                    recipe = with_run(recipe, phase.compared, phase.asked)
+                    logger.info(f"Saved {save_lora(transformer, recipe.phase, phase.folder, recipe, name)}")
+    if hasattr(transformer, "peft_config"):
+        transformer.unload_lora()  # the base is as it was
+    accelerator.wait_for_everyone()
+    return prepared, [dataclasses.replace(phase, recipe=recipe) for phase, recipe in zip(phases, recipes)]

@@ -59,6 +59,7 @@ class Estimate:
     training: dict[bool, Step]  # a micro-step, by gradient checkpointing; {} where nothing is trained
     drawing: Step | None  # a step of the base, with its guidance; None where it draws nothing
     preview: Step | None  # a step of the preview and the validation; None where there is neither
+    trial: Step | None = None  # a call of one branch, as plans of --num_model_calls are tried; None where none are
 
     def lora(self) -> int:
         """Return the size of the LoRA, which is float32."""
@@ -81,10 +82,11 @@ class Estimate:
 
     def stages(self, choice: Choice) -> dict[str, int]:
         """Return the bytes on the device at the peak of each stage that the run has, in the order in which they come:
-        "encoding", "drawing", "training", "preview" and "decoding".
+        "encoding", "drawing", "fitting", "training", "preview" and "decoding".
 
-        The text encoders answer and are freed, and the VAE encodes the image; the base draws, where it must; the LoRAs
-        are trained; the base draws the preview and is freed, and the VAE decodes.
+        The text encoders answer and are freed, and the VAE encodes the image; the base draws, where it must, and its
+        branches are tried in batches, where they are mixed; the LoRAs are trained; the base draws the preview and is
+        freed, and the VAE decodes.
         """
         forward = self.weights(choice, backward=False)
         state = self.lora() + round(state_bytes(choice.optimizer, self.rank) * self.lora_parameters)
@@ -92,6 +94,8 @@ class Estimate:
         stages = {"encoding": max(sum(self.encoders.values()), vae + self.encoding)}
         if self.drawing is not None:
             stages["drawing"] = forward + self.drawing.activations
+        if self.trial is not None:
+            stages["fitting"] = forward + self.trial.activations
         if self.training:
             step = max(self.training_step(choice).activations, 2 * self.lora())  # gradients, and the optimizer's own
             stages["training"] = self.weights(choice, backward=True) + state + step
@@ -113,7 +117,8 @@ class Work:
     train: Callable[[], torch.Tensor] | None  # returns a micro-step's loss, () float32
     draw: Callable[[], torch.Tensor] | None = None  # returns a velocity, as the base draws trajectories
     preview: Callable[[], torch.Tensor] | None = None  # the same, as the preview is drawn
-    same: bool = False  # whether the two are, and one of them tells of both
+    trial: Callable[[], torch.Tensor] | None = None  # the same, of one branch, as plans are tried
+    same: bool = False  # whether drawing and preview are, and one of them tells of both
     accumulates: bool = False  # whether a micro-step finds the gradients of others before it
 
 
@@ -227,6 +232,7 @@ def estimate(
         training=training,
         drawing=drawing,
         preview=preview,
+        trial=work.trial and measure(pipe, work.trial),
     )
 
 

@@ -410,6 +410,10 @@ def check_endpoint(args: cli.Settings, parser: cli.Parser) -> None:
     if args.phase in ("slow", "fast") or args.parallel_phases:
         name = "parallel_phases" if args.parallel_phases else f"phase {args.phase}"
         raise cli.mistake(f"--{name}: --loss endpoint trains both phases together; leave it out")
+    if args.compile and args.max_train_steps:
+        raise cli.mistake("--compile: --loss endpoint switches LoRAs in each walk, which compiles anew; leave it out")
+    if args.validation_steps:
+        raise cli.mistake("--validation_steps: --loss endpoint draws --validation_prompt at the end; leave it out")
 
 
 def check_sampler_alone(args: cli.Settings) -> None:

@@ -78,6 +78,11 @@ def with_one_frame(args: Settings) -> Settings:
     return args
 
 
+def all_captions(args: Settings, caption: str) -> list[str]:
+    """Return the captions of a run: the image's and, without repeating it, those of --prompts_file."""
+    return [caption, *(prompt for prompt in cli.read_prompts(args.prompts_file) if prompt != caption)]
+
+
 def with_trajectories(args: Settings, captions: list[str]) -> Settings:
     """Return the settings with as many trajectories of each caption as a sampler of --num_model_calls is found on.
 

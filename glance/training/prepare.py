@@ -25,7 +25,7 @@ from glance.ask import pipeline as ask
 from glance.ask import prompts as ask_prompts
 from glance.ask.components import denoiser_name
 from glance.ask.guidance import ask_single_branch
-from glance.ask.mixed import branch_calls, count_calls
+from glance.ask.mixed import branch_calls, check_branches, count_calls
 from glance.ask.prompt_lengths import PromptLengths
 from glance.ask.schedule import ask_timestep_table
 from glance.ask.velocity import PipelineVelocity, check_instantaneous, check_memoryless, takes_batches, takes_timesteps
@@ -156,6 +156,7 @@ def estimate_run(args, pipe, layers: list[str], call: dict, single_call: dict, s
         train=(lambda: losses.step_losses(model, objective, draw)[0]) if trains else None,
         draw=(lambda: model(latents, 1.0, **call)) if draws else None,
         preview=(lambda: model(latents, 1.0, **preview_call)) if previews else None,
+        trial=(lambda: model(noise, 1.0, **single_call)) if args.guidance == "mix" else None,
         same=preview_call == call,
         accumulates=args.gradient_accumulation_steps > 1,
     )
@@ -303,6 +304,7 @@ def learn_from_base(accelerator, prepared: Prepared, base: str) -> Prepared:
     teacher = Teacher(prepared.models.pipe, answers.timesteps, answers.timestep_table, answers.call)
     if settings.guidance == "mix":
         model = PipelineVelocity(prepared.models.pipe, answers.timestep_table, takes_batches=answers.takes_batches)
+        check_branches(model, answers.call, answers.branch_calls, teacher.sigmas[0])
         trials = Trials(model, answers.branch_calls, teacher.sigmas, answers.at_once)
         draw = functools.partial(find_sampler, settings, teacher, trials, answers.shipped, captions=prepared.captions)
     else:

@@ -225,6 +225,12 @@ def choose_calls(curve: list, target: float) -> int:
     return calls
 
 
+def plans_tried(args, most_calls: int, calls: int) -> int:
+    """Return how many plans are tried: so many that they cost what drawing did, `most_calls` a picture, unless
+    --num_plans says it."""
+    return args.num_plans or max(1, most_calls // calls)
+
+
 def find_sampler(
     args, teacher: Teacher, trials: Trials, shipped: dict[int, Shipped | None], digest: str, captions: list[str]
 ) -> Trajectories:
@@ -237,7 +243,7 @@ def find_sampler(
     steps, calls = len(teacher.timesteps), args.num_model_calls
     curve = measure_curve(teacher, trials, examples, shipped, {calls} | not_told(list(shipped), len(captions)))
     calls = choose_calls(curve, args.target_error) if calls == "auto" else calls
-    plan, _ = find_plan(trials, examples, calls, args.num_plans or max(1, trials.most_calls // calls), args.seed)
+    plan, _ = find_plan(trials, examples, calls, plans_tried(args, trials.most_calls, calls), args.seed)
     error = trials.error(plan, examples, (True, False))
     weights, _ = trials.fit(plan, examples, torch.ones_like(examples.fitted))
     told = next(calibrated for number, _, calibrated in curve if number == calls)

@@ -22,6 +22,7 @@ from glance.ask.velocity import PipelineVelocity
 from glance.files import faults
 from glance.files.atomic import replace_file
 from glance.files.checkpoints import NOT_COMPARED, NOT_DRAWN
+from glance.files.lora import in_order
 from glance.files.recipe import is_number
 from glance.training import distribution, stages
 from glance.training.calls_chart import write_curve
@@ -235,7 +236,7 @@ def save(directory: Path, trajectories: Trajectories) -> None:
     names = ("grid", "positions", "lengths", "coefficients", "branches", "error", "curve")
     sampler = {name: getattr(trajectories, name) for name in names}
     content = save_tensors(tensors, {"digest": trajectories.digest, "sampler": json.dumps(sampler)})
-    replace_file(directory / faults.TRAJECTORIES, lambda temporary: temporary.write_bytes(content))
+    replace_file(directory / faults.TRAJECTORIES, lambda temporary: temporary.write_bytes(in_order(content)))
     write_curve(directory, trajectories.curve)
 
 
