@@ -35,12 +35,12 @@ Plan = tuple[tuple[int, str], ...]  # (position among the base's steps, 0-based,
 LETTERS = {"P": "prompt", "N": "negative", "B": "both"}
 # By calls, the best that were found on the demo model among 50 steps, counted from 1: where a search begins.
 FOUND = {
-    4: "P1 P10 N39 P40",
+    4: "P1 P13 N39 P40",
     6: "P1 N17 B19 N41 P42",
     8: "P1 N12 P13 N20 B38 N44 P45",
     10: "P1 N5 P7 N12 B21 B38 B46",
     14: "P1 N4 P5 N9 B15 P21 N30 B33 B43 N47 P48",
-    20: "B1 B3 N7 P8 B13 B15 P22 N25 B30 B38 B45 B49",
+    20: "B1 B4 B7 B10 B17 P22 N25 B30 B38 B45 B49",
 }
 AT_ONCE = (1, 2, 4, 8, 16)  # pictures that are asked for at once,
 LARGEST = 2**18  # as far as their latents have no more numbers: those of FLUX.1 at 1024x1024
