@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_families import FAMILIES
 
-import infer_glance
 import train_glance_lora
 from glance import base as load_base
+from glance import drawing
 from glance.adapters import fused_adapters
 from glance.ask import pipeline as ask
 from glance.ask import velocity as ask_velocity
@@ -307,13 +307,13 @@ def test_compiled_training_is_the_same_and_compiles_once_for_both_phases(train, 
 @pytest.mark.gpu
 def test_the_hand_off_compiles_nothing(trained, infer, tmp_path, monkeypatch):
     """The second picture, with its two hand-offs, finds everything compiled; and so does the first one's own."""
-    counted, activate = [], infer_glance.fused_adapters
+    counted, activate = [], drawing.fused_adapters
 
     def watched(transformer):
         counted.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         return activate(transformer)
 
-    monkeypatch.setattr(infer_glance, "fused_adapters", watched)
+    monkeypatch.setattr(drawing, "fused_adapters", watched)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     wanted = picture(infer(lora=trained()))
