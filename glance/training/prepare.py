@@ -166,8 +166,7 @@ def estimate_run(args, pipe, layers: list[str], call: dict, single_call: dict, s
 
 def needs_drawing(args, image) -> bool:
     """Return whether the base must draw before the LoRAs are trained."""
-    learned = args.loss != "flow" or args.guidance == "mix"
-    return learned or args.grid == "auto" or args.solver == "fitted" or image is None
+    return args.loss != "flow" or args.grid == "auto" or args.solver == "fitted" or image is None
 
 
 def batch_sizes(samples: int, timesteps: int, takes_timesteps: bool, takes_batches: bool) -> list[int]:

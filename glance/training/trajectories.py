@@ -42,9 +42,7 @@ class Trajectories:
     grid: str
     positions: list[int]  # the kept steps, 0-based, among all of the model's
     lengths: list[float]  # of each of them, in sigma
-    coefficients: (
-        list[list[float]] | None
-    )  # of the fitted solver, [a, c] for each kept step; of branches, their weights
+    coefficients: list[list[float]] | None  # a Schedule's, for each kept step
     branches: list[str] | None  # that each kept step calls, where they are mixed (glance/ask/mixed.py)
     error: float | None  # of the sampler to all steps, on another trajectory; None where there was nothing to choose
     curve: list[list] | None  # search.measure_curve's, where a number of model calls was asked for
@@ -148,7 +146,7 @@ def choose_sampler(args, teacher: Teacher, points: list[torch.Tensor], measured:
 
 def seeds_per_caption(args) -> int:
     """Return how many trajectories of a caption are learned from."""
-    return args.num_trajectories if args.loss == "trajectory" or args.guidance == "mix" else 1
+    return 1 if args.loss == "flow" else args.num_trajectories
 
 
 def list_jobs(args, captions: list[str]) -> list[tuple[str, int]]:
