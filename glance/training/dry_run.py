@@ -51,7 +51,7 @@ def parts(settings, needed: Estimate, choice: Choice, captions: list[str]) -> di
         checked = settings.loss == "trajectory" and settings.guidance == "keep"
         fitting = (ways * steps if ways > 1 else 0) + (steps if checked else 0)
         if needed.trial is not None:
-            found["fitting"] = trial_runs(settings, captions), needed.trial
+            found["fitting"] = trial_runs(settings, needed, captions), needed.trial
         elif fitting:
             found["fitting"] = fitting, needed.drawing
     if not needed.training:
@@ -71,13 +71,14 @@ def parts(settings, needed: Estimate, choice: Choice, captions: list[str]) -> di
     return found
 
 
-def trial_runs(settings, captions: list[str]) -> int:
+def trial_runs(settings, needed: Estimate, captions: list[str]) -> int:
     """Return how many runs of a branch find the plan of --num_model_calls, one picture each.
 
     All trajectories are walked by every plan that is tried, and by the best one three times more: fitted on one half
     of the captions, on the other, and on all. The curve over numbers of calls costs about what drawing does.
     """
-    most_calls, calls = 2 * settings.num_base_steps, calls_of(settings)
+    branches = max(round(needed.drawing.flops / needed.trial.flops), 1)  # of the base's own guidance
+    most_calls, calls = branches * settings.num_base_steps, calls_of(settings)
     tries = plans_tried(settings, most_calls, calls) + 3
     return (tries * calls + most_calls) * len(captions) * settings.num_trajectories
 

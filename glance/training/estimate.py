@@ -59,7 +59,7 @@ class Estimate:
     training: dict[bool, Step]  # a micro-step, by gradient checkpointing; {} where nothing is trained
     drawing: Step | None  # a step of the base, with its guidance; None where it draws nothing
     preview: Step | None  # a step of the preview and the validation; None where there is neither
-    trial: Step | None = None  # a call of one branch, as plans of --num_model_calls are tried; None where none are
+    trial: Step | None = None  # of --num_model_calls: one branch of a picture, in the memory of as many as are tried
 
     def lora(self) -> int:
         """Return the size of the LoRA, which is float32."""
@@ -118,6 +118,7 @@ class Work:
     draw: Callable[[], torch.Tensor] | None = None  # returns a velocity, as the base draws trajectories
     preview: Callable[[], torch.Tensor] | None = None  # the same, as the preview is drawn
     trial: Callable[[], torch.Tensor] | None = None  # the same, of one branch, as plans are tried
+    at_once: int = 1  # so many pictures are tried together at most
     same: bool = False  # whether drawing and preview are, and one of them tells of both
     accumulates: bool = False  # whether a micro-step finds the gradients of others before it
 
@@ -209,6 +210,8 @@ def estimate(
     weightless(transformer)
     drawing = work.draw and measure(pipe, work.draw)
     preview = work.preview and (drawing if drawing and work.same else measure(pipe, work.preview))
+    trial = work.trial and measure(pipe, work.trial)
+    trial = trial and replace(trial, activations=work.at_once * trial.activations)
     training = {}
     for choice in checkpointing if transformer._supports_gradient_checkpointing else [False]:
         if work.train is None:
@@ -232,7 +235,7 @@ def estimate(
         training=training,
         drawing=drawing,
         preview=preview,
-        trial=work.trial and measure(pipe, work.trial),
+        trial=trial,
     )
 
 

@@ -33,7 +33,7 @@ from glance.command_line import Settings
 from glance.encoders import free_memory, place_encoders
 from glance.training import calls_chart, distribution, estimate, losses, out_of_memory, stages, summary
 from glance.training.draws import Draw
-from glance.training.search import Shipped, Trials, ask_shipped, find_sampler, sizes_at_once
+from glance.training.search import AT_ONCE, LARGEST, Shipped, Trials, ask_shipped, find_sampler, sizes_at_once
 from glance.training.steps import Steps, choose_steps, pick_steps, warn_of_shares
 from glance.training.trajectories import Teacher, Trajectories, check_can_draw, draw_trajectories, saved_or_drawn
 from glance_utils import InputError, denoiser
@@ -156,7 +156,8 @@ def estimate_run(args, pipe, layers: list[str], call: dict, single_call: dict, s
         train=(lambda: losses.step_losses(model, objective, draw)[0]) if trains else None,
         draw=(lambda: model(latents, 1.0, **call)) if draws else None,
         preview=(lambda: model(latents, 1.0, **preview_call)) if previews else None,
-        trial=(lambda: model(noise, 1.0, **single_call)) if args.guidance == "mix" else None,
+        trial=(lambda: model(latents, 1.0, **single_call)) if args.guidance == "mix" else None,
+        at_once=max(size for size in AT_ONCE if size <= max(LARGEST // latents.numel(), 1)) if batched else 1,
         same=preview_call == call,
         accumulates=args.gradient_accumulation_steps > 1,
     )
