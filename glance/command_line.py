@@ -340,10 +340,14 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+TIME_TO_SPEAK = 10  # seconds; the launcher ends them earlier, when the first one has ended
+
+
 def say_error(error: Exception) -> None:
     """Write the error in one line, as argparse would.
 
-    Of several processes the first one writes it; all leave it to torch's launcher, which ends with it.
+    Of several processes the first one writes it; all leave it to torch's launcher, which ends with it. The launcher
+    ends the others as soon as one has ended, so that the others give the first one time to write.
     """
     line = f"{Path(sys.argv[0]).name}: error: {error}"
     launcher_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -351,6 +355,9 @@ def say_error(error: Exception) -> None:
         Path(launcher_file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
     if is_first_process() or not launcher_file:
         sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+    else:
+        time.sleep(TIME_TO_SPEAK)
 
 
 def run(main) -> None:

@@ -259,8 +259,17 @@ def test_the_first_of_several_processes_speaks(kind, launched):
     assert "RANK" not in done.stderr and "UserWarning" not in done.stderr
 
 
-def test_a_mistake_is_the_first_line_and_in_the_launchers_last():
-    done = launch(KINDS["ddp"], 2, ROOT / "train_glance_lora.py", "--rank=0")
+def test_a_mistake_is_the_first_line_and_in_the_launchers_last(tmp_path):
+    """Even where the first process is the last to find it: the launcher ends the others when one has ended."""
+    late = tmp_path / "late.py"
+    late.write_text(
+        "import os, runpy, sys, time\n"
+        "time.sleep(3 * (os.environ['RANK'] == '0'))\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"sys.argv[0] = {str(ROOT / 'train_glance_lora.py')!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    done = launch(KINDS["ddp"], 2, late, "--rank=0")
     first, *_, last, _ = done.stderr.splitlines()
     assert first.startswith("train_glance_lora.py: error: argument --rank") and last.endswith(first)
     assert sum(line.startswith("train_glance_lora.py: error") for line in done.stderr.splitlines()) == 1
