@@ -246,10 +246,11 @@ def finish_sampler(args, accelerator, measurement, prepared: Prepared, size: tup
         faults.sweep(output_dir)
         with faults.one_line_errors(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
-            trajectories.save(output_dir, prepared.trajectories)
+            if not args.max_train_steps:  # else they were written before training
+                trajectories.save(output_dir, prepared.trajectories)
             sampler = write_sampler_of(args, prepared, size, captions, output_dir)
         summary.say_steps(prepared.steps, prepared.answers.timesteps)
-        if sampler.error is not None:
+        if sampler.error is not None and not args.max_train_steps:  # else training has said it
             summary.say_error(sampler)
         summary.say_done(measurement.report(), output_dir, [])
     end(accelerator)

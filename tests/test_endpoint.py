@@ -8,13 +8,16 @@ from conftest import picture_distance
 from diffusers import DiffusionPipeline
 from peak_memory import allocated, small_flux
 from PIL import Image
+from safetensors.torch import load_file
 from test_train import lora, recipe_of
 
 from glance.adapters import fresh_lora, lora_layers, with_adapters
 from glance.ask import pipeline as ask
 from glance.ask.guidance import ask_single_branch
-from glance.ask.mixed import branch_calls
+from glance.ask.mixed import branch_calls, final_latents
 from glance.ask.velocity import PipelineVelocity
+from glance.files.lora import load_lora
+from glance.files.recipe import WEIGHT_NAME
 from glance.files.sampler import read_sampler
 from glance.training import endpoint
 from glance_utils import PHASES, InputError, Schedule, activate_adapter
@@ -122,7 +125,7 @@ def test_many_calls_take_hardly_more_memory_than_two(pipelines):
 def test_both_loras_and_the_weights_are_trained_written_and_drawn_with(train, infer, prompts):
     output = train("sd3", prompts_file=prompts, **SHORT)
     found, sampler = json.loads(header(output)["sampler"]), read_sampler(output)
-    assert sampler.branches == found["branches"] and sampler.error is None
+    assert sampler.branches == found["branches"] and sampler.error is None  # of two captions none is left out
     assert sampler.coefficients != found["coefficients"]
     pieces = [recipe_of(output / phase) for phase in PHASES]
     assert sum((piece.coefficients for piece in pieces), []) == sampler.coefficients
@@ -136,6 +139,54 @@ def test_both_loras_and_the_weights_are_trained_written_and_drawn_with(train, in
     without = infer("sd3", sampler=output, prompt="a red ring", output=drawn.with_name("without.png"))
     assert picture_distance(without, drawn) > 1
     assert Image.open(drawn).size == (32, 32)
+
+
+def test_which_trajectories_are_not_trained_on():
+    assert endpoint.left_out(9, 2).tolist() == [[False] * 2] * 7 + [[True] * 2] * 2
+    assert endpoint.left_out(3, 4).tolist() == [[False] * 3 + [True]] * 3
+    assert not endpoint.left_out(3, 3).any() and not endpoint.left_out(1, 1).any()
+
+
+@pytest.mark.parametrize("rate", [3e-3, 0.3])
+def test_the_error_is_that_of_a_caption_that_was_not_trained_on(rate, train, pipelines, tmp_path, monkeypatch, caplog):
+    """Equal to that of the walk that inference goes; a run that made it worse says so; a resumed one keeps it."""
+    caplog.set_level("INFO")
+    seen, loss = set(), endpoint.endpoint_loss
+    monkeypatch.setattr(
+        endpoint,
+        "endpoint_loss",
+        lambda ends, prepared, draw, device: seen.add(draw.caption) or loss(ends, prepared, draw, device),
+    )
+    (tmp_path / "four.txt").write_text("a red ring\na blue square\na green star\na white disc\n")
+    settings = SHORT | {"prompts_file": tmp_path / "four.txt", "instance_prompt": "a red ring", "learning_rate": rate}
+    output = train("sd3", **settings)
+    sampler, drawn = read_sampler(output), load_file(output / "trajectories.safetensors")
+    assert seen == {0, 1, 2} and drawn["starts"].shape[:2] == (4, 1)
+    pipe = DiffusionPipeline.from_pretrained(pipelines["sd3"])
+    for phase in PHASES:
+        load_lora(pipe, output / phase / WEIGHT_NAME, phase)
+    call = ask.call_arguments(pipe, "a white disc", 32, 32, 3, {})
+    calls, phases = branch_calls(pipe, call, call | ask_single_branch(pipe, **call)), sampler.schedule().phase_of_steps
+    end = final_latents(
+        pipe,
+        sampler.schedule(),
+        calls,
+        drawn["starts"][3, :, 0],
+        lambda index: activate_adapter(pipe.transformer, phases[index]),
+    )
+    exact = drawn["targets"][3, :, 0]
+    assert sampler.error == pytest.approx(float((end - exact).norm() / exact.norm()), rel=1e-4)
+    row = [line.split(",") for line in (output / "calls.csv").read_text().splitlines() if line.startswith("4,")]
+    assert float(row[0][3]) == sampler.error
+    told = json.loads(header(output)["sampler"])["error"]
+    assert told != sampler.error
+    warned = [record.message for record in caplog.records if "training made it worse" in record.message]
+    assert len(warned) == (rate > 0.1)
+    train("sd3", **settings, resume_from_checkpoint="latest")
+    assert read_sampler(output) == sampler
+    assert [
+        line.split(",") for line in (output / "calls.csv").read_text().splitlines() if line.startswith("4,")
+    ] == row
 
 
 def test_the_loss_falls(train, prompts):

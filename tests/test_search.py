@@ -124,9 +124,9 @@ def test_more_calls_than_the_base_has_steps_are_refused(train, captions):
 
 def test_choosing_from_a_curve(caplog):
     curve = [[4, 0.4, None], [6, 0.3, 0.2], [8, 0.2, 0.04], [10, None, 0.05]]
-    assert search.choose_calls(curve, 0.1) == 8 and search.choose_calls(curve, 0.3) == 6
+    assert search.choose_calls(curve, 0.1) == [8, 10] and search.choose_calls(curve, 0.3) == [6, 8, 10]
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
-    assert search.choose_calls(curve, 0.04) == 8  # not below it
+    assert search.choose_calls(curve, 0.04) == [8]  # not below it
     (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert "8" in warning and "0.0400" in warning and "\n" not in warning
 
@@ -157,6 +157,18 @@ def test_auto_becomes_a_number_that_a_resumed_run_finds_again(train, captions, m
     (folder / "forged").replace(folder / TRAJECTORIES)
     train("flux", **SHORT, **captions, **auto)
     assert walked and rows_of(folder) == rows
+
+
+def test_auto_goes_on_where_a_number_does_not_keep_what_the_curve_said(train, captions, monkeypatch, caplog):
+    errors = [read_sampler(train("flux", **SHORT, **captions, num_model_calls=calls)).error for calls in (4, 8)]
+    assert errors[1] < errors[0]
+    monkeypatch.setattr(search, "measure_curve", lambda *args: [[4, None, 0.0], [6, None, None], [8, None, 0.0]])
+    caplog.clear()
+    folder = train("flux", **SHORT, **captions, num_model_calls="auto", target_error=sum(errors) / 2)
+    assert read_sampler(folder).error == errors[1]
+    assert [row[2] for row in rows_of(folder)] == [errors[0], None, errors[1]]
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert f"4 model calls come to {errors[0]:.4f}" in warning
 
 
 def test_auto_on_one_caption_stays_above_what_it_can_tell(train, pipelines):

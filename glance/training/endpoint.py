@@ -2,9 +2,11 @@
 
 The other losses train one step at a time, towards where the base would go from there. Here the whole walk of
 --num_model_calls is drawn, and the loss is its distance from where the base's own trajectory ends. Every call is
-computed once more in the backward pass, so that the memory is that of one call and of a few latents for each.
+computed once more in the backward pass, so that the memory is that of one call and of a few latents for each. A part
+of the trajectories is not trained on; on it is measured what came of it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -18,25 +20,36 @@ from tqdm.auto import tqdm
 
 from glance.adapters import fresh_lora
 from glance.ask.components import denoiser_name
-from glance.ask.mixed import walk_branches
+from glance.ask.mixed import count_calls, walk_branches
 from glance.ask.velocity import PipelineVelocity
 from glance.files import faults
 from glance.files.checkpoints import check_lora, with_run
 from glance.files.lora import check_loaded, save_lora
 from glance.files.recipe import WEIGHT_NAME, read_recipe
+from glance.files.sampler import read_sampler
 from glance.training import distribution, out_of_memory, stages, trackers
+from glance.training.calls_chart import write_curve
 from glance.training.draws import Draw, Draws
 from glance.training.log import LossLog, check_finite, write_losses
 from glance.training.optimizer import make_optimizer
 from glance.training.phases import Phase
 from glance.training.prepare import Prepared
-from glance_utils import PHASES, Schedule, activate_adapter, denoiser, timesteps_to_sigmas, velocity_loss
+from glance_utils import PHASES, InputError, Schedule, activate_adapter, denoiser, timesteps_to_sigmas, velocity_loss
 
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS_RATE = 10  # how much faster than the LoRAs the steps' weights are trained: eight numbers a step, not millions
 NAME = "both phases"  # of what is trained, in logs
+
+
+def left_out(captions: int, seeds: int) -> torch.Tensor:
+    """Return which trajectories are not trained on, (captions, seeds) bool: a quarter of the captions where there are
+    four or more, else a quarter of each one's trajectories, as far as there are four."""
+    rows = torch.arange(captions) >= captions - captions // 4
+    if rows.any():
+        return rows[:, None].expand(-1, seeds)
+    return (torch.arange(seeds) >= seeds - seeds // 4).expand(captions, -1)
 
 
 class Ends(torch.nn.Module):
@@ -100,19 +113,21 @@ class Training:
         groups = ([{"params": self.loras}] if self.loras else []) + groups
         optimizer, self.lr_scheduler = make_optimizer(args, groups)
         _, self.optimizer = distribution.prepare(args, accelerator, self.ends, self.parameters, optimizer)
+        trained = ~left_out(len(prepared.captions), args.num_trajectories)
         self.draws = Draws(
             seed=args.seed,
             mode="stratified",
             micro_steps=args.max_train_steps * args.gradient_accumulation_steps,
             timesteps=1,
             batch_size=args.train_batch_size,
-            captions=len(prepared.captions),
-            trajectories=args.num_trajectories,
+            captions=int(trained.any(1).sum()),
+            trajectories=int(trained.any(0).sum()),
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
         self.scaler = accelerator.scaler
         self.log = LossLog(NAME, [0.0])
+        self.error_before = measured_error(self.ends, prepared, accelerator.device)
 
     def switch(self, phase: str) -> None:
         """Let the LoRA of a phase act alone; all of them go on being trained."""
@@ -156,6 +171,19 @@ def endpoint_loss(ends: Ends, prepared: Prepared, draw: Draw, device: torch.devi
         part[rows][:, 0].to(device) for part in (prepared.trajectories.starts, prepared.trajectories.targets)
     )
     return velocity_loss(ends(start, prepared.captions[draw.caption]), exact)
+
+
+@torch.no_grad()
+def measured_error(ends: Ends, prepared: Prepared, device: torch.device) -> float | None:
+    """Return how far pictures end from where the base's end, relative to these, over the trajectories that were not
+    trained on; None where there are none."""
+    starts, targets = prepared.trajectories.starts, prepared.trajectories.targets
+    off = size = 0.0
+    for caption, seed in left_out(*starts.shape[:2]).nonzero().tolist():
+        end = ends(starts[caption, seed].to(device), prepared.captions[caption], recompute=False).cpu()
+        off += float((end - targets[caption, seed]).double().square().sum())
+        size += float(targets[caption, seed].double().square().sum())
+    return (off / size) ** 0.5 if size else None
 
 
 def train_endpoint(args, accelerator, prepared: Prepared, state: dict | None, save: Callable) -> Training | Path:
@@ -209,6 +237,27 @@ def train_endpoint(args, accelerator, prepared: Prepared, state: dict | None, sa
     return training
 
 
+def say_errors(before: float | None, error: float | None, captions: int) -> None:
+    """Say what training changed, and warn where that is for the worse."""
+    if error is None:
+        return
+    measured = "captions" if captions >= 4 else "noises"
+    logger.info(f"  Error = {error:.4f}, before training {before:.4f}, on {measured} that were not trained on")
+    if error > before:
+        logger.warning(
+            f"training made it worse, {before:.4f} to {error:.4f}: the sampler alone is nearer (--max_train_steps 0); "
+            "or give a smaller --learning_rate, more --max_train_steps or more captions"
+        )
+
+
+def earlier_error(output_dir: str, coefficients: list[list[float]]) -> float | None:
+    """Return the error that a finished run measured with these weights, None where it did not come to write it."""
+    with contextlib.suppress(InputError):
+        sampler = read_sampler(output_dir)
+        return sampler.error if sampler.coefficients == coefficients else None
+    return None
+
+
 def train_together(
     args, accelerator, prepared: Prepared, phases: list[Phase], save: Callable, leave: Callable
 ) -> tuple[Prepared, list[Phase]]:
@@ -221,6 +270,7 @@ def train_together(
     if all(phase.finished for phase in phases):
         recipes = [read_recipe(phase.folder / WEIGHT_NAME) for phase in phases]
         coefficients = sum((recipe.coefficients for recipe in recipes), [])
+        error = earlier_error(args.output_dir, coefficients)
         logger.info("  both phases: finished before")
     else:
         stages.enter("training both phases")
@@ -230,8 +280,11 @@ def train_together(
             if isinstance(trained, Path):
                 leave(trained, noted)
         coefficients = trained.ends.coefficients()
+        error = measured_error(trained.ends, prepared, accelerator.device)
+        say_errors(trained.error_before, error, len(prepared.trajectories.starts))
     steps = dataclasses.replace(prepared.steps, coefficients=coefficients)
-    prepared = dataclasses.replace(prepared, steps=steps)
+    measured = dataclasses.replace(prepared.trajectories, error=error)
+    prepared = dataclasses.replace(prepared, steps=steps, trajectories=measured)
     recipes = [
         dataclasses.replace(phase.recipe, coefficients=steps.coefficients_of(phase.recipe.phase)) for phase in phases
     ]
@@ -242,6 +295,9 @@ def train_together(
                 if recipe.phase in trained.phases:
                     recipe = with_run(recipe, phase.compared, phase.asked)
                     logger.info(f"Saved {save_lora(transformer, recipe.phase, phase.folder, recipe, name)}")
+    if accelerator.is_main_process and error is not None and not args.train_coefficients_only:
+        with faults.one_line_errors(args.output_dir):
+            write_curve(Path(args.output_dir), measured.curve, (count_calls(steps.branches), error))
     if hasattr(transformer, "peft_config"):
         transformer.unload_lora()  # the base is as it was
     accelerator.wait_for_everyone()

@@ -116,10 +116,7 @@ def make_sampler(args, prepared: Prepared, size: tuple[int, int], captions: int)
     known = {part.name: recipe[part.name] for part in dataclasses.fields(Sampler) if part.name in recipe}
     searched = found is not None and steps.grid is not None
     own = {"phases": steps.whole, "coefficients": steps.coefficients, "branches": steps.branches}
-    trained = (
-        steps.branches is not None and found.coefficients != steps.coefficients
-    )  # measured on no caption left out
-    own |= {"captions": captions if searched else 0, "error": found.error if searched and not trained else None}
+    own |= {"captions": captions if searched else 0, "error": found.error if searched else None}
     return Sampler(**known | own)
 
 

@@ -209,20 +209,20 @@ def measure_curve(
     return distribution.gather_on_host(curve)[0]
 
 
-def choose_calls(curve: list, target: float) -> int:
-    """Return the fewest calls of the curve whose calibrated error is below the target; where none is, say so and
-    return those with the least."""
+def choose_calls(curve: list, target: float) -> list[int]:
+    """Return the numbers of calls of the curve that may do, ascending: from the fewest whose calibrated error is below
+    the target; where none is, say so and return the one with the least."""
     told = [(error, calls) for calls, _, error in curve if error is not None]
-    enough = [calls for error, calls in told if error < target]
-    if enough:
-        logger.info(f"  {min(enough)} model calls are the fewest with an error below {target:g}")
-        return min(enough)
+    enough = min((calls for error, calls in told if error < target), default=None)
+    if enough is not None:
+        logger.info(f"  {enough} model calls are the fewest with an error below {target:g}")
+        return [calls for _, calls in told if calls >= enough]
     error, calls = min(told)
     logger.warning(
         f"--target_error {target:g}: no number of model calls that was tried comes so near; {calls} come nearest, "
         f"with {error:.4f}"
     )
-    return calls
+    return [calls]
 
 
 def plans_tried(args, most_calls: int, calls: int) -> int:
@@ -242,15 +242,15 @@ def find_sampler(
     stages.enter("choosing")
     steps, calls = len(teacher.timesteps), args.num_model_calls
     curve = measure_curve(teacher, trials, examples, shipped, {calls} | not_told(list(shipped), len(captions)))
-    calls = choose_calls(curve, args.target_error) if calls == "auto" else calls
-    plan, _ = find_plan(trials, examples, calls, plans_tried(args, trials.most_calls, calls), args.seed)
-    error = trials.error(plan, examples, (True, False))
+    found, target = {}, args.target_error or 0.0
+    for calls in choose_calls(curve, target) if calls == "auto" else [calls]:
+        plan, _ = find_plan(trials, examples, calls, plans_tried(args, trials.most_calls, calls), args.seed)
+        error = found[calls] = trials.error(plan, examples, (True, False))
+        if error < target:
+            break
+        if target:  # the curve is of fewer captions
+            logger.warning(f"--target_error {target:g}: on all captions {calls} model calls come to {error:.4f}")
     weights, _ = trials.fit(plan, examples, torch.ones_like(examples.fitted))
-    told = next(calibrated for number, _, calibrated in curve if number == calls)
-    if told is not None and told < (args.target_error or 0) <= error:  # told by fewer captions
-        logger.warning(
-            f"--target_error {args.target_error:g}: on all captions {calls} model calls come to {error:.4f}"
-        )
     logger.info(f"  {calls} model calls: error {error:.4f} to {steps} steps, {written(plan)}")
     positions, branches = map(list, zip(*plan))
     shares = distribution.gather_on_host(examples.points[: examples.own, [0, -1]])
@@ -266,7 +266,7 @@ def find_sampler(
         coefficients=weights,
         branches=branches,
         error=error,
-        curve=[[*row[:2], error] if row[0] == calls else row for row in curve],
+        curve=[[calls, shipped, found.get(calls, calibrated)] for calls, shipped, calibrated in curve],
         picture=both[0, 0, 1:],
         starts=both[:, :, :1],
         targets=both[:, :, 1:],
