@@ -173,6 +173,29 @@ def test_guidance_is_the_files_own(pair_of_branches, trained, infer, capsys):
     assert_refused(capsys, word, infer, base="sd3", lora=trained("sd3"), guidance="mix")
 
 
+def test_another_strength_of_guidance_has_no_effect_and_that_is_said(pair_of_branches, infer, caplog, tmp_path):
+    held = infer("sd3", lora=pair_of_branches, output=tmp_path / "held.png")
+    assert "has no effect" not in caplog.text
+    other = infer("sd3", lora=pair_of_branches, output=tmp_path / "other.png", guidance_scale=4.5)
+    assert picture_distance(held, other) == 0
+    assert "guidance_scale 4.5 has no effect on these files: their branches' weights hold 7.0;" in caplog.text
+    assert "--num_model_calls 4 --max_train_steps 0, --guidance_scale 4.5" in caplog.text
+
+
+def test_folded_guidance_has_no_other_strength_either(trained, infer, caplog, tmp_path):
+    for phase in PHASES:
+        forge(trained("sd3") / phase / WEIGHT_NAME, tmp_path / phase / WEIGHT_NAME, guidance="fold")
+    infer("sd3", lora=tmp_path, guidance_scale=7.0)
+    assert "has no effect" not in caplog.text
+    infer("sd3", lora=tmp_path, guidance_scale=2)
+    assert "guidance_scale 2.0 has no effect on these files: their LoRAs hold 7.0;" in caplog.text
+
+
+def test_without_guidance_there_is_no_negative_branch(pair_of_branches, infer, capsys):
+    word = "guidance_scale 1.0, not 7.0: without guidance there is no negative prompt's branch, which these steps call"
+    assert_refused(capsys, word, infer, base="sd3", lora=pair_of_branches, guidance_scale=1)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Flags
 

@@ -5,6 +5,7 @@ Asked of the pipeline, before anything is drawn; where steps come from elsewhere
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 
 from diffusers import DiffusionPipeline
@@ -12,8 +13,8 @@ from diffusers import DiffusionPipeline
 from glance.ask import latents as ask_latents
 from glance.ask import sampler as grids
 from glance.ask.guidance import ask_single_branch, count_model_calls
-from glance.ask.mixed import count_calls
-from glance.ask.pipeline import replaced
+from glance.ask.mixed import branch_calls, count_calls
+from glance.ask.pipeline import accepted_arguments, replaced
 from glance.ask.schedule import ask_timestep_table, ask_timesteps, has_own_steps
 from glance.command_line import Settings
 from glance.files import faults
@@ -43,7 +44,7 @@ def published_timesteps(pipe: DiffusionPipeline, base_timesteps: list[float]) ->
 def schedule_of_loras(args, pipe, recipe: Recipe, schedule: Schedule | None, call: dict) -> Schedule:
     """Return the steps of the files, completed by the pipeline where these hold nothing.
 
-    Raise InputError where --guidance is not how these steps go.
+    Raise InputError where --guidance is not how these steps go, or their branches are not there.
     """
     base_steps = recipe.num_base_steps
     if schedule is None:
@@ -54,9 +55,39 @@ def schedule_of_loras(args, pipe, recipe: Recipe, schedule: Schedule | None, cal
         raise InputError(f"--guidance {args.guidance}: these are files {held}; leave it out")
     table = ask_timestep_table(pipe, base_steps, **call)
     single = mixed or (args.guidance or recipe.guidance) == "fold"
-    return dataclasses.replace(
-        schedule, timestep_table=table, guidance=ask_single_branch(pipe, **call) if single else {}
+    guidance = ask_single_branch(pipe, **call) if single else {}
+    check_guidance(pipe, recipe, schedule, call, guidance)
+    return dataclasses.replace(schedule, timestep_table=table, guidance=guidance)
+
+
+def check_guidance(pipe, recipe: Recipe, schedule: Schedule, call: dict, off: dict) -> None:
+    """Warn of a strength of guidance that changes nothing, as the files hold another; raise InputError where the steps
+    call the negative prompt's branch and the call's guidance is off.
+
+    `off` are the arguments that switch the pipeline's own guidance off.
+    """
+    kept = {"guidance_scale": recipe.guidance_scale, **recipe.pipeline_kwargs}
+    held, given = (
+        {name: values.get(name) for name in ("guidance_scale", "true_cfg_scale")} for values in (kept, call)
     )
+    for name, values in itertools.product(held, (held, given)):
+        if values[name] is None and name in (arguments := accepted_arguments(pipe)):
+            values[name] = arguments[name].default
+    others = [name for name in held if given[name] != held[name]]
+    called = schedule.branches or ["prompt"]
+    if set(called) != {"prompt"} and "negative" not in branch_calls(pipe, call, call | off):
+        said = ", ".join(f"{name} {given[name]}, not {held[name]}" for name in others) or "this call"
+        raise InputError(f"{said}: without guidance there is no negative prompt's branch, which these steps call")
+    if schedule.branches or recipe.guidance == "fold":
+        holder, again = "LoRAs", "train again"
+        if schedule.branches:
+            holder = "branches' weights"
+            again = f"find others with --num_model_calls {count_calls(called)} --max_train_steps 0"
+        for name in off.keys() & set(others):
+            logger.warning(
+                f"{name} {given[name]} has no effect on these files: their {holder} hold {held[name]}; for "
+                f"{given[name]}, {again}, --{name} {given[name]}"
+            )
 
 
 def schedule_of_base(args: Settings, pipe, call: dict, hint: str) -> tuple[Settings, Schedule]:
