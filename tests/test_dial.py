@@ -271,7 +271,7 @@ def test_what_it_will_take_is_counted_and_fits(train, tmp_path, capsys, caplog):
     assert found["drawing"][1] == str(32 * 12)  # of 32 trajectories
     assert found["fitting"][1] == str(32 * (24 + 6 * 4 + 3 * 4))  # the curve, the search, the best plan again
     more = stages(num_trajectories=2, num_plans=5, max_train_steps=3, train_batch_size=2, guidance_scale=1)
-    assert more["drawing"][1] == str(4 * 12) and more["training"][1] == str(3 * 4)
+    assert more["drawing"][1] == str(4 * 12) and more["training"][1] == str(3 * 4 * 4)  # four batches a step
     assert more["fitting"][1] == str(4 * (12 + 5 * 4 + 3 * 4))  # a single branch
     assert found["fitting"][0] == more["fitting"][0]  # the number of samples in training does not matter here
 

@@ -25,7 +25,8 @@ from glance_utils import PHASES, InputError, Schedule, activate_adapter
 
 TERMS = 8
 SHORT = {"num_model_calls": 4, "num_base_steps": 8, "num_plans": 1, "num_trajectories": 1, "instance_image": None}
-SHORT |= {"max_train_steps": 4, "learning_rate": 3e-2, "guidance_scale": 3}
+SHORT |= {"max_train_steps": 4, "learning_rate": 3e-2, "guidance_scale": 3, "gradient_accumulation_steps": 1}
+SHORT |= {"lr_scheduler": "constant", "lr_warmup_steps": 0}
 
 
 @pytest.fixture

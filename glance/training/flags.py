@@ -12,12 +12,15 @@ from glance import foreign_flags
 from glance.shared_flags import CALL_FLAGS, SIDE, add_shared, merge_call_flags
 
 
-# The flow loss's are the published method's, the trajectory loss's are what measured best (benchmarks/README.md).
+# The flow loss's are the published method's, the others' are what measured best (benchmarks/README.md).
+STEADY = {"lr_scheduler": "constant", "lr_warmup_steps": 0}
 DEFAULTS = {
-    "flow": {"grid": "glance", "solver": "euler", "num_trajectories": 4},
-    "trajectory": {"grid": "auto", "solver": "fitted", "num_trajectories": 4},
-    "endpoint": {"grid": "auto", "solver": "fitted"},  # what is found is more than either, and begins with them
+    "flow": {"grid": "glance", "solver": "euler", "num_trajectories": 4} | STEADY,
+    "trajectory": {"grid": "auto", "solver": "fitted", "num_trajectories": 4} | STEADY,
+    # What is found is more than grid and solver, and begins with them.
+    "endpoint": {"grid": "auto", "solver": "fitted", "lr_scheduler": "cosine", "lr_warmup_steps": 10},
 }
+BATCHES = {"endpoint": 4}  # before each step, whose captions differ; 1 for the other losses
 CAPTIONS = Path(__file__).parents[2] / "configs" / "captions.txt"  # of anything, for a sampler that is found on them
 CALLS = 10  # of the model, for --guidance mix
 CHOSEN = ("grid", "solver", "num_inference_steps", "flow_custom_timesteps")  # by --num_model_calls
@@ -193,15 +196,23 @@ def add_training(parser: cli.Parser) -> None:
     add(
         "--gradient_accumulation_steps",
         type=cli.positive(int),
-        help="batches before each step; accelerate launch's by default, or 1",
+        help="batches before each step; accelerate launch's by default, else 1, or 4 for the endpoint loss",
     )
     add(
         "--learning_rate",
         type=cli.positive(float),
         help="by default 1 for prodigy, 1e-5 for the trajectory loss that keeps guidance, else 3e-4",
     )
-    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="how the learning rate changes over a phase")
-    add("--lr_warmup_steps", type=cli.count, default=0, help="steps of each phase over which the learning rate rises")
+    add(
+        "--lr_scheduler",
+        choices=LR_SCHEDULERS,
+        help="how the learning rate changes over a phase; constant, or cosine for the endpoint loss",
+    )
+    add(
+        "--lr_warmup_steps",
+        type=cli.count,
+        help="steps of each phase over which the learning rate rises; 0, or 10 for the endpoint loss",
+    )
     add("--lr_num_cycles", type=cli.positive(int), default=1, help="cycles of cosine_with_restarts")
     add("--lr_power", type=cli.positive(float), default=1.0, help="exponent of polynomial")
     add(

@@ -14,6 +14,7 @@ from accelerate.utils import parse_flag_from_env
 from glance.ask.pipeline import first_line
 from glance.command_line import Settings
 from glance.shared_flags import DTYPES
+from glance.training.flags import BATCHES
 from glance_utils import InputError
 
 
@@ -103,7 +104,10 @@ def with_defaults(args: Settings) -> Settings:
     )
     launched = {
         "mixed_precision": (launched_precision(), "no"),
-        "gradient_accumulation_steps": (launched_number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", int), 1),
+        "gradient_accumulation_steps": (
+            launched_number("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", int),
+            BATCHES.get(args.loss, 1),
+        ),
         "max_grad_norm": (launched_number("ACCELERATE_GRADIENT_CLIPPING", float), 1.0),
         "gradient_checkpointing": (checkpointing or None, None),
     }
