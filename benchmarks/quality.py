@@ -9,11 +9,13 @@ Writes table.md, results.json and quality.png into --output_dir. The rows, by th
 
 - steps, grid: the base on the published grid, on every n-th of its own steps and on the grid of its own trajectory;
   solver: with the fitted solver's coefficients
-- scheduler, cache: what diffusers ships and needs no training (UniPC, DPM++; first-block cache, TaylorSeer)
+- scheduler, cache: what diffusers ships and needs no training (UniPC, DPM++; first-block cache, TaylorSeer);
+  cache_dit: DBCache of that package, which wants an environment of its own and is left out where it is not installed
 - lora: a pair given with --lora
-- train: pairs that are trained here with train_glance_lora.py, by --train_config and these flags. Of `rates` the one
-  is kept whose error is least on validation captions, which are never reported; then --seeds runs are reported.
-  `scales` switches a phase's LoRA off. Rows whose flags the script does not have are left out, and said so.
+- train: pairs, or samplers without LoRAs, that are made here with train_glance_lora.py, by --train_config and these
+  flags. Of `rates` the one is kept whose error is least on validation captions, which are never reported; then --seeds
+  runs are reported. `scales` switches a phase's LoRA off. Rows whose flags the script does not take are left out, and
+  said so.
 
 The teacher is the base with all its steps and guidance. README.md beside this file says what the columns are.
 """
@@ -52,9 +54,19 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 from judge import load_judge  # noqa: E402
-from quality_draw import Bench, Counter, draw, loaded, lora_file, pictures, teacher  # noqa: E402
+from quality_draw import (  # noqa: E402
+    Bench,
+    Counter,
+    counted_forwards,
+    draw,
+    loaded,
+    lora_file,
+    needs_trajectory,
+    pictures,
+    teacher,
+)
 from quality_numbers import by_name, diversity, fine_detail, frechet, make_table, plot, psnr  # noqa: E402
-from quality_rows import BASE_STEPS, Row, all_rows  # noqa: E402
+from quality_rows import BASE_STEPS, CAPTIONS, Row, all_rows  # noqa: E402
 from scenes import RESOLUTION, caption_of, scene_of, split_scenes  # noqa: E402
 
 import infer_glance  # noqa: E402
@@ -63,7 +75,7 @@ from glance import command_line as cli  # noqa: E402
 from glance.ask import latents as ask_latents  # noqa: E402
 from glance.ask import pipeline as ask  # noqa: E402
 from glance.ask.guidance import ask_single_branch  # noqa: E402
-from glance.ask.pipeline import first_line, replaced  # noqa: E402
+from glance.ask.pipeline import first_line  # noqa: E402
 from glance.ask.sampler import relative_error  # noqa: E402
 from glance.ask.schedule import ask_timestep_table, ask_timesteps  # noqa: E402
 from glance.files import faults  # noqa: E402
@@ -113,52 +125,43 @@ def measure(bench: Bench, settings: dict) -> dict:
     drawn = VaeImageProcessor.numpy_to_pil(images.permute(0, 2, 3, 1).numpy()) if bench.scorers else []
     numbers |= {name: statistics.fmean(scorer(drawn, captions)) for name, scorer in bench.scorers.items()}
     if "lora" not in settings:
-        needs_trajectory = settings.get("grid") == "auto" or "solver" in settings
-        numbers["spent"] = bench.trajectory[1] if needs_trajectory else 0
+        numbers["spent"] = bench.trajectory[1] if needs_trajectory(settings) else 0
     return numbers
 
 
-@contextlib.contextmanager
-def counted_forwards(kind: type):
-    """Yield a count of the samples that pass models of this class inside, also in pipelines that are made there.
-
-    Those with gradients count as "trained", others as "drawn"; tensors with a shape and no content do not count.
-    """
-    forward = kind.forward
-    spent = {"trained": 0, "drawn": 0}
-
-    @functools.wraps(forward)
-    def count(model, *args, **kwargs):
-        samples = ask.model_input(args, kwargs)
-        if type(samples) in (torch.Tensor, list) and model.device.type != "meta":
-            spent["trained" if torch.is_grad_enabled() else "drawn"] += len(samples)
-        return forward(model, *args, **kwargs)
-
-    with replaced(kind, "forward", count):
-        yield spent
+def with_captions(args, flags: list[str]) -> list[str]:
+    """Return a row's flags with the files of captions that captions_of wrote."""
+    return [flag.replace("CAPTIONS", f"{args.output_dir}/captions") for flag in flags]
 
 
-def train(bench: Bench, settings: dict, rate: float, seed: int) -> tuple[str, dict]:
-    """Train a pair, unless it is there, and return its folder and the model calls spent.
+def train(bench: Bench, settings: dict, rate: float | None, seed: int) -> tuple[str, dict]:
+    """Train a pair, or find a sampler where nothing has a rate, unless it is there; return its folder and the model
+    calls spent.
 
-    Runs that differ in their rate alone share the trajectories that the base drew for the first.
+    Runs that differ in their rate alone share the trajectories that the base drew for the first; with `sampler`, the
+    flags of a sampler that is found before, those and the sampler.
     """
     args = bench.args
     key = [settings["train"], settings.get("phases"), seed]
     runs = Path(args.output_dir, "loras", hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16])
-    folder = runs / f"{rate:g}"
+    folder = runs / ("untrained" if rate is None else f"{rate:g}")
     if (folder / "spent.json").exists():
         return str(folder), json.loads((folder / "spent.json").read_text())
     drawn = [json.loads(file.read_text())["drawn"] for file in runs.glob("*/spent.json")]
-    flags = ["--config", args.train_config, f"--learning_rate={rate}", f"--seed={seed}"]
-    flags += [flag.replace("CAPTIONS", f"{args.output_dir}/captions") for flag in settings["train"]]
+    others = list(runs.glob("*"))
+    if "sampler" in settings:
+        found, earlier = train(bench, {"train": settings["sampler"]}, None, seed)
+        drawn, others = [*drawn, earlier["drawn"]], [Path(found)]
+    flags = ["--config", args.train_config, f"--seed={seed}"] + ([] if rate is None else [f"--learning_rate={rate}"])
+    flags += with_captions(args, settings["train"])
     with counted_forwards(type(denoiser(bench.pipe))) as spent:
         for phase, more in settings.get("phases", {"both": []}).items():
             output = folder if phase == "both" else folder / phase
             output.mkdir(parents=True, exist_ok=True)
-            others = list(runs.glob(f"*/{output.relative_to(folder)}/{faults.TRAJECTORIES}"))
-            if others and not (output / faults.TRAJECTORIES).exists():
-                shutil.copy(others[0], output)
+            files = [other / output.relative_to(folder) / faults.TRAJECTORIES for other in others]
+            files = [file for file in files if file.exists()]
+            if files and not (output / faults.TRAJECTORIES).exists():
+                shutil.copy(files[0], output)
             AcceleratorState._reset_state(reset_partial_state=True)
             train_glance_lora.main([*flags, f"--output_dir={output}", f"--phase={phase}", *more])
     spent["drawn"] = max([spent["drawn"], *drawn])
@@ -168,7 +171,7 @@ def train(bench: Bench, settings: dict, rate: float, seed: int) -> tuple[str, di
 
 def measure_trained(bench: Bench, results: dict, row: Row) -> None:
     """Choose the rate on validation captions, then report --seeds runs with it."""
-    settings = {key: row.settings[key] for key in ("train", "phases") if key in row.settings}
+    settings = {key: row.settings[key] for key in ("train", "phases", "sampler") if key in row.settings}
     rates, tuning = {}, 0
 
     def validate(rate: float) -> dict:
@@ -187,7 +190,8 @@ def measure_trained(bench: Bench, results: dict, row: Row) -> None:
         folder, spent = train(bench, settings, rate, seed)
         sampling = {key: row.settings[key] for key in ("scales", "guided") if key in row.settings}
         numbers = measure(bench, sampling | {"lora": folder})
-        numbers |= {"rate": rate, "spent": BACKWARD * spent["trained"] + spent["drawn"]}
+        numbers |= {} if rate is None else {"rate": rate}
+        numbers |= {"spent": BACKWARD * spent["trained"] + spent["drawn"]}
         return numbers | ({"tuning": tuning} if rates else {})
 
     for seed in range(bench.args.seeds):
@@ -198,14 +202,15 @@ def measure_row(bench: Bench, results: dict, row: Row) -> str | None:
     """Measure a row, unless it is there; return the reason where this script or this pipeline has no such row."""
     if "train" in row.settings:
         try:
-            train_glance_lora.parse_args(["--config", bench.args.train_config, *row.settings["train"]])
+            flags = with_captions(bench.args, row.settings["train"])
+            train_glance_lora.parse_args(["--config", bench.args.train_config, *flags])
         except (InputError, argparse.ArgumentError) as error:
             return str(error)
         return measure_trained(bench, results, row)
     try:
         finished(bench, results, row.settings, functools.partial(measure, bench, row.settings), row)
-    except (ValueError, AttributeError, TypeError, AssertionError) as error:
-        if not {"scheduler", "cache"} & set(row.settings):
+    except (ValueError, AttributeError, TypeError, AssertionError, ImportError) as error:
+        if not {"scheduler", "cache", "cache_dit"} & set(row.settings):
             raise
         return first_line(error)
 
@@ -289,13 +294,13 @@ def captions_of(args) -> dict[str, list[str]]:
         reported, validation = reported[:half], reported[half:]
     else:
         further, held_out = ([caption_of(scene) for scene in scenes] for scenes in split_scenes())
-        further, validation, reported = further[:63], held_out[:VALIDATION], held_out[64:160]
+        further, validation, reported = further[: max(CAPTIONS) - 1], held_out[:VALIDATION], held_out[64:160]
     reported = reported[: args.num_prompts]
     training = args.instance_prompt or reported[0]
     diverse = [caption for caption in reported[: args.diversity_captions] for _ in range(args.diversity_seeds)]
     if args.train_config:
-        for count in (15, 63):
-            Path(args.output_dir, f"captions-{count}.txt").write_text("\n".join(further[:count]))
+        for count in CAPTIONS:
+            Path(args.output_dir, f"captions-{count - 1}.txt").write_text("\n".join(further[: count - 1]))
         if shared := {training, *further} & {*validation, *reported} or {*validation} & {*reported}:
             raise InputError(f"{shared.pop()!r} would be trained on, or choose a rate, and be reported; leave it out")
     sets = {"reported": reported, "training": [training] * args.training_seeds, "diversity": diverse}

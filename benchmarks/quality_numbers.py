@@ -3,14 +3,18 @@
 Functions of tensors alone: a further number is one more of them, and one more of COLUMNS.
 """
 
+import itertools
 import math
 import statistics
 from pathlib import Path
 
 import torch
-from quality_rows import Row
+from quality_rows import PLOTTED, Row
 
 from glance.files.atomic import replace_file
+
+
+MOST_SERIES = 7  # in the plot; all else stands in the table
 
 
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
@@ -100,44 +104,60 @@ def make_table(results: dict, rows: list[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def spread(heights: list[float], least: float) -> list[float]:
+    """Return the heights, moved apart so that they are at least so far from each other, their order kept."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    placed = list(heights)
+    for _ in range(100):  # each pass moves neighbours that are too near by half of what is missing
+        for low, high in zip(order, order[1:]):
+            missing = least - (placed[high] - placed[low])
+            if missing > 1e-9:
+                placed[low], placed[high] = placed[low] - missing / 2, placed[high] + missing / 2
+    return placed
+
+
+def series_of(results: dict, rows: list[Row]) -> dict[str, list[tuple[float, float]]]:
+    """Return [(full model calls, error), ...] of the kinds that the plot shows, in PLOTTED's order: seven at most."""
+    measured, series = by_name(results, rows), {}
+    for kind in PLOTTED:
+        points = [
+            tuple(statistics.fmean(of_seed[key] for of_seed in measured[row.name]) for key in ("work", "error"))
+            for row in rows
+            if row.kind == kind and row.name in measured and row.settings.get("guided", True)
+        ]
+        if points := sorted(point for point in points if point[1] > 0):
+            series[kind] = points
+    return dict(itertools.islice(series.items(), MOST_SERIES))
+
+
 def plot(results: dict, rows: list[Row], path: Path) -> None:
-    """Write a plot of the error over full model calls, one series a kind; hollow without guidance."""
-    from matplotlib import colormaps
+    """Write a plot of the error over full model calls, each series named at an end of its line."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.subplots()
-    measured = by_name(results, rows)
-    kinds = list(dict.fromkeys(row.kind for row in rows if row.name in measured))
-    for number, kind in enumerate(kinds):
-        for guided in (True, False):
-            series = [row for row in rows if row.kind == kind and row.settings.get("guided", True) is guided]
-            points = [
-                [statistics.fmean(of_seed[key] for of_seed in measured[row.name]) for key in ("work", "error")]
-                for row in series
-                if row.name in measured
-            ]
-            points = sorted(point for point in points if point[1] > 0)  # the teacher has no error
-            if points:
-                color = colormaps["tab10"](number % 10)
-                line = "-" if all("train" not in row.settings for row in series) else ""
-                axes.plot(
-                    *zip(*points),
-                    marker="os^vDPX*"[number % 8],
-                    linestyle=line,
-                    linewidth=1,
-                    color=color,
-                    markerfacecolor=color if guided else "none",
-                    label=kind + ("" if guided else ", no guidance"),
-                )
+    series = series_of(results, rows)
+    ends = {kind: points[0 if PLOTTED[kind][1] == "left" else -1] for kind, points in series.items()}
+    heights = {}
+    for side in ("left", "right"):
+        kinds = [kind for kind in ends if PLOTTED[kind][1] == side]
+        heights |= zip(kinds, spread([math.log10(ends[kind][1]) for kind in kinds], 0.07))
+    for kind, points in series.items():
+        name, side, color = PLOTTED[kind]
+        own = not color.startswith("0")  # grey is of the others
+        axes.plot(*zip(*points), marker="o", markersize=5, linewidth=2 if own else 1.2, color=color, zorder=2 + own)
+        look = {"color": color, "fontweight": "bold" if own else "normal", "va": "center"}
+        look["ha"] = "right" if side == "left" else "left"
+        axes.text(ends[kind][0] * (0.93 if side == "left" else 1.07), 10 ** heights[kind], name, **look)
     axes.set(xscale="log", yscale="log", xlabel="full model calls a picture", ylabel="relative error to the teacher")
+    axes.set_xlim(1.9, 130)
     for axis, ticks in (
-        (axes.xaxis, (4, 8, 10, 16, 20, 40, 100, 400)),
-        (axes.yaxis, (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)),
+        (axes.xaxis, (4, 6, 8, 10, 14, 20, 40, 100)),
+        (axes.yaxis, (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)),
     ):
         axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside right upper", fontsize="small")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
     replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

@@ -5,6 +5,7 @@ import math
 import sys
 from argparse import Namespace
 
+import diffusers
 import pytest
 import tiny_parts
 import torch
@@ -22,8 +23,11 @@ import quality_draw  # noqa: E402
 import quality_numbers as numbers  # noqa: E402
 import quality_rows  # noqa: E402
 
+import train_glance_lora  # noqa: E402
+from glance.ask import mixed  # noqa: E402
 from glance.ask.sampler import relative_error  # noqa: E402
 from glance.files.recipe import read_recipe  # noqa: E402
+from glance.files.sampler import Sampler, write_sampler  # noqa: E402
 from glance_utils import InputError  # noqa: E402
 
 
@@ -194,10 +198,107 @@ def test_any_pipeline_any_pair_any_scorer(base, measured, pipelines, trained, tm
     assert found["mine"]["error"] > 0 and "judge" not in found["mine"] and "spent" not in found["mine"]
 
 
-def test_pictures_do_not_depend_on_the_batch(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    args = quality.parse_args(flags(num_prompts=2, output_dir=tmp_path))
-    bench, few = quality.make_bench(args, quality.captions_of(args)), {"steps": 4, "grid": "even"}
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """The demo model with two reported captions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        args = quality.parse_args(flags(num_prompts=2, output_dir=tmp_path_factory.mktemp("quality")))
+        return quality.make_bench(args, quality.captions_of(args))
+
+
+def test_pictures_do_not_depend_on_the_batch(bench):
+    few = {"steps": 4, "grid": "even"}
     with torch.no_grad():
         both, first = (quality_draw.draw(bench, few, "reported", count=count) for count in (2, 1))
     assert torch.allclose(both[:1], first, atol=1e-4)
+
+
+def test_equal_rotation_turns_by_the_same_angle():
+    timesteps = [1000.0, 900.0, 500.0, 400.0, 300.0, 200.0, 100.0, 50.0]
+    angles = [0.0, 0.1, 0.2, 0.3, 0.7, 0.8, 0.9, 1.2]  # of the velocity in each step
+    points = [torch.zeros(1, 2)]
+    for angle, start, end in zip(angles, timesteps, [*timesteps[1:], 0.0]):
+        velocity = torch.tensor([[math.cos(angle), math.sin(angle)]])
+        points.append(points[-1] + (end - start) * velocity)
+    # 0.3 is at 400; 0.6 three quarters of the way from there to 300, where it is 0.7; 0.9 at 100
+    found = quality_draw.equal_rotation(points, timesteps, 4)
+    assert found == pytest.approx([1000.0, 400.0, 325.0, 100.0], abs=0.1)
+
+
+@pytest.mark.parametrize("name", ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler"))
+def test_schedulers_of_diffusers_walk_the_grid_of_the_row(name, bench):
+    scheduler = quality_draw.scheduler_of(bench, {"scheduler": name, "grid": "even", "steps": 4})
+    scheduler.set_timesteps(17, mu=0.5)
+    timesteps, _ = quality_draw.sampler(bench, "even", 4, "euler")
+    assert scheduler.timesteps.tolist() == pytest.approx(timesteps)
+    assert scheduler.sigmas.tolist() == pytest.approx([timestep / 1000 for timestep in timesteps] + [0], abs=2e-6)
+    assert isinstance(scheduler, getattr(diffusers, name))
+    noise, velocity = torch.randn(2, 1, 4, generator=torch.Generator().manual_seed(0))
+    latents = noise
+    for timestep in scheduler.timesteps:
+        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+    assert torch.allclose(latents, noise - velocity, atol=1e-3)  # along a straight line any order is exact
+
+
+def test_a_sampler_of_mixed_branches_is_drawn_as_by_inference(bench, tmp_path):
+    timesteps = bench.timesteps
+    found = Sampler(
+        base_model="demo/model",
+        pipeline="FluxPipeline",
+        height=96,
+        width=96,
+        guidance_scale=None,
+        pipeline_kwargs={},
+        num_base_steps=50,
+        phases={"slow": [timesteps[0]], "fast": [timesteps[20], timesteps[40]]},
+        coefficients=[[1, 0, 0, 0, 0, 0, 0, 0.1], [0, 0, 0, 1, 0, 0, 0, 0], [3, 0, 0, -2, 0, 0, 0.01, 0]],
+        branches=["prompt", "negative", "both"],
+        guidance="mix",
+        grid="mix",
+        captions=2,
+        error=0.1,
+        version="1",
+    )
+    write_sampler(tmp_path, found)
+    settings, ends = {"lora": str(tmp_path)}, []
+    bench.counter.calls = 0
+    with torch.no_grad(), quality_draw.loaded(bench, str(tmp_path)):
+        latents = quality_draw.draw(bench, settings, "reported")
+        assert bench.counter.calls == 4 * len(latents) == 8
+        for number, caption in enumerate(bench.sets["reported"]):
+            call, schedule = quality_draw.recipe_of(bench, str(tmp_path))
+            seed = quality_draw.SEEDS["reported"] + number
+            mixed.draw(bench.pipe, schedule, call | {"prompt": caption}, seed, keep=ends.append)
+    assert torch.equal(latents, torch.cat(ends).cpu())
+    assert "encode_prompt" not in vars(bench.pipe)  # no other row's seconds profit from what was remembered
+
+
+def test_a_cache_of_a_package_that_is_not_installed_is_left_out_with_the_reason(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cache_dit", None)  # as where it is not installed
+    rows = [row for row in quality_rows.all_rows(bench.args) if "cache_dit" in row.settings]
+    assert rows and all("cache_dit" in quality.measure_row(bench, {"rows": []}, row) for row in rows)
+
+
+def test_the_rows_of_the_dial_are_taken_by_the_script(bench):
+    rows = quality_rows.dialled_rows()
+    assert {row.settings["train"][0] for row in rows} == {
+        f"--num_model_calls={calls}" for calls in (4, 6, 8, 10, 14, 20)
+    }
+    for row in rows:
+        given = quality.with_captions(bench.args, row.settings["train"])
+        args = train_glance_lora.parse_args(["--config", str(ROOT / "configs/demo.yaml"), *given])
+        alone = "mixed" in row.name
+        assert (args.guidance, args.loss, args.max_train_steps == 0) == ("mix", "endpoint", alone)
+        assert alone or row.settings["sampler"][0] == row.settings["train"][0]
+    assert len({row.name for row in quality_rows.all_rows(bench.args)}) == len(quality_rows.all_rows(bench.args))
+
+
+def test_the_plot_names_at_most_seven_series_at_their_lines(bench, tmp_path):
+    rows = quality_rows.all_rows(bench.args)
+    results = {"rows": [{"name": row.name, "numbers": {"work": 10, "error": 0.1}} for row in rows]}
+    series = numbers.series_of(results, rows)
+    assert len(series) == 7 and {"mixed branches, 32 captions", "endpoint LoRAs", "base, shipped"} <= set(series)
+    numbers.plot(results, rows, tmp_path / "quality.png")
+    assert Image.open(tmp_path / "quality.png").width == 1100
+    assert numbers.spread([0.0, 0.01, 1.0], 0.1) == pytest.approx([-0.045, 0.055, 1.0])
