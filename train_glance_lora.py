@@ -47,7 +47,13 @@ from glance.training.dry_run import dry_run
 from glance.training.endpoint import train_together
 from glance.training.fit import estimate_settings, resolve
 from glance.training.log import LossLog, check_finite, join_losses, read_losses, write_losses
-from glance.training.model_card import create_hub_repo, draw_preview, push_to_hub, write_model_card
+from glance.training.model_card import (
+    create_hub_repo,
+    draw_preview,
+    push_to_hub,
+    write_for_comfyui,
+    write_model_card,
+)
 from glance.training.objective import make_draws, make_objective
 from glance.training.optimizer import TrainingState, make_optimizer
 from glance.training.phases import Phase, find_source, folders, plan_phases, write_sampler_of
@@ -325,6 +331,7 @@ def train(args, accelerator, measurement, halves=None):
                 save_png(preview, output_dir / "glance.png")
             if len(recipes) == 2:
                 write_sampler_of(args, prepared, size, len(captions), output_dir)
+                write_for_comfyui(args, output_dir, recipes, caption)
             write_model_card(args, output_dir, list(recipes.values()), caption)
     end(accelerator)
     if finishes:

@@ -44,6 +44,7 @@ NOT_COMPARED = {
     *("validation_prompt", "num_validation_images", "validation_steps"),
     # where things are written, and what is written beside the LoRAs
     *("output_dir", "overwrite_output_dir", "logging_dir", "report_to", "push_to_hub", "hub_model_id"),
+    *("export", "export_dtype"),
     *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "dry_run", "config"),
     *("model_type", "model_family", "cache_latents", "offload"),
 }

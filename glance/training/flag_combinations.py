@@ -16,6 +16,8 @@ def check_combination(args: cli.Settings, parser: cli.Parser) -> None:
     for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
         if args.optimizer == "adafactor" and getattr(args, name) != parser.get_default(name):
             raise cli.mistake(f"--{name} belongs to AdamW and Prodigy; adafactor has none, so leave it out")
+    if args.export and args.phase in ("slow", "fast"):
+        raise cli.mistake("--export comfyui writes a pair, --phase trains one LoRA; leave one of the two out")
     if args.memory and not (args.fit or args.dry_run):
         raise cli.mistake("--memory is for --fit auto or --dry_run; give one of them, or leave it out")
     if args.aspect == "keep" and (args.height or args.width):
@@ -67,7 +69,7 @@ def check_endpoint(args: cli.Settings, parser: cli.Parser) -> None:
 def check_sampler_alone(args: cli.Settings) -> None:
     """Raise ArgumentError where a flag needs LoRAs, and none are trained."""
     needs = ["resume_from_checkpoint", "parallel_phases", "push_to_hub", "validation_prompt", "validation_steps"]
-    needs += ["flow_custom_timesteps"] + (["phase"] if args.phase != "both" else [])
+    needs += ["export", "flow_custom_timesteps"] + (["phase"] if args.phase != "both" else [])
     for name in needs:
         if getattr(args, name):
             raise cli.mistake(f"--{name}: --max_train_steps 0 finds a sampler and trains no LoRA; leave it out")

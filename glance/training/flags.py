@@ -286,6 +286,8 @@ def add_outputs(parser: cli.Parser) -> None:
     add("--resume_from_checkpoint", help="a checkpoint's folder, or 'latest', which starts anew where there is none")
     add("--report_to", choices=("none", *TRACKERS), default="none", help="where to log, by accelerate's trackers")
     add("--logging_dir", default="logs", help="folder of the logs, inside --output_dir")
+    add("--export", choices=("comfyui",), help="write both LoRAs a second time, as files for ComfyUI")
+    add("--export_dtype", choices=("float32", "bfloat16"), default="float32", help="of the exported files")
     add("--push_to_hub", action="store_true", help="upload what was trained, with its model card")
     add("--hub_model_id", help="the repository to push to; the name of output_dir by default")
     add = parser.add_argument_group("understood for other trainers' recipes, without effect").add_argument

@@ -25,6 +25,8 @@ from glance.ask.components import denoiser_name
 from glance.ask.pipeline import first_line
 from glance.files import faults
 from glance.files.atomic import replace_text
+from glance.files.comfyui import GRAPH, card_section, write_graph
+from glance.files.comfyui_export import export_pair
 from glance.files.lora import load_lora
 from glance.files.recipe import WEIGHT_NAME, Recipe, schedule_of
 from glance.files.sampler import NAME, SCHEDULER
@@ -123,7 +125,19 @@ Right, where both phases were trained: the same caption with both LoRAs.
 
     python infer_glance.py --pretrained_model_name_or_path {shlex.quote(base)} {loras} --prompt "..."
 """
+    if len(recipes) == 2:
+        text += "\n" + card_section({recipe.phase: recipe for recipe in recipes})
     replace_text(directory / CARD, text)
+
+
+def write_for_comfyui(args, directory: Path, recipes: dict[str, Recipe], caption: str) -> None:
+    """Write comfyui.json beside the pair and, where --export asks for them, its files; say where there can be none."""
+    write_graph(directory, recipes, caption)
+    if args.export:
+        try:
+            export_pair(directory, args.export_dtype)
+        except InputError as error:  # the pair is written, and draws elsewhere
+            logger.warning(str(error))
 
 
 def how_to_step(recipe: Recipe) -> str:
@@ -154,7 +168,7 @@ def create_hub_repo(args) -> str:
 def push_to_hub(output_dir: Path, repo_id: str, phases: list[str]) -> None:
     """Upload what the run has made, and nothing else that lies there; raise InputError where the hub refuses it."""
     loras = [f"{phase}/{WEIGHT_NAME}" for phase in phases] if len(phases) == 2 else [WEIGHT_NAME]
-    samplers = [NAME, f"{SCHEDULER}/scheduler_config.json"] if len(phases) == 2 else []
+    samplers = [NAME, GRAPH, f"{SCHEDULER}/scheduler_config.json"] if len(phases) == 2 else []
     files = [CARD, *pictures(len(phases)), *loras, *samplers]
     try:
         upload_folder(repo_id=repo_id, folder_path=output_dir, allow_patterns=files)

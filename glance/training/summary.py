@@ -25,6 +25,8 @@ WHAT = {
     "validation": "the validation prompts: the base's full run, its few steps, Glance",
     "sampler.json": "the steps and how to step, without weights",
     "scheduler": "the same for any diffusers pipeline, FixedSigmaScheduler.from_pretrained",
+    "comfyui.json": "a graph for ComfyUI, stock nodes alone",
+    "comfyui": "the LoRAs for its folder",
     "calls.csv": "errors over numbers of model calls",
     "calls.png": "what they look like",
     "loss.csv": "all losses",
