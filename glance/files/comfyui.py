@@ -54,15 +54,21 @@ def file_names(recipes: dict[str, Recipe]) -> dict[str, str]:
     return {phase: f"{base}-glance-{taken}-{phase}.safetensors" for phase in recipes}
 
 
+def obstacle(recipes: dict[str, Recipe]) -> str | None:
+    """Return why stock nodes would draw something else, None where they step as infer_glance.py does or by Euler."""
+    if recipes["slow"].branches is not None:
+        return "This sampler calls single branches of guidance, stock nodes step by Euler alone"
+    if (highest := recipes["slow"].timesteps[0]) < 1000:
+        return f"The first step is at {highest:g}, and stock nodes scale the noise by that"
+    return None
+
+
 def differences(recipes: dict[str, Recipe]) -> list[str]:
     """Return what stock nodes cannot draw as infer_glance.py does, a sentence each."""
     first = recipes["slow"]
     family, cfg = FAMILIES.get(first.pipeline), cfg_of(first)
-    if first.branches is not None:
-        return [
-            f"This sampler calls single branches of guidance, stock nodes step by Euler alone: there is no {GRAPH}; "
-            "comfyui/glance_nodes.py draws it."
-        ]
+    if reason := obstacle(recipes):
+        return [f"{reason}: there is no {GRAPH}; comfyui/glance_nodes.py draws it."]
     found = [f"It needs ComfyUI {VERSION} or newer, for ManualSigmas."]
     if first.coefficients is not None:
         found.append("The fitted solver has no stock node: they step by Euler; comfyui/glance_nodes.py draws it.")
@@ -83,7 +89,7 @@ def graph_of(recipes: dict[str, Recipe], prompt: str, seed: int = 0) -> dict[str
     """
     first = recipes["slow"]
     family, cfg = FAMILIES.get(first.pipeline), cfg_of(first)
-    if family is None or first.branches is not None:
+    if family is None or obstacle(recipes):
         return None
     graph, names, kwargs = {}, file_names(recipes), first.pipeline_kwargs
 
@@ -149,7 +155,7 @@ def card_section(recipes: dict[str, Recipe]) -> str:
         "",
         names,
     ]
-    if first.branches is None:
+    if not obstacle(recipes):
         opens = f"`{GRAPH}` opens as a graph. " if first.pipeline in FAMILIES else ""
         shown = "" if cfg is None else f", cfg {cfg:g}"
         steps = f"`SplitSigmas` after {len(first.timesteps)}{shown}, sampler euler, and for `ManualSigmas`:"

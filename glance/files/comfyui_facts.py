@@ -1,6 +1,7 @@
 """What is known of ComfyUI's models? Tables of facts, no code: a new family is an entry of FAMILIES.
 
-Files are named as ComfyUI's own templates name them, nodes as its source has them at 0.33.0.
+Nodes are those of ComfyUI 0.33.0. Files have the names of its templates where it has one, else usual ones: a graph is
+opened with whichever the reader has.
 """
 
 # By the class of the diffusers pipeline:
@@ -118,4 +119,4 @@ RENAMES = {
 }
 RENAMES["WanImageToVideoPipeline"] = RENAMES["WanPipeline"]
 # Pipelines whose q, k and v ComfyUI has in one matrix, without names for the three.
-ONE_MATRIX = ("Lumina2Pipeline", "HunyuanImagePipeline")
+ONE_MATRIX = ("Lumina2Pipeline", "HunyuanImagePipeline", "Ideogram4Pipeline")
