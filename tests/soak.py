@@ -36,7 +36,8 @@ from glance_utils import PHASES  # noqa: E402
 
 
 FIRST, LAST = "instance.png", "README.md"  # written where training begins, and after all else
-FILES = (FIRST, LAST, "glance.png", "loss.csv", "loss.png", "sampler.json", "scheduler/scheduler_config.json")
+FILES = (FIRST, LAST, "glance.png", "loss.csv", "loss.png", "sampler.json", "comfyui.json")
+FILES += ("scheduler/scheduler_config.json",)
 FILES += tuple(f"{phase}/{WEIGHT_NAME}" for phase in PHASES)
 STEPS = 20  # of each phase
 MOMENTS = ("before the first checkpoint", "in the slow phase", "in the fast phase", "after training")

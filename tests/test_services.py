@@ -17,7 +17,7 @@ from glance_utils import PHASES, InputError
 
 
 PUSHED = {"README.md", "instance.png", "glance.png", *(f"{phase}/{WEIGHT_NAME}" for phase in PHASES)}
-PUSHED |= {"sampler.json", "scheduler/scheduler_config.json"}
+PUSHED |= {"sampler.json", "comfyui.json", "scheduler/scheduler_config.json"}
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -547,7 +547,7 @@ def test_simpletuners_recipe_runs_as_written(train, infer, pair, tmp_path, monke
 
 def test_output_folder_and_recipes(train, pipelines, pair):
     output = train(height=32, width=48, guidance_scale=2.5, lora_alpha=8)
-    both = {"slow", "fast", "glance.png", "sampler.json", "scheduler"}
+    both = {"slow", "fast", "glance.png", "sampler.json", "scheduler", "comfyui.json"}
     assert {path.name for path in output.iterdir()} == WRITTEN | both
     assert Image.open(output / "instance.png").size == Image.open(output / "glance.png").size == (48, 32)
     timesteps = []
