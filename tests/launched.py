@@ -27,12 +27,13 @@ from peft import get_peft_model_state_dict  # noqa: E402
 import train_glance_lora  # noqa: E402
 from glance.ask import sampler as grids  # noqa: E402
 from glance.ask.velocity import PipelineVelocity  # noqa: E402
-from glance.training import distribution  # noqa: E402
+from glance.training import distribution, endpoint  # noqa: E402
 from glance_utils import denoiser  # noqa: E402
 
 
 moments, walks = watch(setattr), []
-train_phase, forward, walk = train_glance_lora.train_phase, PipelineVelocity.forward, grids.walk
+train_phase, train_endpoint = train_glance_lora.train_phase, endpoint.train_endpoint
+forward, walk = PipelineVelocity.forward, grids.walk
 
 
 def train_and_keep(args, accelerator, prepared, phase, *others):
@@ -40,6 +41,14 @@ def train_and_keep(args, accelerator, prepared, phase, *others):
     lora = get_peft_model_state_dict(denoiser(prepared.models.pipe), adapter_name=train_glance_lora.ADAPTER)
     torch.save(lora, Path(args.output_dir) / f"{phase.recipe.phase}-rank-{accelerator.process_index}.pt")
     return stopped
+
+
+def train_and_keep_both(args, accelerator, prepared, *others):
+    trained = train_endpoint(args, accelerator, prepared, *others)
+    for phase in trained.phases:
+        lora = get_peft_model_state_dict(denoiser(prepared.models.pipe), adapter_name=phase)
+        torch.save(lora, Path(args.output_dir) / f"{phase}-rank-{accelerator.process_index}.pt")
+    return trained
 
 
 def watched_walk(pipe, timesteps, timestep_table, seed, coefficients=None, **call):
@@ -69,6 +78,7 @@ def run(arguments: list[str], number: int) -> None:
 
 
 train_glance_lora.train_phase, grids.walk = train_and_keep, watched_walk
+endpoint.train_endpoint = train_and_keep_both
 if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):  # accelerate knows of no backend for it on a CPU
 
     def with_gloo(*args, kwargs_handlers, **kwargs):

@@ -96,14 +96,22 @@ def trajectory(tmp_path_factory) -> dict:
 
 
 @pytest.fixture(scope="module")
-def single(settings, trajectory, tmp_path_factory):
-    """single(name of a base, or "trajectory" or "fp8"): the folder of one process's run."""
+def endpoint(trajectory) -> dict:
+    """Flags of a run through all of its calls, whose sampler both processes find together."""
+    found = {"num_model_calls": 4, "num_plans": 1, "num_trajectories": 2, "num_base_steps": 8, "guidance_scale": 3}
+    return found | {"prompts_file": trajectory["prompts_file"], "gradient_accumulation_steps": 1, "lr_warmup_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def single(settings, trajectory, endpoint, tmp_path_factory):
+    """single(name of a base, or "trajectory", "endpoint" or "fp8"): the folder of one process's run."""
     folders = {}
 
     def call(name: str) -> Path:
         if name not in folders:
             base, further = {
                 "trajectory": ("flux", trajectory),
+                "endpoint": ("sd3", endpoint),
                 "fp8": ("flux", {"quantization": "fp8"}),
                 "flux": ("flux", VALIDATED),
             }.get(name, (name, {}))
@@ -115,7 +123,7 @@ def single(settings, trajectory, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def launched(settings, trajectory, tmp_path_factory):
+def launched(settings, trajectory, endpoint, tmp_path_factory):
     """launched(kind, processes): the folder of the output folders of several runs in one launch, the last one killed;
     the launch; how many seconds it lived on."""
     found = {}
@@ -136,6 +144,7 @@ def launched(settings, trajectory, tmp_path_factory):
                         0,
                     ),
                     *[(settings("flux", root / "fp8", 2, quantization="fp8"), 0)] * (kind == "ddp"),
+                    *[(settings("sd3", root / "endpoint", 2, **endpoint), 0)] * (kind == "ddp"),
                     (stopped, signal.SIGTERM),
                     (stopped | {"resume_from_checkpoint": "latest"}, 0),
                 ]
@@ -153,7 +162,8 @@ def launched(settings, trajectory, tmp_path_factory):
 
 
 RUNS = [(kind, processes, "flux") for kind in ("ddp", "fsdp") for processes in (2, 4)]
-RUNS += [(kind, 2, name) for kind in ("ddp", "fsdp") for name in ("qwen", "trajectory")] + [("ddp", 2, "fp8")]
+RUNS += [(kind, 2, name) for kind in ("ddp", "fsdp") for name in ("qwen", "trajectory")]
+RUNS += [("ddp", 2, "fp8"), ("ddp", 2, "endpoint")]
 
 
 @pytest.mark.parametrize("kind, processes, base", RUNS)
