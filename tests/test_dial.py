@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shutil
 
 import pytest
 import torch
@@ -189,6 +190,15 @@ def test_folded_guidance_has_no_other_strength_either(trained, infer, caplog, tm
     assert "has no effect" not in caplog.text
     infer("sd3", lora=tmp_path, guidance_scale=2)
     assert "guidance_scale 2.0 has no effect on these files: their LoRAs hold 7.0;" in caplog.text
+
+
+def test_on_another_base_the_solver_may_be_the_wrong_one(
+    pair_of_branches, trained, infer, pipelines, caplog, tmp_path
+):
+    shutil.copytree(pipelines["sd3"], tmp_path / "fine-tune")
+    for lora, warned in ((trained("sd3"), 0), (pair_of_branches, 1)):
+        infer(tmp_path / "fine-tune", lora=lora, allow_base_mismatch=True)
+        assert caplog.text.count(f"the solver was found on {pipelines['sd3']}: on another base one that is") == warned
 
 
 def test_without_guidance_there_is_no_negative_branch(pair_of_branches, infer, capsys):

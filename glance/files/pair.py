@@ -112,6 +112,12 @@ def check_base(args, recipe: Recipe, source: str = "the LoRAs are") -> None:
     index = read_model_index(args.pretrained_model_name_or_path, **cli.load_arguments(args))
     if index["_class_name"] != recipe.pipeline:
         raise InputError(f"{source} for a {recipe.pipeline}, the base is a {index['_class_name']}")
-    trained, given = Path(recipe.base_model), Path(args.pretrained_model_name_or_path)
-    if trained.resolve().name.lower() != given.resolve().name.lower() and not args.allow_base_mismatch:
+    if not is_own_base(args, recipe) and not args.allow_base_mismatch:
+        trained, given = Path(recipe.base_model), Path(args.pretrained_model_name_or_path)
         raise InputError(f"{source} of {trained}, not of {given}; --allow_base_mismatch tries nevertheless")
+
+
+def is_own_base(args, recipe: Recipe) -> bool:
+    """Return whether the base has the name of the one that the files are of."""
+    trained, given = (Path(path).resolve().name for path in (recipe.base_model, args.pretrained_model_name_or_path))
+    return trained.lower() == given.lower()

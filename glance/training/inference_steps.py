@@ -18,6 +18,7 @@ from glance.ask.pipeline import accepted_arguments, replaced
 from glance.ask.schedule import ask_timestep_table, ask_timesteps, has_own_steps
 from glance.command_line import Settings
 from glance.files import faults
+from glance.files.pair import is_own_base
 from glance.files.recipe import Recipe
 from glance.training.steps import choose_steps
 from glance.training.trajectories import Teacher, choose_sampler
@@ -57,6 +58,11 @@ def schedule_of_loras(args, pipe, recipe: Recipe, schedule: Schedule | None, cal
     single = mixed or (args.guidance or recipe.guidance) == "fold"
     guidance = ask_single_branch(pipe, **call) if single else {}
     check_guidance(pipe, recipe, schedule, call, guidance)
+    if recipe.pipeline and schedule.coefficients and not is_own_base(args, recipe):
+        logger.warning(
+            f"the solver was found on {recipe.base_model}: on another base one that is found there may be nearer; "
+            "--compare tells how far off it is, train_glance_lora.py --max_train_steps 0 finds another"
+        )
     return dataclasses.replace(schedule, timestep_table=table, guidance=guidance)
 
 
