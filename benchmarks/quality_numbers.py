@@ -151,7 +151,7 @@ def plot(results: dict, rows: list[Row], path: Path) -> None:
         look["ha"] = "right" if side == "left" else "left"
         axes.text(ends[kind][0] * (0.93 if side == "left" else 1.07), 10 ** heights[kind], name, **look)
     axes.set(xscale="log", yscale="log", xlabel="full model calls a picture", ylabel="relative error to the teacher")
-    axes.set_xlim(1.9, 130)
+    axes.set_xlim(1.9, 200)
     for axis, ticks in (
         (axes.xaxis, (4, 6, 8, 10, 14, 20, 40, 100)),
         (axes.yaxis, (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)),

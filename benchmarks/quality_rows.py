@@ -100,7 +100,7 @@ PLOTTED = {
     "base, auto": ("auto grid", "right", "tab:blue"),
     "base, shipped": ("base as shipped", "left", "0.35"),
     "TaylorSeer lite": ("TaylorSeer lite, the best cache", "right", "0.5"),
-    "DPM++, auto grid": ("DPM++, auto grid", "left", "0.6"),
+    "UniPC, auto grid": ("UniPC, auto grid", "left", "0.6"),
 }
 
 
