@@ -46,7 +46,6 @@ import time
 
 import diffusers
 import torch
-import yaml
 from accelerate.state import AcceleratorState
 from diffusers.image_processor import VaeImageProcessor
 
@@ -131,11 +130,8 @@ def measure(bench: Bench, settings: dict) -> dict:
 
 
 def with_captions(args, flags: list[str]) -> list[str]:
-    """Return --config and a row's flags, with the files of captions that captions_of wrote; nothing is exported."""
-    settings = yaml.safe_load(Path(args.train_config).read_text())
-    config = Path(args.output_dir, "train_config.json")
-    config.write_text(json.dumps({name: value for name, value in settings.items() if name.strip("-") != "export"}))
-    return ["--config", str(config), *(flag.replace("CAPTIONS", f"{args.output_dir}/captions") for flag in flags)]
+    """Return a row's flags with the files of captions that captions_of wrote."""
+    return [flag.replace("CAPTIONS", f"{args.output_dir}/captions") for flag in flags]
 
 
 def train(bench: Bench, settings: dict, rate: float | None, seed: int) -> tuple[str, dict]:
@@ -156,8 +152,8 @@ def train(bench: Bench, settings: dict, rate: float | None, seed: int) -> tuple[
     if "sampler" in settings:
         found, earlier = train(bench, {"train": settings["sampler"]}, None, seed)
         drawn, others = [*drawn, earlier["drawn"]], [Path(found)]
-    flags = [*with_captions(args, settings["train"]), f"--seed={seed}"]
-    flags += [] if rate is None else [f"--learning_rate={rate}"]
+    flags = ["--config", args.train_config, f"--seed={seed}"] + ([] if rate is None else [f"--learning_rate={rate}"])
+    flags += with_captions(args, settings["train"])
     with counted_forwards(type(denoiser(bench.pipe))) as spent:
         for phase, more in settings.get("phases", {"both": []}).items():
             output = folder if phase == "both" else folder / phase
@@ -206,7 +202,8 @@ def measure_row(bench: Bench, results: dict, row: Row) -> str | None:
     """Measure a row, unless it is there; return the reason where this script or this pipeline has no such row."""
     if "train" in row.settings:
         try:
-            train_glance_lora.parse_args(with_captions(bench.args, row.settings["train"]))
+            flags = with_captions(bench.args, row.settings["train"])
+            train_glance_lora.parse_args(["--config", bench.args.train_config, *flags])
         except (InputError, argparse.ArgumentError) as error:
             return str(error)
         return measure_trained(bench, results, row)

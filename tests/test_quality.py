@@ -287,7 +287,7 @@ def test_the_rows_of_the_dial_are_taken_by_the_script(bench):
     }
     for row in rows:
         given = quality.with_captions(bench.args, row.settings["train"])
-        args = train_glance_lora.parse_args(given)
+        args = train_glance_lora.parse_args(["--config", str(ROOT / "configs/demo.yaml"), *given])
         alone = "mixed" in row.name
         assert (args.guidance, args.loss, args.max_train_steps == 0) == ("mix", "endpoint", alone)
         assert alone or row.settings["sampler"][0] == row.settings["train"][0]
