@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from glance import base as load_base
 from glance import command_line as cli
+from glance.adapters import let_act
 from glance.ask import pipeline as ask
 from glance.ask.prompt_lengths import PromptLengths
 from glance.ask.prompts import remember_prompts
@@ -39,7 +40,7 @@ from glance.encoders import free_memory, place_encoders
 from glance.files import faults, pictures
 from glance.files.lora import load_lora
 from glance.files.lora_forms import read_lora
-from glance.files.pair import find_loras, read_recipes, with_base
+from glance.files.pair import find_loras, find_styles, read_recipes, with_base
 from glance.files.sampler import read_sampler
 from glance.training import distribution, launcher, out_of_memory
 from glance.training.inference_steps import compared_steps, schedule_of_base, schedule_of_loras
@@ -48,7 +49,6 @@ from glance_utils import (
     PHASES,
     InputError,
     Schedule,
-    activate_adapter,
     denoiser,
     parse_timesteps,
 )
@@ -124,8 +124,8 @@ def check_parts(args, pipe: DiffusionPipeline, paths: dict[str, Path]) -> None:
 
 
 def load_pipeline(args, paths: dict[str, Path], device: torch.device, decoding: int = 0) -> DiffusionPipeline:
-    """Load the base with both adapters, none of them active, and its encoders where they fit beside the transformer
-    and the `decoding` bytes that the VAE takes at work."""
+    """Load the base with all adapters, of which those of --style_lora act, and its encoders where they fit beside the
+    transformer and the `decoding` bytes that the VAE takes at work."""
     base, dtype = args.pretrained_model_name_or_path, DTYPES[args.dtype]
     load_arguments = cli.load_arguments(args)
     place = torch.device("cpu") if offloads(args) else device
@@ -136,9 +136,10 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device, decoding: 
     setattr(pipe, name, load_base.load_transformer(base, dtype, place, args.quantization, **load_arguments))
     for part in further:
         setattr(pipe, part, load_base.load_transformer(base, dtype, place, part=part, **load_arguments))
-    for phase, path in paths.items():
-        load_lora(pipe, path, phase)
-    activate_adapter(denoiser(pipe), None)
+    for name, path in paths.items():
+        load_lora(pipe, path, name)
+    styles = [name for name in paths if name not in PHASES]
+    let_act(denoiser(pipe), {name: scale for name, (_, scale) in zip(styles, args.style_lora)})
     if args.enable_vae_tiling:
         pipe.vae.enable_tiling()
     if args.enable_sequential_cpu_offload:
@@ -233,9 +234,10 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
     def call_of(pipe, prompt=jobs[0][0]) -> dict:
         return ask.call_arguments(pipe, prompt, height, width, guidance, extra)
 
-    decoding = check_early(args, paths, call_of, state.device)
+    loras = paths | find_styles(args)
+    decoding = check_early(args, loras, call_of, state.device)
     with out_of_memory.in_inference(args, "loading the base"):
-        pipe = load_pipeline(args, paths, state.device, decoding)
+        pipe = load_pipeline(args, loras, state.device, decoding)
     PromptLengths(pipe, logger.warning).watch(pipe)
     calls = [call_of(pipe, prompt) for prompt, _ in jobs]
     ask.dry_step(pipe, **calls[0])

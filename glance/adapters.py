@@ -13,7 +13,7 @@ from diffusers.loaders import PeftAdapterMixin
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
-from glance_utils import InputError, adapted_layers
+from glance_utils import InputError, activate_adapter, adapted_layers, strengths
 
 
 # All of attention, and what the official recipe adds: modulation and the output of MLPs.
@@ -104,6 +104,16 @@ def _forward_as_saved(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:
             low_rank = F.linear(kept, layer.lora_A[name].weight.to(x.dtype))
             result = result + F.linear(low_rank, lora_B.to(x.dtype))
     return result
+
+
+def let_act(transformer, scales: dict[str, float]) -> None:
+    """Let these adapters act, each at so many times its strength, and no other."""
+    beside = {}
+    for layer in adapted_layers(transformer):
+        beside[layer] = [name for name in scales if name in strengths(layer)]
+        for name in beside[layer]:
+            layer.set_scale(name, scales[name])
+    activate_adapter(transformer, None, others=beside)
 
 
 @contextlib.contextmanager

@@ -268,6 +268,20 @@ def one_or_two(text: str) -> dict[str, float]:
     return {"slow": values[0], "fast": values[-1]}
 
 
+def file_and_scale(text: str) -> tuple[str, float]:
+    """Return (file, scale) of FILE[:SCALE], a scale of 1 where there is none; an argparse type."""
+    file, colon, scale = text.rpartition(":")
+    try:
+        scale = float(scale)
+    except ValueError:  # a colon of another meaning, as behind a drive's letter
+        return text, 1.0
+    if not colon:
+        return text, 1.0
+    if not file or not math.isfinite(scale):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither FILE nor FILE:SCALE with a finite number")
+    return file, scale
+
+
 def seed(text: str) -> int:
     """Return a seed for torch.Generator.manual_seed, with room for a few after it; an argparse type."""
     if abs(int(text)) >= 2**63:

@@ -30,6 +30,14 @@ def add_model(parser: cli.Parser) -> None:
     add("--slow_weight_name", help="the Slow-LoRA's file there, if it has another name")
     add("--fast_weight_name", help="the Fast-LoRA's")
     add("--lora_scale", type=cli.one_or_two, default="1", help="strength of both, or SLOW,FAST")
+    add(
+        "--style_lora",
+        type=cli.file_and_scale,
+        action="append",
+        default=[],
+        help="FILE[:SCALE], folder or hub id: a further LoRA that acts in every step, also of the base beside; may be "
+        "given several times",
+    )
     add_shared(group, "--pretrained_model_name_or_path", help="the base, folder or hub id; as trained by default")
     add_shared(group, "--revision", "--variant", "--cache_dir")
     add("--allow_base_mismatch", action="store_true", help="use LoRAs on a base of another name, such as a fine-tune")

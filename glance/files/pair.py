@@ -37,21 +37,36 @@ def find_loras(args) -> dict[str, Path]:
     for phase in PHASES:
         source, name = args.lora or getattr(args, f"{phase}_lora"), getattr(args, f"{phase}_weight_name")
         name = name or (f"{phase}/{WEIGHT_NAME}" if args.lora else WEIGHT_NAME)
-        path = Path(source)
-        if not name.endswith(".safetensors") or os.path.isfile(path) and path.suffix != ".safetensors":
-            raise InputError(f"{source} {name}: only .safetensors files are read, as others can run code; give one")
-        if os.path.isdir(path):
-            path = path / name
-        elif not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-            try:
-                path = Path(hf_hub_download(source, name, cache_dir=args.cache_dir))
-            except Exception as error:  # not there, no login, no network: each of another kind
-                reason = hub.refusal(error, source) or f"neither a folder nor on the hub ({first_line(error)})"
-                raise InputError(f"{source}: {reason}") from error
-        if not os.path.isfile(path):
-            raise InputError(f"{path}: no such {phase} LoRA file; train it with train_glance_lora.py")
-        paths[phase] = path
+        paths[phase] = find_file(
+            source, name, args.cache_dir, f"no such {phase} LoRA file; train it with train_glance_lora.py"
+        )
     return paths
+
+
+def find_styles(args) -> dict[str, Path]:
+    """Return --style_lora's files by the name of the adapter that each becomes; as find_loras does."""
+    missing = "no such style LoRA file; give one of the base"
+    files = [find_file(source, WEIGHT_NAME, args.cache_dir, missing) for source, _ in args.style_lora]
+    return {f"style-{number}": file for number, file in enumerate(files)}
+
+
+def find_file(source: str, name: str, cache_dir: str | None, missing: str) -> Path:
+    """Return the .safetensors file that `source` is, or that has this name in the folder or in the repository of the
+    hub that it is; raise InputError, which says what is `missing`, where there is none."""
+    path = Path(source)
+    if not name.endswith(".safetensors") or os.path.isfile(path) and path.suffix != ".safetensors":
+        raise InputError(f"{source} {name}: only .safetensors files are read, as others can run code; give one")
+    if os.path.isdir(path):
+        path = path / name
+    elif not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        try:
+            path = Path(hf_hub_download(source, name, cache_dir=cache_dir))
+        except Exception as error:  # not there, no login, no network: each of another kind
+            reason = hub.refusal(error, source) or f"neither a folder nor on the hub ({first_line(error)})"
+            raise InputError(f"{source}: {reason}") from error
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: {missing}")
+    return path
 
 
 def with_base(args: cli.Settings, paths: dict[str, Path], sampler: Sampler | None) -> cli.Settings:
