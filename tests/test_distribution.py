@@ -161,7 +161,7 @@ def launched(settings, trajectory, endpoint, tmp_path_factory):
 # DDP and FSDP2
 
 
-RUNS = [(kind, processes, "flux") for kind in ("ddp", "fsdp") for processes in (2, 4)]
+RUNS = [("ddp", 2, "flux"), ("fsdp", 2, "flux"), ("fsdp", 4, "flux")]
 RUNS += [(kind, 2, name) for kind in ("ddp", "fsdp") for name in ("qwen", "trajectory")]
 RUNS += [("ddp", 2, "fp8"), ("ddp", 2, "endpoint")]
 
@@ -265,7 +265,7 @@ def test_one_process_goes_on_from_what_two_left_with_the_same_batch(launched, se
 def test_the_first_of_several_processes_speaks(kind, launched):
     """Of torch's warnings none is left: no view of a block's output that FSDP would lose its hook on."""
     _, done, _ = launched(kind, 2)
-    assert done.stderr.count("Done") == 5 + (kind == "ddp")
+    assert done.stderr.count("Done") == 5 + 2 * (kind == "ddp")
     assert "RANK" not in done.stderr and "UserWarning" not in done.stderr
 
 
@@ -285,7 +285,7 @@ def test_a_mistake_is_the_first_line_and_in_the_launchers_last(tmp_path):
     assert sum(line.startswith("train_glance_lora.py: error") for line in done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("kind, processes", [("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)])
+@pytest.mark.parametrize("kind, processes", [("ddp", 2), ("fsdp", 2), ("fsdp", 4)])
 def test_a_killed_process_ends_the_launch(kind, processes, launched):
     root, done, ended = launched(kind, processes)
     assert done.returncode != 0 and ended < 60

@@ -114,11 +114,11 @@ def test_the_gradient_is_the_slope_of_the_loss(pipelines):
 def test_many_calls_take_hardly_more_memory_than_two(pipelines):
     peaks = {}
     for calls in (2, 10):
-        transformer = small_flux(num_layers=1, num_single_layers=2)
+        transformer = small_flux(num_layers=1, num_single_layers=1)
         pipe = DiffusionPipeline.from_pretrained(pipelines["flux"], transformer=transformer)
         ends, start = ends_of(pipe, ["prompt"] * calls, None)
         with allocated() as found:
-            gradients(ends, start, True)
+            gradients(ends, start[:1], True)
         peaks[calls] = found["peak"]
     assert peaks[10] < 1.1 * peaks[2]
 

@@ -24,7 +24,7 @@ from glance_utils import InputError
 
 
 PHASES = ("slow", "fast")
-FILES = {"instance.png", "glance.png", "README.md", "loss.csv", "loss.png", "sampler.json"}
+FILES = {"instance.png", "glance.png", "README.md", "loss.csv", "loss.png", "sampler.json", "comfyui.json"}
 FILES |= {"scheduler/scheduler_config.json", *(f"{phase}/{WEIGHT_NAME}" for phase in PHASES)}
 
 
