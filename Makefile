@@ -26,7 +26,7 @@ export MALLOC_TOP_PAD_ := 268435456
 	touch $@
 
 demo: .venv/runtime
-	ACCELERATE_USE_CPU=1 $(BIN)/python train_glance_lora.py --config configs/demo.yaml
+	ACCELERATE_USE_CPU=1 $(BIN)/python train_glance_lora.py --config configs/demo.yaml --export comfyui
 	$(BIN)/python infer_glance.py --pretrained_model_name_or_path demo/model --lora output/demo \
 		--prompts_file demo/prompts.txt --compare --output output/demo/comparison.png
 
