@@ -187,7 +187,7 @@ def train_phases(args, accelerator, prepared: Prepared, phases: list[Phase], val
             logger.info(f"  {phase.recipe.phase}: {timesteps}")
             stopped = train_phase(args, accelerator, prepared, phase, validation)
             if stopped:
-                leave_with(args, accelerator, stopped, noted)
+                leave_with(accelerator, stopped, noted)
             if accelerator.is_main_process:
                 recipe = with_run(phase.recipe, phase.compared, phase.asked)
                 with faults.one_line_errors(args.output_dir):
@@ -200,7 +200,7 @@ def train_phases(args, accelerator, prepared: Prepared, phases: list[Phase], val
     accelerator.wait_for_everyone()
 
 
-def leave_with(args, accelerator, checkpoint: Path, noted: list[int]) -> None:
+def leave_with(accelerator, checkpoint: Path, noted: list[int]) -> None:
     """End the process, as a signal asked, and say from where a run goes on."""
     end(accelerator)
     hint = f"go on with --resume_from_checkpoint {checkpoint}" if accelerator.is_main_process else None
@@ -303,7 +303,8 @@ def train(args, accelerator, measurement, halves=None):
     validation = Validation(args, accelerator, prepared, ADAPTER, halves.output_dir if halves else output_dir)
     with compared():
         if args.loss == "endpoint":
-            save, leave = (functools.partial(act, args, accelerator) for act in (write_checkpoint, leave_with))
+            save = functools.partial(write_checkpoint, args, accelerator)
+            leave = functools.partial(leave_with, accelerator)
             prepared, phases = train_together(args, accelerator, prepared, phases, save, leave)
             validation.prepared = prepared
         else:

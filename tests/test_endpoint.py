@@ -8,13 +8,14 @@ from conftest import picture_distance
 from diffusers import DiffusionPipeline
 from peak_memory import allocated, small_flux
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_train import lora, recipe_of
 
 from glance.adapters import fresh_lora, lora_layers, with_adapters
 from glance.ask import pipeline as ask
 from glance.ask.guidance import ask_single_branch
-from glance.ask.mixed import branch_calls, final_latents
+from glance.ask.mixed import branch_calls, final_latents, starting_latents
 from glance.ask.velocity import PipelineVelocity
 from glance.files.lora import load_lora
 from glance.files.recipe import WEIGHT_NAME
@@ -62,14 +63,8 @@ def ends_of(pipe, branches: list[str], guidance_scale: float | None = 3) -> tupl
     weights = torch.randn(len(branches), TERMS, generator=generator) / 4
     schedule = Schedule(phases, coefficients=weights.tolist(), branches=branches)
     ends = endpoint.Ends(PipelineVelocity(pipe), schedule, calls, switch)
-    start = torch.randn(2, *ask_shape(pipe, call), generator=generator)
+    start = torch.randn(2, *starting_latents(pipe, **call).shape[1:], generator=generator)
     return ends, start
-
-
-def ask_shape(pipe, call) -> torch.Size:
-    from glance.ask.mixed import starting_latents
-
-    return starting_latents(pipe, **call).shape[1:]
 
 
 def gradients(ends: endpoint.Ends, start: torch.Tensor, recompute: bool) -> dict[str, torch.Tensor]:
@@ -245,7 +240,5 @@ def test_a_checkpoint_of_another_run_is_refused(wrong, train, prompts, tmp_path)
 
 
 def header(output) -> dict:
-    from safetensors import safe_open
-
     with safe_open(output / "trajectories.safetensors", "pt") as file:
         return file.metadata()

@@ -267,7 +267,8 @@ def train_together(
     folder; leave(folder, signals) ends the process where a signal asked to stop.
     """
     transformer, name = denoiser(prepared.models.pipe), denoiser_name(prepared.models.pipe.config)
-    if all(phase.finished for phase in phases):
+    finished = all(phase.finished for phase in phases)
+    if finished:
         recipes = [read_recipe(phase.folder / WEIGHT_NAME) for phase in phases]
         coefficients = sum((recipe.coefficients for recipe in recipes), [])
         error = earlier_error(args.output_dir, coefficients)
@@ -288,7 +289,7 @@ def train_together(
     recipes = [
         dataclasses.replace(phase.recipe, coefficients=steps.coefficients_of(phase.recipe.phase)) for phase in phases
     ]
-    if accelerator.is_main_process and not all(phase.finished for phase in phases):
+    if accelerator.is_main_process and not finished:
         with faults.one_line_errors(args.output_dir):
             write_losses(args.output_dir, trained.log.rows())
             for phase, recipe in zip(phases, recipes):
