@@ -38,9 +38,10 @@ from glance.ask.prompts import remember_prompts
 from glance.drawing import Counter, Written, draw_job, draw_strip, errors_of, what_to_try
 from glance.encoders import free_memory, place_encoders
 from glance.files import faults, pictures
+from glance.files.further_loras import as_trained, find_styles, read_additions
 from glance.files.lora import load_lora
 from glance.files.lora_forms import read_lora
-from glance.files.pair import find_loras, find_styles, read_recipes, with_base
+from glance.files.pair import find_loras, read_recipes, with_base
 from glance.files.sampler import read_sampler
 from glance.training import distribution, launcher, out_of_memory
 from glance.training.inference_steps import compared_steps, schedule_of_base, schedule_of_loras
@@ -121,6 +122,7 @@ def check_parts(args, pipe: DiffusionPipeline, paths: dict[str, Path]) -> None:
         raise InputError(f"--enable_vae_tiling: {type(pipe).__name__} has no VAE that can be tiled; leave it out")
     for path in paths.values():
         read_lora(pipe, path)
+    read_additions(pipe, args)
 
 
 def load_pipeline(args, paths: dict[str, Path], device: torch.device, decoding: int = 0) -> DiffusionPipeline:
@@ -133,7 +135,8 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device, decoding: 
     check_parts(args, pipe, paths)
     name, _ = ask.find_denoiser(base, **load_arguments)
     further = ask.further_denoisers(pipe)
-    setattr(pipe, name, load_base.load_transformer(base, dtype, place, args.quantization, **load_arguments))
+    options = {"additions": read_additions(pipe, args)} | load_arguments
+    setattr(pipe, name, load_base.load_transformer(base, dtype, place, args.quantization, **options))
     for part in further:
         setattr(pipe, part, load_base.load_transformer(base, dtype, place, part=part, **load_arguments))
     for name, path in paths.items():
@@ -210,6 +213,7 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
     paths = {} if args.without_loras else find_loras(args)
     args = with_base(args, paths, sampler)
     recipe, schedule = read_recipes(args, paths, sampler)
+    args = args.replace(base_lora=as_trained(args, recipe))
     height, width = args.height or recipe.height, args.width or recipe.width
     if recipe.height and (height, width) != (recipe.height, recipe.width):
         trained = f"{recipe.width}x{recipe.height}"

@@ -66,6 +66,35 @@ def bitsandbytes_on_any_device(device: torch.device):
         yield
 
 
+def with_additions(weight: torch.Tensor, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Return the weight (out, in) with the products of all pairs, (out, rank) and (rank, in), rounded once."""
+    total = weight.float()
+    for up, down in pairs:
+        total = total + up.to(total) @ down.to(total)
+    return total.to(weight.dtype)
+
+
+@contextlib.contextmanager
+def added_before_quantizing(additions: dict):
+    """Let bitsandbytes' layers, which are made as the weights are read, be made of weights with their additions; these
+    are taken out of the dict."""
+
+    def adding(create):
+        @functools.wraps(create)
+        def created(quantizer, model, value, name, *args, **kwargs):
+            if pairs := additions.pop(name.removesuffix(".weight"), None):
+                value = with_additions(value, pairs)
+            return create(quantizer, model, value, name, *args, **kwargs)
+
+        return created
+
+    with contextlib.ExitStack() as stack:
+        for quantizer in (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer) if additions else ():
+            create = quantizer.create_quantized_param
+            stack.enter_context(replaced(quantizer, "create_quantized_param", adding(create)))
+        yield
+
+
 def load_transformer(
     path: str,
     dtype: torch.dtype,
@@ -73,9 +102,13 @@ def load_transformer(
     quantization: str = "none",
     group_offload: bool = False,
     part: str | None = None,
+    additions: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] | None = None,
     **load_kwargs,
 ) -> torch.nn.Module:
     """Load the denoiser of the pipeline at `path`, or another `part` of its class, frozen, by shards onto `device`.
+
+    The products of `additions`, by layer the (out, rank) and (rank, in) of each LoRA that is part of the base, are
+    added to the weights in float32 before anything is made of these.
 
     nf4 and int8 are bitsandbytes' layers, made as the shards are read; fp8 keeps the linear layers' weights in
     float8_e4m3 and computes in `dtype` (diffusers' layerwise casting). With `group_offload` the weights stay in host
@@ -85,7 +118,8 @@ def load_transformer(
     check_combination(quantization, group_offload)
     target = torch.device("cpu") if group_offload or quantization == "fp8" else device
     name, kind = find_denoiser(path, **load_kwargs)
-    with loading(path), bitsandbytes_on_any_device(target):
+    additions = dict(additions or {})
+    with loading(path), bitsandbytes_on_any_device(target), added_before_quantizing(additions):
         transformer = kind.from_pretrained(
             path,
             subfolder=part or name,
@@ -95,6 +129,9 @@ def load_transformer(
             use_safetensors=True,
             **load_kwargs,
         )
+    for layer, pairs in additions.items():  # that are not quantized
+        weight = transformer.get_submodule(layer).weight
+        weight.data = with_additions(weight.data, pairs)
     transformer.requires_grad_(False)
     if quantization == "nf4":
         # In eval mode bitsandbytes repacks weights on a CPU for a kernel without backward. No layer has dropout.

@@ -39,6 +39,7 @@ def add_model(parser: cli.Parser) -> None:
         "given several times",
     )
     add_shared(group, "--pretrained_model_name_or_path", help="the base, folder or hub id; as trained by default")
+    add_shared(group, "--base_lora", help="FILE[:SCALE]: a LoRA that was part of the base; where it was by default")
     add_shared(group, "--revision", "--variant", "--cache_dir")
     add("--allow_base_mismatch", action="store_true", help="use LoRAs on a base of another name, such as a fine-tune")
 

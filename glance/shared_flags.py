@@ -16,6 +16,11 @@ SIDE = cli.positive(int, MAX_SIDE)
 
 SHARED = {
     "--pretrained_model_name_or_path": {"help": "the base: a diffusers pipeline, folder or hub id"},
+    "--base_lora": {
+        "type": cli.file_and_scale,
+        "action": "append",
+        "default": [],
+    },
     "--revision": {"help": "branch, tag or commit of the base on the hub"},
     "--variant": {"help": "variant of the base's weight files, for example fp16"},
     "--cache_dir": {"help": "where downloads are kept; the hub's own cache by default"},

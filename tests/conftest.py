@@ -18,12 +18,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo"), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
+from diffusers import DiffusionPipeline  # noqa: E402
+from peft import LoraConfig  # noqa: E402
 from PIL import Image  # noqa: E402
 from tiny_pipelines import PIPELINES  # noqa: E402
 
 import infer_glance  # noqa: E402
 import train_glance_lora  # noqa: E402
-from glance_utils import InputError  # noqa: E402
+from glance.files.recipe import WEIGHT_NAME  # noqa: E402
+from glance_utils import InputError, denoiser  # noqa: E402
 
 
 torch.set_num_threads(1)
@@ -123,6 +126,33 @@ def trained(pipelines, pair, tmp_path_factory):
             with contextlib.redirect_stdout(io.StringIO()):  # a test looks at what its own calls print
                 folders[base] = run_train(defaults, {})
         return folders[base]
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def styles(pipelines, tmp_path_factory):
+    """styles(base): two LoRAs as --style_lora and --base_lora take them, and a base that holds the first at 0.7, the
+    second at 1."""
+    made = {}
+
+    def call(base: str) -> tuple[list[str], str]:
+        if base not in made:
+            root = tmp_path_factory.mktemp(base)
+            pipe = DiffusionPipeline.from_pretrained(pipelines[base])
+            generator = torch.Generator().manual_seed(0)
+            for name, layer in (("one", "to_q"), ("two", "to_out.0")):
+                denoiser(pipe).add_adapter(LoraConfig(r=2, target_modules=[layer]), name)
+                for key, value in denoiser(pipe).named_parameters():
+                    if f".{name}." in key:
+                        value.data.normal_(0, 0.3, generator=generator)
+                denoiser(pipe).save_lora_adapter(root / name, adapter_name=name)
+            denoiser(pipe).set_adapters(["one", "two"], [0.7, 1.0])
+            denoiser(pipe).fuse_lora()
+            denoiser(pipe).unload_lora()
+            pipe.save_pretrained(root / "fused")
+            made[base] = [f"{root / 'one' / WEIGHT_NAME}:0.7", str(root / "two")], str(root / "fused")
+        return made[base]
 
     return call
 

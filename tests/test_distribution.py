@@ -103,7 +103,7 @@ def endpoint(trajectory) -> dict:
 
 
 @pytest.fixture(scope="module")
-def single(settings, trajectory, endpoint, tmp_path_factory):
+def single(settings, trajectory, endpoint, styles, tmp_path_factory):
     """single(name of a base, or "trajectory", "endpoint" or "fp8"): the folder of one process's run."""
     folders = {}
 
@@ -115,7 +115,7 @@ def single(settings, trajectory, endpoint, tmp_path_factory):
                 "fp8": ("flux", {"quantization": "fp8"}),
                 "flux": ("flux", VALIDATED),
             }.get(name, (name, {}))
-            further |= {"timesteps_per_step": 2} if name == "qwen" else {}
+            further |= {"timesteps_per_step": 2, "base_lora": styles("qwen")[0]} if name == "qwen" else {}
             folders[name] = run_train(settings(base, tmp_path_factory.mktemp("single") / name, 1), further)
         return folders[name]
 
@@ -123,7 +123,7 @@ def single(settings, trajectory, endpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def launched(settings, trajectory, endpoint, tmp_path_factory):
+def launched(settings, trajectory, endpoint, styles, tmp_path_factory):
     """launched(kind, processes): the folder of the output folders of several runs in one launch, the last one killed;
     the launch; how many seconds it lived on."""
     found = {}
@@ -133,9 +133,10 @@ def launched(settings, trajectory, endpoint, tmp_path_factory):
             root = tmp_path_factory.mktemp(f"{kind}-{processes}")
             stopped = settings("flux", root / "stopped", processes, **QUICK, **VALIDATED)
             runs = [(settings("flux", root / "flux", processes, **VALIDATED), 0)]
+            qwen = {"timesteps_per_step": 2, "base_lora": styles("qwen")[0]}
             if processes == 2:
                 runs += [
-                    (settings("qwen", root / "qwen", 2, gradient_checkpointing=True, timesteps_per_step=2), 0),
+                    (settings("qwen", root / "qwen", 2, gradient_checkpointing=True, **qwen), 0),
                     (settings("flux", root / "trajectory", 2, **trajectory, **QUICK), 0),
                     (
                         settings(

@@ -28,7 +28,14 @@ STATE_NAME = "training_state.pt"
 # change what a LoRA learns:
 NOT_COMPARED = {
     # the base, known by its files or its commit (base.identify); image and captions, known by their content
-    *("pretrained_model_name_or_path", "revision", "instance_image", "instance_prompt", "instance_data_dir"),
+    *(
+        "pretrained_model_name_or_path",
+        "base_lora",
+        "revision",
+        "instance_image",
+        "instance_prompt",
+        "instance_data_dir",
+    ),
     *("data_backend_config", "prompts_file", "dataset_name", "dataset_index", "image_column", "caption_column"),
     # known by what they lead to in the recipe: its phase, timesteps, height and width
     *("phase", "flow_custom_timesteps", "custom_timesteps", "resolution", "height", "width", "aspect"),
@@ -128,14 +135,15 @@ def plain(settings: dict) -> dict:
 def run_settings(args, recipe: Recipe | None, base: str, learned: str, processes: int) -> dict:
     """Return all that a LoRA comes from: what must be the same for a resumed run to equal the uninterrupted one.
 
-    `base` is base.identify's, `learned` a digest of image and captions. Processes share a batch, so that as many
-    rows make the same run however they are shared out.
+    `base` is base.identify's with its LoRAs, `learned` a digest of image and captions. Processes share a batch, so
+    that as many rows make the same run however they are shared out.
     """
     # A dropout's masks are drawn for a process's batch, and otherwise where they are compiled.
     compared = {"train_batch_size", "compile"} if args.lora_dropout else set()
     flags = {name: value for name, value in vars(args).items() if name not in NOT_COMPARED - compared}
     batch = {"total_batch_size": args.train_batch_size * processes}
     recipe = recipe.as_dict() if recipe else {}
+    recipe.pop("base_loras", None)  # which `base` holds, wherever they lie
     return plain(flags | recipe | batch | {"base_model": base, "image_and_caption": learned})
 
 

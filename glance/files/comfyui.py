@@ -99,6 +99,10 @@ def graph_of(recipes: dict[str, Recipe], prompt: str, seed: int = 0) -> dict[str
         return number
 
     base = node("UNETLoader", "Base", unet_name=family["unet"], weight_dtype="default")
+    for lora in first.base_loras or ():
+        file = Path(lora["file"]).name.removesuffix(".safetensors") + ".safetensors"
+        loaded = {"lora_name": file, "strength_model": lora["scale"]}
+        base = node("LoraLoaderModelOnly", "Part of the base", model=[base, 0], **loaded)
     kind, files = family["encoders"]
     clip = node(kind, "Text encoders", **files)
     vae = node("VAELoader", vae_name=family["vae"])

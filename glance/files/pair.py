@@ -6,15 +6,11 @@ on two files belongs in recipe.check_pair, one on the files and the base into ch
 
 import dataclasses
 import logging
-import os
-import re
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-
 from glance import command_line as cli
-from glance.ask import hub
-from glance.ask.pipeline import first_line, read_model_index
+from glance.ask.pipeline import read_model_index
+from glance.files.further_loras import find_file
 from glance.files.recipe import NO_RECIPE, WEIGHT_NAME, Recipe, check_pair, read_recipe, schedule_of
 from glance.files.sampler import Sampler
 from glance_utils import PHASES, InputError, Schedule
@@ -41,32 +37,6 @@ def find_loras(args) -> dict[str, Path]:
             source, name, args.cache_dir, f"no such {phase} LoRA file; train it with train_glance_lora.py"
         )
     return paths
-
-
-def find_styles(args) -> dict[str, Path]:
-    """Return --style_lora's files by the name of the adapter that each becomes; as find_loras does."""
-    missing = "no such style LoRA file; give one of the base"
-    files = [find_file(source, WEIGHT_NAME, args.cache_dir, missing) for source, _ in args.style_lora]
-    return {f"style-{number}": file for number, file in enumerate(files)}
-
-
-def find_file(source: str, name: str, cache_dir: str | None, missing: str) -> Path:
-    """Return the .safetensors file that `source` is, or that has this name in the folder or in the repository of the
-    hub that it is; raise InputError, which says what is `missing`, where there is none."""
-    path = Path(source)
-    if not name.endswith(".safetensors") or os.path.isfile(path) and path.suffix != ".safetensors":
-        raise InputError(f"{source} {name}: only .safetensors files are read, as others can run code; give one")
-    if os.path.isdir(path):
-        path = path / name
-    elif not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        try:
-            path = Path(hf_hub_download(source, name, cache_dir=cache_dir))
-        except Exception as error:  # not there, no login, no network: each of another kind
-            reason = hub.refusal(error, source) or f"neither a folder nor on the hub ({first_line(error)})"
-            raise InputError(f"{source}: {reason}") from error
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: {missing}")
-    return path
 
 
 def with_base(args: cli.Settings, paths: dict[str, Path], sampler: Sampler | None) -> cli.Settings:

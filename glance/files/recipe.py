@@ -16,7 +16,7 @@ from glance_utils import PHASES, InputError, Schedule, check_timesteps
 
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-LEFT_OUT = ("branches", "run", "asked")  # of a file where they are None: steps call all, the digests are not known
+LEFT_OUT = ("base_loras", "branches", "run", "asked")  # of a file where they are None: none, all, not known
 HEADER_LIMIT = 16 * 2**20  # bytes; that of a LoRA on every layer of the largest models has less than one megabyte
 
 
@@ -83,6 +83,17 @@ def check_called(branches: list[str] | None) -> None:
         raise ValueError("branches never call the prompt's")
 
 
+def are_base_loras(value) -> bool:
+    """Return whether it is None or, for each LoRA that is part of the base, its file, scale and digest."""
+    kinds = {"file": is_text, "scale": is_number, "digest": is_text}
+    return value is None or (
+        isinstance(value, list)
+        and 0 < len(value) <= 100
+        and all(isinstance(lora, dict) and set(lora) == set(kinds) for lora in value)
+        and all(fits(lora[name]) for lora in value for name, fits in kinds.items())
+    )
+
+
 def is_guidance_scale(value) -> bool:
     """Return whether it is None or a number from -1,000 to 1,000."""
     return value is None or is_number(value, 1000)
@@ -116,6 +127,7 @@ class Recipe:
     phase: str = checked(lambda value: value in PHASES)
     timesteps: list[float] = checked(are_timesteps)  # 0..1000, descending
     base_model: str = checked(is_text)  # folder or hub id, as it was given
+    base_loras: list[dict] | None = checked(are_base_loras, default=None)  # that were added to its weights
     pipeline: str = checked(is_text)  # name of its class
     height: int = checked(count(MAX_SIDE))  # pixels
     width: int = checked(count(MAX_SIDE))
@@ -223,8 +235,8 @@ def check_pair(recipes: dict[str, Recipe], paths: dict[str, Path]) -> None:
             f"the pair does not chain: slow ends at timestep {slow.timesteps[-1]:g}, fast begins at "
             f"{fast.timesteps[0]:g}; slow must end above where fast begins, so train both on one schedule"
         )
-    same = ("base_model", "pipeline", "height", "width", "num_base_steps", "guidance_scale", "pipeline_kwargs")
-    for key in (*same, "guidance"):
+    same = ("base_model", "base_loras", "pipeline", "height", "width", "num_base_steps")
+    for key in (*same, "guidance_scale", "pipeline_kwargs", "guidance"):
         if getattr(slow, key) != getattr(fast, key):
             raise InputError(
                 f"the pair does not match: slow has {key} {getattr(slow, key)}, fast has {getattr(fast, key)}"

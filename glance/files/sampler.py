@@ -46,6 +46,7 @@ class Sampler:
     """
 
     base_model: str = as_in_recipe("base_model")
+    base_loras: list[dict] | None = as_in_recipe("base_loras", default=None)
     pipeline: str = as_in_recipe("pipeline")
     height: int = as_in_recipe("height")
     width: int = as_in_recipe("width")

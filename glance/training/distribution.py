@@ -158,21 +158,20 @@ def load_transformer(
     quantization: str = "none",
     enable_group_offload: bool = False,
     part: str | None = None,
+    additions: dict | None = None,
     **load_arguments,
 ) -> torch.nn.Module:
     """Return base.load_transformer's for this process: the whole transformer or, under FSDP, this process's rows.
 
     `part` is another component of the same class; `load_arguments` are from_pretrained's, revision and variant.
     """
-    device = accelerator.device
+    device, what = accelerator.device, {"part": part, "additions": additions} | load_arguments
     if not is_sharded():
-        return load_base.load_transformer(
-            path, dtype, device, quantization, enable_group_offload, part=part, **load_arguments
-        )
+        return load_base.load_transformer(path, dtype, device, quantization, enable_group_offload, **what)
     name, kind = find_denoiser(path, **load_arguments)
     weights = {}
     if accelerator.is_main_process:  # mapped, not read, where the files' dtype is `dtype`
-        whole = load_base.load_transformer(path, dtype, torch.device("cpu"), part=part, **load_arguments)
+        whole = load_base.load_transformer(path, dtype, torch.device("cpu"), **what)
         weights = dict([*whole.named_parameters(), *whole.named_buffers()])
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # as from_pretrained does, for what a model computes when it is made

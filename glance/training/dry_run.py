@@ -11,6 +11,7 @@ from glance import command_line as cli
 from glance.ask.schedule import ask_timestep_table
 from glance.command_line import Settings
 from glance.encoders import free_memory, kept_away
+from glance.files.further_loras import read_additions
 from glance.files.instance_data import SOURCES, chosen_size, load_pair
 from glance.training import fit, own_defaults
 from glance.training.estimate import Choice, Estimate, Step, readable
@@ -157,6 +158,7 @@ def ask_needs(args) -> tuple[Settings, Estimate, list[str]]:
     of the configs and the tokenizers alone; without image or caption, of an image and some caption."""
     path, dtype = args.pretrained_model_name_or_path, DTYPES[args.mixed_precision]
     pipe = load_without_weights(path, dtype, **cli.load_arguments(args))
+    read_additions(pipe, args)
     args = own_defaults.with_one_frame(args)
     own_size = functools.partial(own_defaults.size_of, pipe, args)
     if args.instance_prompt or any(getattr(args, source) for source in SOURCES):

@@ -49,6 +49,12 @@ def make_parser() -> cli.Parser:
 
 def add_model(parser: cli.Parser) -> None:
     group = parser.add_argument_group("model")
+    add_shared(
+        group,
+        "--base_lora",
+        help="FILE[:SCALE], folder or hub id: a LoRA to add to the base before anything is drawn or trained; may be "
+        "given several times",
+    )
     add_shared(group, "--pretrained_model_name_or_path", "--revision", "--variant", "--cache_dir")
     add_shared(group, "--pipeline_kwargs", *(f"--{name}" for name in CALL_FLAGS))
     add_shared(group, "--guidance_scale", help="strength of guidance; the pipeline's own by default")

@@ -23,6 +23,7 @@ from glance.files.checkpoints import (
     load_checkpoint,
     run_settings,
 )
+from glance.files.further_loras import find_base_loras, with_base_loras
 from glance.files.recipe import Recipe
 from glance.files.sampler import Sampler, write_sampler
 from glance.training import distribution
@@ -34,7 +35,7 @@ from glance_utils import __version__, denoiser
 class Source:
     """The base, image and captions of a run, by their content: a resumed run can be told from another one."""
 
-    base: str  # base.identify's
+    base: str  # base.identify's, with the LoRAs that are part of it
     learned: str  # SHA-256 of the image's pixels and the captions
     checkpoint: dict | None  # that --resume_from_checkpoint names, or the newest
     asked: dict[str, str]  # a digest of what each phase is asked for
@@ -69,6 +70,7 @@ def find_source(args: Settings, num_processes: int, image: Image.Image | None, c
     content = [b"" if image is None else image.tobytes(), *(text.encode() for text in captions)]
     learned = hashlib.sha256(b"\0".join(content)).hexdigest()
     base = load_base.identify(args.pretrained_model_name_or_path, **cli.load_arguments(args))
+    base = with_base_loras(base, find_base_loras(args))
     checkpoint = load_checkpoint(args.resume_from_checkpoint, args.output_dir)
     settings = run_settings(args, None, base, learned, num_processes)
     if checkpoint is not None:
@@ -92,6 +94,7 @@ def make_recipe(args, prepared: Prepared, phase: str, size: tuple[int, int]) -> 
         phase=phase,
         timesteps=steps.phases[phase],
         base_model=args.pretrained_model_name_or_path,
+        base_loras=find_base_loras(args) or None,
         pipeline=type(pipe).__name__,
         height=size[0],
         width=size[1],

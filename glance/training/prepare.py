@@ -31,6 +31,7 @@ from glance.ask.schedule import ask_timestep_table
 from glance.ask.velocity import PipelineVelocity, check_instantaneous, check_memoryless, takes_batches, takes_timesteps
 from glance.command_line import Settings
 from glance.encoders import free_memory, place_encoders
+from glance.files.further_loras import read_additions
 from glance.training import calls_chart, distribution, estimate, losses, out_of_memory, stages, summary
 from glance.training.draws import Draw
 from glance.training.search import AT_ONCE, LARGEST, Shipped, Trials, ask_shipped, find_sampler, sizes_at_once
@@ -219,6 +220,7 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
     path, dtype = args.pretrained_model_name_or_path, DTYPES[args.mixed_precision]
     stages.enter("loading encoders")
     pipe = ask.load_pipeline(path, dtype, **cli.load_arguments(args))
+    additions = read_additions(pipe, args)
     place_encoders(pipe, accelerator.device, args.memory or free_memory(accelerator.device))
     stages.enter("encoding")
     call, single_call, layers = ask_call(args, pipe, captions[0], size)
@@ -275,7 +277,7 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
         takes_timesteps=mixed,
         takes_batches=batched,
     )
-    models = Models(pipe, vae, functools.partial(load_transformer, args, accelerator))
+    models = Models(pipe, vae, functools.partial(load_transformer, args, accelerator, additions))
     return Prepared(settings, models, answers, captions, steps, latents)
 
 
@@ -285,8 +287,9 @@ def encode_image(pipe, image, layout: ask_latents.LatentLayout, call: dict) -> t
     return ask_latents.encode_image(pipe, pixels, layout, **call)
 
 
-def load_transformer(args, accelerator, part: str | None = None) -> torch.nn.Module:
-    """Return the base's transformer, or another `part` of its class, as this run's flags want it."""
+def load_transformer(args, accelerator, additions: dict, part: str | None = None) -> torch.nn.Module:
+    """Return the base's transformer with read_additions' on its weights, or another `part` of its class without, as
+    this run's flags want it."""
     return distribution.load_transformer(
         accelerator,
         args.pretrained_model_name_or_path,
@@ -294,6 +297,7 @@ def load_transformer(args, accelerator, part: str | None = None) -> torch.nn.Mod
         args.quantization,
         args.enable_group_offload,
         part=part,
+        additions=None if part else additions,
         **cli.load_arguments(args),
     )
 
