@@ -122,11 +122,14 @@ def scene_of(caption: str) -> tuple[str, str, str, str]:
     return match.groups()
 
 
-def split_scenes(held_out: int = 512) -> tuple[list[tuple], list[tuple]]:
-    """The scenes to train on and the ones that training never sees; every word is in both; always the same split."""
+def split_scenes(held_out: int = 512) -> tuple[list[tuple], ...]:
+    """The scenes to train on and the ones that training never sees; always the same split.
+
+    Words of four letters are left out until those of three can be read; what was held out before stays so.
+    """
     scenes = [(w, i, g, p) for w in WORDS for i in INKS for g in GROUNDS for p in PATTERNS]
     random.Random(2512).shuffle(scenes)
-    return scenes[held_out:], scenes[:held_out]
+    return tuple([scene for scene in part if len(scene[0]) == 3] for part in (scenes[held_out:], scenes[:held_out]))
 
 
 def _points(stroke, arc_steps: int):
