@@ -151,11 +151,16 @@ def segment_slopes(points: list[torch.Tensor], sigmas: list[float]) -> list[torc
 # The sampler: exactly the sigmas it is given, whatever the pipeline asks for
 
 
+def denoises(kind: type) -> bool:
+    """Return whether a class of models predicts the velocity: it takes a timestep, and is no ControlNet."""
+    return "ControlNet" not in kind.__name__ and bool(TIMESTEP_NAMES & {*inspect.signature(kind.forward).parameters})
+
+
 def denoiser(pipe: DiffusionPipeline) -> torch.nn.Module:
-    """Return the model that predicts the velocity: the first by name whose forward takes a timestep."""
+    """Return the model that predicts the velocity: the first by name whose class denoises."""
     for _, model in sorted(pipe.components.items()):
         kind = type(getattr(model, "_orig_mod", model))  # a compiled one's own forward takes anything
-        if isinstance(model, torch.nn.Module) and TIMESTEP_NAMES & set(inspect.signature(kind.forward).parameters):
+        if isinstance(model, torch.nn.Module) and denoises(kind):
             return model
     raise InputError(f"{type(pipe).__name__} has no model that takes a timestep; Glance needs one")
 
@@ -201,9 +206,7 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
             if value is not None and len(value) != len(sigmas):
                 raise InputError(f"{name}: {len(value)} of them for {len(sigmas)} sigmas; give one for each step")
         self.register_to_config(sigmas=sigmas, **lists)  # beside what the parent has registered
-        self.init_noise_sigma = 1.0
-        self.before_step = before_step
-        self.next_index = 0
+        self.before_step, self.next_index, self.init_noise_sigma = before_step, 0, 1.0
         self.velocities = {}  # by step, the newest two
 
     def _begin_at(self, index: int) -> None:
@@ -241,16 +244,14 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
                     f"the pipeline begins with step {self.step_index} of {len(self.config.sigmas)} and did not say so "
                     "before it called its model; call pipe.scheduler.set_begin_index"
                 )
-        index = self.step_index
-        timestep = self.timesteps[index]  # some pipelines round it to an integer
+        index, timestep = self.step_index, self.timesteps[self.step_index]  # some pipelines round it to an integer
         if self.config.coefficients is not None:
             (a, c), velocity = self.config.coefficients[index], model_output.float()
             previous = self.velocities.get(index - 1)
             if previous is None:  # the first step that is executed: Euler's, unless it is the schedule's first as well
                 a, previous = 1.0 if c else a, 0.0
             model_output = (a * velocity + c * previous).to(model_output.dtype)
-            self.velocities = {step: self.velocities[step] for step in {index - 1} & set(self.velocities)}
-            self.velocities[index] = velocity
+            self.velocities = {index: velocity} | {i: v for i, v in self.velocities.items() if i == index - 1}
         result = super().step(model_output, timestep, sample, *args, **kwargs)
         self._begin_at(self.step_index)
         return result
@@ -290,8 +291,8 @@ class Schedule:
         if self.branches is not None:
             raise InputError("no scheduler walks mixed branches; draw with infer_glance.py")
         sigmas = timesteps_to_sigmas(self.timesteps)
-        values = model_timesteps(self.timestep_table, sigmas)
-        return FixedSigmaScheduler(sigmas, values, before_step, like, self.coefficients)
+        told = model_timesteps(self.timestep_table, sigmas)
+        return FixedSigmaScheduler(sigmas, told, before_step, like, self.coefficients)
 
 
 def model_timesteps(timestep_table: list[list[float]] | None, sigmas: list[float]) -> list[float] | None:
@@ -374,10 +375,9 @@ def glance_inference(
         with glance_inference(pipe, Schedule({"slow": [...], "fast": [...]})) as kwargs:
             image = pipe(prompt, **kwargs).images[0]
 
-    The adapters are already loaded under the names of the schedule's phases; `scales` are their strengths, 1 by
-    default. A pipeline that leaves steps out begins in the phase of its first step. Other adapters that are active
-    stay so. Afterwards all is as it was found. `activate` switches adapters (or glance/adapters.py's).
-    Raise InputError for names that are not loaded, and for a schedule that cannot be walked.
+    The adapters are loaded under the names of the schedule's phases; `scales` are their strengths, 1 by default. A
+    pipeline that leaves steps out begins in the phase of its first step. Other active adapters stay so. Afterwards all
+    is as it was. Raise InputError for names that are not loaded, and for a schedule that cannot be walked.
     """
     schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)
     names, scales, active = schedule.phase_of_steps, scales or {}, None

@@ -42,6 +42,8 @@ from glance.files.further_loras import as_trained, find_styles, read_additions
 from glance.files.lora import load_lora
 from glance.files.lora_forms import read_lora
 from glance.files.pair import find_loras, read_recipes, with_base
+from glance.files.pipeline_images import read_pipeline_images
+from glance.files.recipe import Recipe
 from glance.files.sampler import read_sampler
 from glance.training import distribution, launcher, out_of_memory
 from glance.training.inference_steps import compared_steps, schedule_of_base, schedule_of_loras
@@ -94,7 +96,8 @@ def check_early(args, paths: dict[str, Path], call_of, device: torch.device) -> 
     """
     base, load_arguments = args.pretrained_model_name_or_path, cli.load_arguments(args)
     try:
-        pipe = load_without_weights(base, DTYPES[args.dtype], **load_arguments)
+        components = {"controlnet": None} if args.controlnet else {}  # with which only the real pipeline can be called
+        pipe = load_without_weights(base, DTYPES[args.dtype], components, args.pipeline_class, **load_arguments)
     except InputError as error:
         if isinstance(error.__cause__, OSError):
             raise
@@ -131,7 +134,9 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device, decoding: 
     base, dtype = args.pretrained_model_name_or_path, DTYPES[args.dtype]
     load_arguments = cli.load_arguments(args)
     place = torch.device("cpu") if offloads(args) else device
-    pipe = ask.load_pipeline(base, dtype, vae_dtype=dtype, **load_arguments)
+    components = {"controlnet": load_base.load_controlnet(args.controlnet, dtype)} if args.controlnet else {}
+    how = {"vae_dtype": dtype, "pipeline_class": args.pipeline_class}
+    pipe = ask.load_pipeline(base, dtype, components, **how, **load_arguments)
     check_parts(args, pipe, paths)
     name, _ = ask.find_denoiser(base, **load_arguments)
     further = ask.further_denoisers(pipe)
@@ -157,6 +162,27 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device, decoding: 
         load_base.compile_blocks(denoiser(pipe))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def further_arguments(args, recipe: Recipe, schedule: Schedule | None) -> dict:
+    """Return the call's arguments beside prompt, size and guidance: the recipe's, the flags', and pictures.
+
+    Raise InputError where a picture is not there, or where mixed branches are to be drawn with one.
+    """
+    kept, images = recipe.pipeline_kwargs, read_pipeline_images(args.pipeline_images)
+    if args.pipeline_class:
+        accepted = ask.arguments_of(ask.class_named(args.pipeline_class))
+        kept = {name: value for name, value in kept.items() if name in accepted}
+        for name in recipe.pipeline_kwargs.keys() - kept.keys():
+            logger.warning(
+                f"{args.pipeline_class} takes no {name}, which was {recipe.pipeline_kwargs[name]!r} in training"
+            )
+    if (args.pipeline_class or images) and schedule is not None and schedule.branches is not None:
+        raise InputError(
+            "--pipeline_class and --pipeline_images: these files' steps call mixed branches, which go from noise and "
+            "prompt alone; give a pair or a sampler without them"
+        )
+    return kept | args.pipeline_kwargs | images
 
 
 def draw_all(
@@ -219,7 +245,7 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
         trained = f"{recipe.width}x{recipe.height}"
         logger.warning(f"{width}x{height} was asked, {trained} was trained: the schedule is that of {trained}")
     guidance = recipe.guidance_scale if args.guidance_scale is None else args.guidance_scale
-    extra = recipe.pipeline_kwargs | args.pipeline_kwargs
+    extra = further_arguments(args, recipe, schedule)
     jobs = [(prompt, args.seed + image) for prompt in args.prompts for image in range(args.num_images)]
 
     output = Path(args.output)
@@ -245,16 +271,16 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
     PromptLengths(pipe, logger.warning).watch(pipe)
     calls = [call_of(pipe, prompt) for prompt, _ in jobs]
     ask.dry_step(pipe, **calls[0])
-    base_steps = recipe.num_base_steps
+    whole, base_steps = ask.whole_walk(pipe, calls[0]), recipe.num_base_steps
     if args.without_loras and sampler is None:
         with out_of_memory.in_inference(args, "choosing a sampler"):
-            args, schedule = schedule_of_base(args, pipe, calls[0], what_to_try(args))
+            args, schedule = schedule_of_base(args, pipe, whole, what_to_try(args))
         base_steps = args.num_base_steps
     else:
         if schedule and schedule.branches:
             remember_prompts(pipe)  # which is called for each step
-        schedule = schedule_of_loras(args, pipe, recipe, schedule, calls[0])
-    base_steps = compared_steps(args, pipe, schedule, base_steps, calls[0])
+        schedule = schedule_of_loras(args, pipe, recipe, schedule, whole)
+    base_steps = compared_steps(args, pipe, schedule, base_steps, whole)
     with faults.signals_handled(functools.partial(faults.leave, hint="what was drawn before is written")):
         drawn, failed = draw_all(args, state, pipe, schedule, base_steps, calls, jobs, files)
         drawn, failed = (sum(distribution.gather_on_host(part), []) for part in (drawn, failed))

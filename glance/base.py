@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from bitsandbytes.autograd._functions import MatMul8bitFp, MatMul8bitLt
 from bitsandbytes.nn import Linear8bitLt
-from diffusers import BitsAndBytesConfig
+from diffusers import AutoModel, BitsAndBytesConfig
 from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 from huggingface_hub import try_to_load_from_cache
 from torch.utils.checkpoint import checkpoint
@@ -148,6 +148,16 @@ def load_transformer(
         transformer.enable_group_offload(**group_offload_arguments(device))
         keep_for_backward(transformer)
     return transformer
+
+
+def load_controlnet(path: str, dtype: torch.dtype) -> torch.nn.Module:
+    """Return the ControlNet at `path`, a folder or hub id, by the class that its config names; raise InputError where
+    there is none."""
+    with loading(path):
+        model = AutoModel.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        if "ControlNet" not in type(model).__name__:
+            raise InputError(f"--controlnet {path}: it is a {type(model).__name__}; give a ControlNet of the base")
+        return model
 
 
 def rest_in_fp8(transformer: torch.nn.Module, dtype: torch.dtype) -> None:

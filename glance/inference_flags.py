@@ -73,6 +73,15 @@ def add_pictures(parser: cli.Parser) -> None:
     add_shared(group, "--prompts_file", help="a text file of prompts, one a line")
     add("--output", default="out.png", help="the picture's file; out-000.png, ... where there are several")
     add("--num_images", type=cli.positive(int), default=1, help="images per prompt")
+    add("--pipeline_class", help="another of diffusers' pipelines for the same weights, such as FluxImg2ImgPipeline")
+    add("--controlnet", help="with a ControlNet pipeline: its model, folder or hub id")
+    add(
+        "--pipeline_images",
+        type=cli.json_object,
+        default={},
+        help="pictures for the pipeline's call: JSON of its arguments' names and files, such as '{\"image\": "
+        '"a.png"}\', or lists of files',
+    )
     add_shared(group, "--seed", help="seed of a prompt's first image; the next has the next")
     add_shared(group, "--height", "--width", help="in pixels; as trained by default")
     add(
@@ -134,6 +143,8 @@ def check_without_loras(args: cli.Settings) -> bool:
         )
     if not args.pretrained_model_name_or_path and not args.sampler:
         raise cli.mistake(f"{sampler[0]} draws the base without LoRAs; give --pretrained_model_name_or_path")
+    if args.pipeline_class and not args.sampler:
+        raise cli.mistake(f"--pipeline_class is for LoRAs or a --sampler; leave it or {sampler[0]} out")
     for_loras = ["flow_custom_timesteps", "fuse_lora", "slow_weight_name", "fast_weight_name"]
     for_loras += [] if args.sampler else ["allow_base_mismatch"]
     for_loras += ["lora_scale"] if set(args.lora_scale.values()) != {1.0} else []

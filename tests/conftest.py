@@ -157,6 +157,16 @@ def styles(pipelines, tmp_path_factory):
     return call
 
 
+@pytest.fixture(scope="session")
+def mixed_sampler(pipelines, tmp_path_factory):
+    """The folder of a sampler of four mixed calls."""
+    root = tmp_path_factory.mktemp("mixed")
+    (root / "prompts.txt").write_text("a red ring\na blue square\n")
+    found = {"num_model_calls": 4, "num_plans": 1, "num_trajectories": 1, "num_base_steps": 8, "max_train_steps": 0}
+    where = {"pretrained_model_name_or_path": pipelines["sd3"], "prompts_file": root / "prompts.txt"}
+    return run_train(where, found | {"output_dir": root / "sampler", "guidance_scale": 3, "rank": None})
+
+
 @pytest.fixture
 def infer(pipelines, tmp_path):
     """infer(**flags) runs infer_glance.py's main and returns the output path."""

@@ -7,23 +7,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import REFUSED, picture_distance, run_train
+from conftest import REFUSED, picture_distance
 from safetensors.torch import load_file, save_file
 
 from glance.command_line import file_and_scale
 from glance.files.comfyui import graph_of
 from glance.files.recipe import WEIGHT_NAME, read_recipe
 from glance_utils import PHASES
-
-
-@pytest.fixture(scope="module")
-def mixed_sampler(pipelines, tmp_path_factory):
-    """The folder of a sampler of four mixed calls."""
-    root = tmp_path_factory.mktemp("mixed")
-    (root / "prompts.txt").write_text("a red ring\na blue square\n")
-    found = {"num_model_calls": 4, "num_plans": 1, "num_trajectories": 1, "num_base_steps": 8, "max_train_steps": 0}
-    where = {"pretrained_model_name_or_path": pipelines["sd3"], "prompts_file": root / "prompts.txt"}
-    return run_train(where, found | {"output_dir": root / "sampler", "guidance_scale": 3, "rank": None})
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,9 @@ A config comes with the weights: what it names is looked up here alone, and neve
 
 import contextlib
 import importlib
-import inspect
 import sys
 
-from glance_utils import TIMESTEP_NAMES
+from glance_utils import denoises
 
 
 def component_class(kind: tuple[str, str]) -> type:
@@ -28,13 +27,13 @@ def component_class(kind: tuple[str, str]) -> type:
 
 
 def denoiser_name(config: dict) -> str | None:
-    """Return which of a pipeline's components denoises: the first by name whose forward takes a timestep, or None.
+    """Return which of a pipeline's components denoises: the first by name whose class denoises, or None.
 
     `config` is the content of a model_index.json, or a pipeline's own `config`, which is the same.
     """
     for name, kind in sorted(config.items()):
         if isinstance(kind, list | tuple) and len(kind) == 2 and all(kind):
             with contextlib.suppress(ImportError, AttributeError):  # as a part of a pipeline's own module
-                if TIMESTEP_NAMES & set(inspect.signature(component_class(kind).forward).parameters):
+                if denoises(component_class(kind)):
                     return name
     return None

@@ -219,19 +219,32 @@ def find_denoiser(path: str, **load_kwargs) -> tuple[str, type]:
     return name, component_class(config[name])
 
 
+def class_named(name: str) -> type[DiffusionPipeline]:
+    """Return diffusers' pipeline class of this name; raise InputError where there is none."""
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
+        raise InputError(
+            f"--pipeline_class {name}: diffusers {diffusers.__version__} has no such pipeline; give the name of one, "
+            "such as FluxImg2ImgPipeline"
+        )
+    return kind
+
+
 def load_pipeline(
     path: str,
     dtype: torch.dtype = torch.float32,
     components: dict | None = None,
     vae_dtype: torch.dtype = torch.float32,
+    pipeline_class: str | None = None,
     **load_kwargs,
 ) -> DiffusionPipeline:
     """Load a pipeline whose transformer has a config but no weights (meta device): enough for all but velocity.
 
     The same goes for other models of its class, which some pipelines keep for guidance. The VAE is `vae_dtype`, which
     should be float32 where an image is to be encoded, since half precision costs latents accuracy; the rest is
-    `dtype`. `components`, by name, are used in place of the pipeline's own. Raise InputError where `path` is not a
-    diffusers pipeline with a flow-matching transformer.
+    `dtype`. `components`, by name, are used in place of the pipeline's own, and the name of a `pipeline_class` of
+    diffusers in place of its class. Raise InputError where `path` is not a diffusers pipeline with a flow-matching
+    transformer, or where the class cannot be made of it.
     """
     config = read_model_index(path, **load_kwargs)
     components = dict(components or {})
@@ -249,6 +262,7 @@ def load_pipeline(
         dtypes = {"vae": vae_dtype, "default": dtype}
         # By its own class, which knows what it may lack: the general one loads that even where it is given.
         kind = getattr(diffusers, config["_class_name"], DiffusionPipeline)
+        kind = class_named(pipeline_class) if pipeline_class else kind
         return kind.from_pretrained(path, **components, dtype=dtypes, use_safetensors=True, **load_kwargs)
 
 
@@ -267,8 +281,14 @@ def call_arguments(pipe: DiffusionPipeline, prompt, height, width, guidance_scal
             raise InputError(
                 f"{type(pipe).__name__} takes no {key!r} as a further argument; it takes {', '.join(sorted(accepted))}"
             )
-    usual = {"prompt": prompt, "height": height, "width": width}
+    size = {"height": height, "width": width}
+    usual = {"prompt": prompt} | {key: size[key] for key in size if key in accepted_arguments(pipe)}
     return {key: value for key, value in usual.items() if value is not None} | arguments
+
+
+def whole_walk(pipe: DiffusionPipeline, call: dict) -> dict:
+    """Return a call's arguments with which a pipeline that begins with a picture leaves none of its steps out."""
+    return call | ({"strength": 1.0} if "strength" in accepted_arguments(pipe) else {})
 
 
 def further_denoisers(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:

@@ -131,12 +131,15 @@ def without_content(values):
     return tree_map_only(torch.Tensor, convert, values)
 
 
-def load_without_weights(path: str, dtype: torch.dtype, **load_arguments):
+def load_without_weights(
+    path: str, dtype: torch.dtype, components: dict | None = None, pipeline_class: str | None = None, **load_arguments
+):
     """Return the pipeline at `path`: configs, tokenizers and scheduler as they are, and models without weights.
 
-    `load_arguments` are from_pretrained's, revision and variant. Raise InputError where it is no diffusers pipeline.
+    `components` and `pipeline_class` are ask.load_pipeline's, `load_arguments` from_pretrained's, revision and
+    variant. Raise InputError where it is no diffusers pipeline.
     """
-    models = {}
+    models = dict(components or {})
     config = ask.read_model_index(path, **load_arguments)
     for part, named in config.items():
         kind = model_class(named)
@@ -147,7 +150,7 @@ def load_without_weights(path: str, dtype: torch.dtype, **load_arguments):
                 else:
                     models[part] = kind(kind.config_class.from_pretrained(path, subfolder=part, **load_arguments))
             answer_zeros(models[part].to(torch.float32 if part == "vae" else dtype))
-    return ask.load_pipeline(path, dtype, models, **load_arguments)
+    return ask.load_pipeline(path, dtype, models, pipeline_class=pipeline_class, **load_arguments)
 
 
 def model_class(named) -> type | None:
