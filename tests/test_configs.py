@@ -1,4 +1,4 @@
-"""Every config under configs/ is understood by the script that it is for, those under configs/accelerate by accelerate."""
+"""Every config under configs/ is understood by what it is for: training, inference or accelerate."""
 
 import json
 

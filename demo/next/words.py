@@ -184,7 +184,7 @@ def _font_mask(word: str, height: int, font: str, rng: random.Random) -> Image.I
 def _word_mask(word: str, rng: random.Random) -> np.ndarray:
     """Where the ink is, float32 (H, W) in 0..1: font, size, tilt and place are drawn from `rng`."""
     font, scale = rng.choice(FONTS), 3  # drawn three times as large, so that edges are smooth
-    height = rng.uniform(30, 44)
+    height = rng.uniform(34, 44)
     if font == "marker":
         mask = _stroke_mask(word, round(height * scale), rng.uniform(0.15, 0.22), 40)
     elif font == "octagon":
@@ -195,9 +195,11 @@ def _word_mask(word: str, rng: random.Random) -> np.ndarray:
     mask = mask.crop(mask.getbbox())
     shrink = min(1 / scale, (RESOLUTION - 10) / mask.width)
     mask = mask.resize((max(1, round(mask.width * shrink)), max(1, round(mask.height * shrink))), Image.LANCZOS)
-    room = RESOLUTION - 8 - mask.width, RESOLUTION - 8 - mask.height
+    # Near the middle: where a word may stand anywhere, a small model learns late which letter belongs where.
+    room = RESOLUTION - mask.width, RESOLUTION - mask.height
+    shift = [min(12, max(0, free // 2 - 4)) for free in room]
     canvas = Image.new("L", (RESOLUTION, RESOLUTION))
-    canvas.paste(mask, (4 + rng.randint(0, max(0, room[0])), 4 + rng.randint(0, max(0, room[1]))))
+    canvas.paste(mask, tuple(free // 2 + rng.randint(-most, most) for free, most in zip(room, shift)))
     return np.asarray(canvas, dtype=np.float32) / 255
 
 
