@@ -5,6 +5,7 @@
 Each result goes to output/families; tests/family_table.py makes the table in docs/families.md of them.
 """
 
+import dataclasses
 import inspect
 import json
 import re
@@ -34,7 +35,8 @@ from glance.ask.components import denoiser_name
 from glance.ask.guidance import _made_up_step, ask_single_branch
 from glance.ask.schedule import ask_timestep_table, ask_timesteps
 from glance.ask.velocity import PipelineVelocity
-from glance.files.recipe import WEIGHT_NAME
+from glance.files.recipe import WEIGHT_NAME, read_recipe, schedule_of
+from glance.training.inference_steps import base_inference
 from glance_utils import PHASES, FixedSigmaScheduler, InputError, denoiser, model_timesteps, timesteps_to_sigmas
 
 
@@ -68,6 +70,15 @@ def stock_walk(pipe, steps, call, off) -> list[tuple]:
     with ask.guiders_off(pipe) if "guiders" in off else nullcontext(), ask.replaced(pipe.scheduler, "step", spy):
         pipe(**call | stock, num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
     return seen
+
+
+def without_loras(pipe, call, folder) -> Image.Image:
+    """What infer_glance.py would draw of this call if the pair in the folder did not act."""
+    schedule = schedule_of({phase: read_recipe(folder / phase / WEIGHT_NAME) for phase in PHASES})
+    schedule = dataclasses.replace(schedule, timestep_table=ask_timestep_table(pipe, 50, **call))
+    with base_inference(pipe, schedule) as steps, ask.plain_call(pipe, call | steps) as arguments:
+        output = pipe(**arguments, generator=torch.Generator().manual_seed(0), output_type="pil", return_dict=False)
+    return ask.first_picture(output)
 
 
 def guidance_kind(pipe, call, off) -> str:
@@ -255,7 +266,7 @@ def test_family(name, pair, infer, tmp_path, monkeypatch):
     assert len(moved) >= 4 and sum(moved) > 0.75 * len(moved)  # not experts that were not chosen
     preview = np.asarray(Image.open(output / "glance.png"))
     picture = np.asarray(Image.open(infer(base, lora=output)))
-    plain = np.asarray(Image.open(infer(base, lora=output, lora_scale=0, output=tmp_path / "plain.png")))
+    plain = np.asarray(without_loras(pipe, call | {"prompt": "a blue ring"}, output))
     for image in (preview, picture):
         assert image.shape[:2] == (size, size) and image.std() > 0
     assert not np.array_equal(picture, plain)
