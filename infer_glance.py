@@ -42,7 +42,7 @@ from glance.files.further_loras import as_trained, find_styles, read_additions
 from glance.files.lora import load_lora
 from glance.files.lora_forms import read_lora
 from glance.files.pair import find_loras, read_recipes, with_base
-from glance.files.pipeline_images import read_pipeline_images
+from glance.files.pipeline_images import check_given, read_pipeline_images
 from glance.files.recipe import Recipe
 from glance.files.sampler import read_sampler
 from glance.training import distribution, launcher, out_of_memory
@@ -169,6 +169,7 @@ def further_arguments(args, recipe: Recipe, schedule: Schedule | None) -> dict:
 
     Raise InputError where a picture is not there, or where mixed branches are to be drawn with one.
     """
+    check_given(recipe.pipeline_images, args.pipeline_images)
     kept, images = recipe.pipeline_kwargs, read_pipeline_images(args.pipeline_images)
     if args.pipeline_class:
         accepted = ask.arguments_of(ask.class_named(args.pipeline_class))

@@ -75,13 +75,7 @@ def add_pictures(parser: cli.Parser) -> None:
     add("--num_images", type=cli.positive(int), default=1, help="images per prompt")
     add("--pipeline_class", help="another of diffusers' pipelines for the same weights, such as FluxImg2ImgPipeline")
     add("--controlnet", help="with a ControlNet pipeline: its model, folder or hub id")
-    add(
-        "--pipeline_images",
-        type=cli.json_object,
-        default={},
-        help="pictures for the pipeline's call: JSON of its arguments' names and files, such as '{\"image\": "
-        '"a.png"}\', or lists of files',
-    )
+    add_shared(group, "--pipeline_images")
     add_shared(group, "--seed", help="seed of a prompt's first image; the next has the next")
     add_shared(group, "--height", "--width", help="in pixels; as trained by default")
     add(

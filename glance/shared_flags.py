@@ -29,6 +29,12 @@ SHARED = {
         "default": {},
         "help": "further arguments of the pipeline's call, as JSON",
     },
+    "--pipeline_images": {
+        "type": cli.json_object,
+        "default": {},
+        "help": "pictures for the pipeline's call: JSON of its arguments' names and files, such as "
+        """'{"image": "a.png"}', or lists of files""",
+    },
     "--max_sequence_length": {"type": cli.positive(int), "help": "how many tokens of a prompt the pipeline encodes"},
     "--negative_prompt": {"help": "what classifier-free guidance leads away from"},
     "--true_cfg_scale": {

@@ -523,7 +523,7 @@ def test_an_unseen_prompt_after_freeing_is_a_runtime_error(base, asked):
     ask.dry_step(pipe, **call)
     ask_prompts.free_components(pipe)
     ask.dry_step(pipe, **call)
-    with pytest.raises(RuntimeError, match="was not encoded before the text encoders were freed"):
+    with pytest.raises(RuntimeError, match="it was not encoded before the encoders were freed"):
         ask.dry_step(pipe, **call | {"prompt": "a blue ring"})
 
 

@@ -147,5 +147,5 @@ def test_remembering_keeps_no_encoder_alive(pipe):
     gc.collect()
     assert [reference() for reference in freed] == [None] * 3
     pipe.encode_prompt("a red ring", None)
-    with pytest.raises(RuntimeError, match="this prompt was not encoded before the text encoders were freed"):
+    with pytest.raises(RuntimeError, match="it was not encoded before the encoders were freed"):
         pipe.encode_prompt("a blue ring", None)

@@ -39,7 +39,7 @@ class LatentLayout:
         return (z * self.scale.to(z) + self.shift.to(z)).reshape(self.z_shape)
 
 
-def _decode_input(pipe: DiffusionPipeline, final_latents, **kwargs) -> torch.Tensor:
+def _decode_input(pipe: DiffusionPipeline, final_latents, /, **kwargs) -> torch.Tensor:
     """Return what reaches `vae.decode`, in float32, when the denoising loop ends with `final_latents(sample)`.
 
     A pipeline without a VAE denoises pixels: there it is what reaches the image processor. Raise InputError where
@@ -172,7 +172,7 @@ def ask_noise_scale(pipe: DiffusionPipeline, **kwargs) -> float:
     return scale if abs(scale - 1) > 0.1 else 1.0
 
 
-def encode_image(pipe: DiffusionPipeline, image: torch.Tensor, layout: LatentLayout, **kwargs) -> torch.Tensor:
+def encode_image(pipe: DiffusionPipeline, image: torch.Tensor, layout: LatentLayout, /, **kwargs) -> torch.Tensor:
     """Return an image (1, 3, H, W) in -1..1 as latents (1, ...), float32, as the denoising loop holds them.
 
     They are sent down the pipeline's decode path once more. Raise InputError where that does not return what the VAE

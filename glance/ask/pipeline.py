@@ -119,9 +119,9 @@ def refusals(pipe: DiffusionPipeline):
 
 
 def _refused(pipe: DiffusionPipeline, error: Exception) -> InputError:
-    """Return the error for a call that the pipeline refuses, with the pictures that it may want."""
+    """Return the error for a call that the pipeline refuses, with the pictures that it takes."""
     wanted = [name for name in accepted_arguments(pipe) if re.search("^(?!.*adapter).*(images?|video)$", name)]
-    hint = f" (Glance gives it no {' and no '.join(wanted)})" if wanted else ""
+    hint = f" (it takes {' and '.join(wanted)}: see --pipeline_images)" if wanted else ""
     return InputError(f"{type(pipe).__name__} refuses the call: {described(error)}{hint}")
 
 
@@ -287,7 +287,8 @@ def call_arguments(pipe: DiffusionPipeline, prompt, height, width, guidance_scal
 
 
 def whole_walk(pipe: DiffusionPipeline, call: dict) -> dict:
-    """Return a call's arguments with which a pipeline that begins with a picture leaves none of its steps out."""
+    """Return a call's arguments with which a pipeline that begins with a picture leaves none of its steps out: only
+    then it can be asked for all of them."""
     return call | ({"strength": 1.0} if "strength" in accepted_arguments(pipe) else {})
 
 

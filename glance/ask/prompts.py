@@ -1,11 +1,12 @@
-"""How are a pipeline's prompts encoded once, in its own way, so that its encoders can be freed?
+"""How are prompts, and pictures beside them, encoded once, in the pipeline's own way, so that encoders can be freed?
 
-What counts as the same prompt is _key's business; what an encoder answers is kept and copied, never changed.
+What counts as the same is _key's business; what an encoder answers is kept and copied, never changed.
 """
 
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import inspect
 import weakref
@@ -24,10 +25,14 @@ from glance_utils import InputError
 def remember_prompts(pipe: DiffusionPipeline) -> None:
     """Let the pipeline encode each prompt once, without gradients, and hand a copy of the result back ever after.
 
-    Every method of the pipeline that uses a text encoder, to encode a prompt or to rewrite it, remembers what it
-    answered. The text encoders can then be freed; RuntimeError is then raised for a prompt that was not seen before.
+    Every method of the pipeline that uses an encoder, to encode a prompt or to rewrite it, remembers what it answered,
+    and so does the VAE's encode, for pictures beside the prompt. What it answers is a distribution: a pipeline draws
+    from it as ever. All of them can then be freed; RuntimeError is then raised for what was not seen before.
     """
     encoders = set(freeable_components(pipe)) - {"vae"}
+    vae = getattr(pipe, "vae", None)
+    if hasattr(vae, "encode"):
+        vae.encode = _remembered(pipe, vae.encode)
     for kind in reversed(type(pipe).__mro__):
         if issubclass(kind, DiffusionPipeline) and kind is not DiffusionPipeline:
             for name, method in vars(kind).items():
@@ -40,6 +45,10 @@ def _remembered(pipe: DiffusionPipeline, method):
     """Return the method with a memory: equal arguments, but for device and generator, are answered only once."""
     answers = {}
     signature = inspect.signature(method)
+    if inspect.ismethod(method):  # perhaps of a model, which must not outlive its freeing
+        method = weakref.WeakMethod(method)
+    else:  # of a base class, remembered already
+        method = functools.partial(lambda known: known, method)
     further = next((name for name, kind in signature.parameters.items() if kind.kind is kind.VAR_KEYWORD), None)
 
     def remembered(*args, **kwargs):
@@ -50,14 +59,14 @@ def _remembered(pipe: DiffusionPipeline, method):
         if key not in answers:
             try:
                 with torch.no_grad():
-                    answer = method(*args, **kwargs)
+                    answer = method()(*args, **kwargs)
                 # Its tensors are cloned, without the storage that they may be a small part of. Then all of it is
                 # copied: part of the answer may be an argument.
                 cloned = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), answer)
                 answers[key] = copy.deepcopy(cloned)
             except (TypeError, AttributeError) as error:
                 if any(isinstance(part, _Freed) for part in pipe.components.values()):
-                    raise RuntimeError("this prompt was not encoded before the text encoders were freed") from error
+                    raise RuntimeError("it was not encoded before the encoders were freed") from error
                 raise
         return copy.deepcopy(answers[key])  # some pipelines write into what they got
 
@@ -101,11 +110,23 @@ class FreedError(AttributeError, InputError):
 
 
 class _Freed:
-    """A stand-in for a model that was freed: pipelines still ask whether it is there, and its dtype."""
+    """A stand-in for a model that was freed: pipelines still ask whether it is there, its dtype, and what it says of
+    itself besides weights, such as its compression or its latents' mean. What it has encoded it still answers."""
 
     def __init__(self, model: torch.nn.Module):
         self.dtype, self.device = model.dtype, model.device
         self.config = getattr(model, "config", None)
+        plain = {name: value for name, value in vars(model).items() if isinstance(value, int | float | list | tuple)}
+        vars(self).update({name: value for name, value in plain.items() if not name.startswith("_")})
+        vars(self).update(model.named_buffers(recurse=False))
+        for name in {"encode"} & set(vars(model)):
+            setattr(self, name, getattr(model, name))
+        for name, part in model.named_children():
+            if isinstance(part, torch.nn.BatchNorm2d):  # the statistics by which some scale their latents
+                setattr(self, name, part)
+
+    def modules(self):
+        return iter(())  # none is left
 
     def __getattr__(self, name):
         raise FreedError(f"{name} of a model that was freed, because an image and a prompt are encoded but once")

@@ -27,7 +27,7 @@ STATE_NAME = "training_state.pt"
 # All flags are compared, later ones too, when a run goes on from what another left, except these, which cannot
 # change what a LoRA learns:
 NOT_COMPARED = {
-    # the base, known by its files or its commit (base.identify); image and captions, known by their content
+    # the base, known by its files or its commit (base.identify); pictures and captions, known by their content
     *(
         "pretrained_model_name_or_path",
         "base_lora",
@@ -36,7 +36,15 @@ NOT_COMPARED = {
         "instance_prompt",
         "instance_data_dir",
     ),
-    *("data_backend_config", "prompts_file", "dataset_name", "dataset_index", "image_column", "caption_column"),
+    *(
+        "pipeline_images",
+        "data_backend_config",
+        "prompts_file",
+        "dataset_name",
+        "dataset_index",
+        "image_column",
+        "caption_column",
+    ),
     # known by what they lead to in the recipe: its phase, timesteps, height and width
     *("phase", "flow_custom_timesteps", "custom_timesteps", "resolution", "height", "width", "aspect"),
     # counted in the total batch, which is compared

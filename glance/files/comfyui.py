@@ -58,6 +58,8 @@ def obstacle(recipes: dict[str, Recipe]) -> str | None:
     """Return why stock nodes would draw something else, None where they step as infer_glance.py does or by Euler."""
     if recipes["slow"].branches is not None:
         return "This sampler calls single branches of guidance, stock nodes step by Euler alone"
+    if recipes["slow"].pipeline_images:
+        return "It is drawn with pictures beside the prompt"
     if (highest := recipes["slow"].timesteps[0]) < 1000:
         return f"The first step is at {highest:g}, and stock nodes scale the noise by that"
     return None

@@ -1,11 +1,18 @@
-"""Which pictures go into a pipeline's call beside the prompt? Those of --pipeline_images, by the call's own names."""
+"""Which pictures go into a pipeline's call beside the prompt? Those of --pipeline_images, by the call's own names.
 
+A recipe keeps the names alone: what was trained with some is drawn with others. A run is known by their content.
+"""
+
+import hashlib
 from pathlib import Path
 
 from PIL import Image
 
 from glance.files.image_file import read_image
 from glance_utils import InputError
+
+
+EXAMPLE = """'{"image": "a.png"}'"""
 
 
 def read_pipeline_images(files: dict) -> dict[str, Image.Image | list[Image.Image]]:
@@ -19,9 +26,23 @@ def _read(argument: str, given) -> Image.Image | list[Image.Image]:
         return [_read(argument, file) for file in given]
     if not isinstance(given, str):
         raise InputError(
-            f"--pipeline_images: {argument} is {str(given)[:100]!r}; give a file, or a list of some, as in "
-            '\'{"image": "a.png"}\''
+            f"--pipeline_images: {argument} is {str(given)[:100]!r}; give a file, or a list of some, as in {EXAMPLE}"
         )
     if not Path(given).is_file():
         raise InputError(f"--pipeline_images: {argument}: {given}: no such file; give a picture")
     return read_image(Path(given), f"--pipeline_images: {argument}: {given}")
+
+
+def digest_of(value):
+    """Return what JSON can hold of a call's argument: of a picture its size and a digest of its pixels."""
+    if isinstance(value, Image.Image):
+        return [*value.size, hashlib.sha256(value.tobytes()).hexdigest()]
+    return str(value)
+
+
+def check_given(names: list[str] | None, files: dict) -> None:
+    """Raise InputError where a pair or a sampler of pictures beside the prompt is to be drawn without them."""
+    if missing := [name for name in names or () if name not in files]:
+        raise InputError(
+            f"it was trained with a picture as {', '.join(missing)}; give one by --pipeline_images, as in {EXAMPLE}"
+        )

@@ -16,7 +16,13 @@ from glance_utils import PHASES, InputError, Schedule, check_timesteps
 
 
 WEIGHT_NAME = "pytorch_lora_weights.safetensors"
-LEFT_OUT = ("base_loras", "branches", "run", "asked")  # of a file where they are None: none, all, not known
+LEFT_OUT = (
+    "base_loras",
+    "pipeline_images",
+    "branches",
+    "run",
+    "asked",
+)  # of a file where they are None: none, all, not known
 HEADER_LIMIT = 16 * 2**20  # bytes; that of a LoRA on every layer of the largest models has less than one megabyte
 
 
@@ -94,6 +100,11 @@ def are_base_loras(value) -> bool:
     )
 
 
+def are_names(value) -> bool:
+    """Return whether it is None or a list of names."""
+    return value is None or isinstance(value, list) and 0 < len(value) <= 100 and all(map(is_text, value))
+
+
 def is_guidance_scale(value) -> bool:
     """Return whether it is None or a number from -1,000 to 1,000."""
     return value is None or is_number(value, 1000)
@@ -133,6 +144,7 @@ class Recipe:
     width: int = checked(count(MAX_SIDE))
     guidance_scale: float | None = checked(is_guidance_scale)  # None: the pipeline's own, or it takes none
     pipeline_kwargs: dict = checked(lambda value: isinstance(value, dict))  # further arguments of its call
+    pipeline_images: list[str] | None = checked(are_names, default=None)  # arguments of its call that are pictures
     num_base_steps: int = checked(count(65536))  # of the schedule that the timesteps are picked from
     grid: str | None = checked(lambda value: value is None or is_text(value), default=None)
     coefficients: list[list[float]] | None = checked(are_coefficients, default=None)  # of the fitted solver
@@ -236,7 +248,7 @@ def check_pair(recipes: dict[str, Recipe], paths: dict[str, Path]) -> None:
             f"{fast.timesteps[0]:g}; slow must end above where fast begins, so train both on one schedule"
         )
     same = ("base_model", "base_loras", "pipeline", "height", "width", "num_base_steps")
-    for key in (*same, "guidance_scale", "pipeline_kwargs", "guidance"):
+    for key in (*same, "guidance_scale", "pipeline_kwargs", "pipeline_images", "guidance"):
         if getattr(slow, key) != getattr(fast, key):
             raise InputError(
                 f"the pair does not match: slow has {key} {getattr(slow, key)}, fast has {getattr(fast, key)}"

@@ -52,6 +52,7 @@ class Sampler:
     width: int = as_in_recipe("width")
     guidance_scale: float | None = as_in_recipe("guidance_scale")
     pipeline_kwargs: dict = as_in_recipe("pipeline_kwargs")
+    pipeline_images: list[str] | None = as_in_recipe("pipeline_images", default=None)
     num_base_steps: int = as_in_recipe("num_base_steps")
     phases: dict[str, list[float]] = checked(are_phases)  # timesteps, 0..1000, descending, by phase
     coefficients: list[list[float]] | None = as_in_recipe("coefficients")

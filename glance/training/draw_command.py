@@ -3,6 +3,7 @@
 Text alone, nothing is run; a flag that inference must repeat after training is added to draw_command.
 """
 
+import json
 import shlex
 import shutil
 import sys
@@ -35,6 +36,7 @@ def draw_command(args: Settings, folder: Path | str, phases: list[str]) -> str:
     values = lora_flags(folder, phases)
     values |= {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
     values["dtype"] = DTYPES.get(args.mixed_precision)
+    values["pipeline_images"] = json.dumps(args.pipeline_images) if args.pipeline_images else None
     values["quantization"] = args.quantization if args.quantization != "none" else None
     words = [python(), near(SCRIPT), *(joined(name, value) for name, value in values.items() if value)]
     words += ["--enable_group_offload"] if args.enable_group_offload else []

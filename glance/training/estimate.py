@@ -5,6 +5,7 @@ computes a training step's loss is called, so that every call of the transformer
 activations all live until the backward pass.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -155,7 +156,7 @@ def measure_vae(vae: torch.nn.Module | None, layout: ask_latents.LatentLayout, s
         return 0, 0
     image = ask_latents.vae_input(vae, torch.zeros(1, 3, *size), layout)
     peaks = []
-    for work, shape in ((vae.encode, image.shape), (vae.decode, layout.z_shape)):
+    for work, shape in ((functools.partial(type(vae).encode, vae), image.shape), (vae.decode, layout.z_shape)):
         counter = Counter(vae)
         with torch.no_grad(), counter:
             work(empty(shape, vae.dtype))

@@ -22,6 +22,10 @@ def check_combination(args: cli.Settings, parser: cli.Parser) -> None:
         raise cli.mistake("--memory is for --fit auto or --dry_run; give one of them, or leave it out")
     if args.aspect == "keep" and (args.height or args.width):
         raise cli.mistake("--aspect keep chooses height and width; give --resolution in their place, or leave it out")
+    if args.pipeline_images and args.guidance == "mix":
+        raise cli.mistake(
+            "--pipeline_images: mixed branches go from noise and prompt alone; leave it out, or the dial"
+        )
     if not args.max_train_steps:
         check_sampler_alone(args)
     if args.flow_custom_timesteps is not None and args.grid is not None:

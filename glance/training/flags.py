@@ -56,7 +56,7 @@ def add_model(parser: cli.Parser) -> None:
         "given several times",
     )
     add_shared(group, "--pretrained_model_name_or_path", "--revision", "--variant", "--cache_dir")
-    add_shared(group, "--pipeline_kwargs", *(f"--{name}" for name in CALL_FLAGS))
+    add_shared(group, "--pipeline_images", "--pipeline_kwargs", *(f"--{name}" for name in CALL_FLAGS))
     add_shared(group, "--guidance_scale", help="strength of guidance; the pipeline's own by default")
 
 

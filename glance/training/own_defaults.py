@@ -17,6 +17,7 @@ from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.command_line import Settings
 from glance.files.instance_data import SOURCES
+from glance.files.pipeline_images import read_pipeline_images
 from glance.training.weightless import load_without_weights
 from glance_utils import InputError
 
@@ -39,7 +40,8 @@ def size_of(pipe: DiffusionPipeline, args: Settings, *near: int) -> tuple[int, i
 
     Raise InputError where it must be asked for one, or where there is none near.
     """
-    call = ask.call_arguments(pipe, "a picture", None, None, args.guidance_scale, args.pipeline_kwargs)
+    extra = args.pipeline_kwargs | read_pipeline_images(args.pipeline_images)
+    call = ask.whole_walk(pipe, ask.call_arguments(pipe, "a picture", None, None, args.guidance_scale, extra))
     if near:
         return drawn_near(pipe, *near, **call)
     try:

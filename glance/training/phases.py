@@ -5,6 +5,7 @@ A new entry of the recipe is filled in by make_recipe; how runs are compared is 
 
 import dataclasses
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from glance.files.checkpoints import (
     run_settings,
 )
 from glance.files.further_loras import find_base_loras, with_base_loras
+from glance.files.pipeline_images import digest_of, read_pipeline_images
 from glance.files.recipe import Recipe
 from glance.files.sampler import Sampler, write_sampler
 from glance.training import distribution
@@ -36,7 +38,7 @@ class Source:
     """The base, image and captions of a run, by their content: a resumed run can be told from another one."""
 
     base: str  # base.identify's, with the LoRAs that are part of it
-    learned: str  # SHA-256 of the image's pixels and the captions
+    learned: str  # SHA-256 of the pixels of all pictures and the captions
     checkpoint: dict | None  # that --resume_from_checkpoint names, or the newest
     asked: dict[str, str]  # a digest of what each phase is asked for
 
@@ -68,6 +70,10 @@ def find_source(args: Settings, num_processes: int, image: Image.Image | None, c
     flags say before the base is loaded.
     """
     content = [b"" if image is None else image.tobytes(), *(text.encode() for text in captions)]
+    if args.pipeline_images:
+        content.append(
+            json.dumps(read_pipeline_images(args.pipeline_images), default=digest_of, sort_keys=True).encode()
+        )
     learned = hashlib.sha256(b"\0".join(content)).hexdigest()
     base = load_base.identify(args.pretrained_model_name_or_path, **cli.load_arguments(args))
     base = with_base_loras(base, find_base_loras(args))
@@ -100,6 +106,7 @@ def make_recipe(args, prepared: Prepared, phase: str, size: tuple[int, int]) -> 
         width=size[1],
         guidance_scale=guidance_scale,
         pipeline_kwargs=args.pipeline_kwargs,
+        pipeline_images=sorted(args.pipeline_images) or None,
         num_base_steps=args.num_base_steps,
         grid=steps.grid,
         coefficients=steps.coefficients_of(phase),

@@ -32,6 +32,7 @@ from glance.ask.velocity import PipelineVelocity, check_instantaneous, check_mem
 from glance.command_line import Settings
 from glance.encoders import free_memory, place_encoders
 from glance.files.further_loras import read_additions
+from glance.files.pipeline_images import read_pipeline_images
 from glance.training import calls_chart, distribution, estimate, losses, out_of_memory, stages, summary
 from glance.training.draws import Draw
 from glance.training.search import AT_ONCE, LARGEST, Shipped, Trials, ask_shipped, find_sampler, sizes_at_once
@@ -100,7 +101,8 @@ def ask_call(args, pipe, caption: str, size: tuple[int, int], warn=logger.warnin
     `size` is (height, width) in pixels; `warn` hears of what a prompt loses. Raise InputError where the
     pipeline cannot be trained so.
     """
-    call = ask.call_arguments(pipe, caption, *size, args.guidance_scale, args.pipeline_kwargs)
+    extra = args.pipeline_kwargs | read_pipeline_images(args.pipeline_images)
+    call = ask.whole_walk(pipe, ask.call_arguments(pipe, caption, *size, args.guidance_scale, extra))
     transformer = denoiser(pipe)
     layers = lora_layers(transformer, args.lora_layers)
     if args.gradient_checkpointing and not transformer._supports_gradient_checkpointing:

@@ -23,6 +23,7 @@ from glance.files import faults
 from glance.files.atomic import replace_file
 from glance.files.checkpoints import NOT_COMPARED, NOT_DRAWN
 from glance.files.lora import in_order
+from glance.files.pipeline_images import digest_of
 from glance.files.recipe import is_number
 from glance.training import distribution, stages
 from glance.training.calls_chart import write_curve
@@ -225,7 +226,7 @@ def settings_digest(args, teacher: Teacher, base: str, captions: list[str]) -> s
         "call": teacher.call,
         "timesteps": teacher.timesteps,
     }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=digest_of).encode()).hexdigest()
 
 
 def save(directory: Path, trajectories: Trajectories) -> None:
