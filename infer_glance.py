@@ -38,13 +38,13 @@ from glance.ask.prompts import remember_prompts
 from glance.drawing import Counter, Written, draw_job, draw_strip, errors_of, what_to_try
 from glance.encoders import free_memory, place_encoders
 from glance.files import faults, pictures
-from glance.files.further_loras import as_trained, find_styles, read_additions
+from glance.files.further_loras import as_trained, file_of, find_styles, read_additions
 from glance.files.lora import load_lora
 from glance.files.lora_forms import read_lora
 from glance.files.pair import find_loras, read_recipes, with_base
 from glance.files.pipeline_images import check_given, read_pipeline_images
 from glance.files.recipe import Recipe
-from glance.files.sampler import read_sampler
+from glance.files.sampler import NAME, read_sampler
 from glance.training import distribution, launcher, out_of_memory
 from glance.training.inference_steps import compared_steps, schedule_of_base, schedule_of_loras
 from glance.training.weightless import decoding_bytes, load_without_weights
@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
     """Draw as the command line says; `settings` are what inference_flags.parse made of it, if it was asked before."""
     args = complete(settings or inference_flags.parse(argv))
     cli.set_up_logging()
-    sampler = read_sampler(args.sampler) if args.sampler else None
+    sampler = read_sampler(file_of(args.sampler, NAME, args.cache_dir)) if args.sampler else None
     paths = {} if args.without_loras else find_loras(args)
     args = with_base(args, paths, sampler)
     recipe, schedule = read_recipes(args, paths, sampler)

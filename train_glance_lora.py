@@ -38,6 +38,7 @@ from glance.ask.components import denoiser_name
 from glance.ask.velocity import PipelineVelocity
 from glance.files import faults
 from glance.files.checkpoints import save_checkpoint, with_run
+from glance.files.comfyui_export import write_for_comfyui
 from glance.files.instance_data import load_pair
 from glance.files.lora import save_lora
 from glance.files.pictures import save_png
@@ -47,17 +48,13 @@ from glance.training.dry_run import dry_run
 from glance.training.endpoint import train_together
 from glance.training.fit import estimate_settings, resolve
 from glance.training.log import LossLog, check_finite, join_losses, read_losses, write_losses
-from glance.training.model_card import (
-    create_hub_repo,
-    draw_preview,
-    push_to_hub,
-    write_for_comfyui,
-    write_model_card,
-)
+from glance.training.model_card import Written, write_model_card
 from glance.training.objective import make_draws, make_objective
 from glance.training.optimizer import TrainingState, make_optimizer
 from glance.training.phases import Phase, find_source, folders, plan_phases, write_sampler_of
 from glance.training.prepare import Prepared, needs_drawing, prepare_pipeline
+from glance.training.preview import draw_preview
+from glance.training.push import create_hub_repo, push_to_hub
 from glance.training.settings import complete
 from glance.training.validation import Validation
 from glance_utils import denoiser
@@ -245,7 +242,7 @@ def end(accelerator) -> None:
     distribution.leave()
 
 
-def finish_sampler(args, accelerator, measurement, prepared: Prepared, size: tuple[int, int], captions: int) -> None:
+def finish_sampler(args, accelerator, measurement, prepared: Prepared, size: tuple[int, int], repo_id) -> None:
     """Write the sampler that was found, where no LoRA is trained for it, and say what to run next."""
     output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
@@ -254,10 +251,13 @@ def finish_sampler(args, accelerator, measurement, prepared: Prepared, size: tup
             output_dir.mkdir(parents=True, exist_ok=True)
             if not args.max_train_steps:  # else they were written before training
                 trajectories.save(output_dir, prepared.trajectories)
-            sampler = write_sampler_of(args, prepared, size, captions, output_dir)
+            sampler = write_sampler_of(args, prepared, size, output_dir)
+            written = Written({}, sampler, [], None, repo_id or str(output_dir))
+            write_model_card(args, output_dir, prepared, written)
         summary.say_steps(prepared.steps, prepared.answers.timesteps)
         if sampler.error is not None and not args.max_train_steps:  # else training has said it
             summary.say_error(sampler)
+        push_to_hub(output_dir, repo_id, written)
         summary.say_done(measurement.report(), output_dir, [])
     end(accelerator)
     if accelerator.is_main_process:
@@ -283,7 +283,7 @@ def train(args, accelerator, measurement, halves=None):
         prepared = prepare_pipeline(args, accelerator, source.base, image, captions, size)
         args = prepared.settings
         if not args.max_train_steps:
-            return finish_sampler(args, accelerator, measurement, prepared, size, len(captions))
+            return finish_sampler(args, accelerator, measurement, prepared, size, repo_id)
         phases = plan_phases(args, accelerator.num_processes, prepared, source, size)
         if image is None:
             with faults.explained("the image that the base draws, to be trained on"):
@@ -310,7 +310,7 @@ def train(args, accelerator, measurement, halves=None):
         else:
             train_phases(args, accelerator, prepared, phases, validation)
     if args.train_coefficients_only:
-        return finish_sampler(args, accelerator, measurement, prepared, size, len(captions))
+        return finish_sampler(args, accelerator, measurement, prepared, size, repo_id)
     recipes = {phase.recipe.phase: phase.recipe for phase in phases}
 
     if halves is not None:
@@ -330,14 +330,15 @@ def train(args, accelerator, measurement, halves=None):
                 save_png(image, output_dir / "instance.png")
             if preview is not None:
                 save_png(preview, output_dir / "glance.png")
+            sampler, exported = None, []
             if len(recipes) == 2:
-                write_sampler_of(args, prepared, size, len(captions), output_dir)
-                write_for_comfyui(args, output_dir, recipes, caption)
-            write_model_card(args, output_dir, list(recipes.values()), caption)
+                sampler = write_sampler_of(args, prepared, size, output_dir)
+                exported = write_for_comfyui(args, output_dir, recipes, caption)
+            written = Written(recipes, sampler, exported, validation.last, repo_id or str(output_dir))
+            write_model_card(args, output_dir, prepared, written)
     end(accelerator)
     if finishes:
-        if args.push_to_hub:
-            push_to_hub(output_dir, repo_id, list(recipes))
+        push_to_hub(output_dir, repo_id, written)
         summary.say_done(measurement.report(), output_dir, list(recipes))
         print(draw_command(args, output_dir, list(recipes)))
 

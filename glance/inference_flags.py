@@ -24,7 +24,7 @@ def add_model(parser: cli.Parser) -> None:
     group = parser.add_argument_group("model and LoRAs")
     add = group.add_argument
     add("--lora", help="what train_glance_lora.py wrote, with slow/ and fast/ in it: folder or hub id")
-    add("--sampler", help="a sampler.json or its folder: its steps, alone or in place of the LoRAs' own")
+    add("--sampler", help="a sampler.json, its folder or hub id: its steps, alone or in place of the LoRAs' own")
     add("--slow_lora", help="or: the Slow-LoRA's file, folder or hub id")
     add("--fast_lora", help="and the Fast-LoRA's")
     add("--slow_weight_name", help="the Slow-LoRA's file there, if it has another name")

@@ -165,7 +165,7 @@ def test_no_graph_is_written_that_would_draw_something_else(tmp_path):
         (tmp_path / GRAPH).write_text("{}")  # an earlier run's
         write_graph(tmp_path, recipes, "a red ring")
         assert not (tmp_path / GRAPH).exists()
-        text = card_section(recipes)
+        text = card_section(recipes, [])
         assert "there is no comfyui.json; comfyui/glance_nodes.py draws it" in text and "ManualSigmas" not in text
     assert file_names(mixed_pair())["slow"] == "A-base-glance-14calls-slow.safetensors"
 
@@ -176,11 +176,11 @@ def test_the_card_says_what_differs():
         phase: dataclasses.replace(recipe, coefficients=[[1.0, 0.0]] * len(recipe.timesteps))
         for phase, recipe in pair().items()
     }
-    assert "cfg 5.5" in card_section(kept) and "guidance_scale + 1" in card_section(kept)
-    assert "norm of each packed token" in card_section(qwen)
-    assert "norm" not in card_section(pair("QwenImagePipeline", pipeline_kwargs=GIVEN, guidance="fold"))
-    assert "fitted solver has no stock node" in card_section(fitted) and "fitted" not in card_section(pair())
-    assert sigmas_text(kept) in card_section(kept) and "after 3" in card_section(kept)
+    assert "cfg 5.5" in card_section(kept, []) and "guidance_scale + 1" in card_section(kept, [])
+    assert "norm of each packed token" in card_section(qwen, [])
+    assert "norm" not in card_section(pair("QwenImagePipeline", pipeline_kwargs=GIVEN, guidance="fold"), [])
+    assert "fitted solver has no stock node" in card_section(fitted, []) and "fitted" not in card_section(pair(), [])
+    assert sigmas_text(kept) in card_section(kept, []) and "after 3" in card_section(kept, [])
 
 
 def test_a_run_writes_the_graph_and_the_export_is_the_pair(train, capsys):

@@ -236,7 +236,7 @@ REFUSED_FLAGS = [
     ({"num_model_calls": 8, "parallel_phases": True}, "--parallel_phases: --loss endpoint trains both phases"),
     *[
         ({"num_model_calls": 8, "max_train_steps": 0, name: value}, f"--{name}: --max_train_steps 0 finds a sampler")
-        for name, value in (("resume_from_checkpoint", "latest"), ("push_to_hub", True), ("validation_prompt", "a"))
+        for name, value in (("resume_from_checkpoint", "latest"), ("validation_prompt", "a"))
     ],
 ]
 

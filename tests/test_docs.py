@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_train
+from conftest import ROOT, picture_distance, run_train
 from PIL import Image
 from safetensors import safe_open
+from test_model_card import draw_as_said
 
 import infer_glance
 import train_glance_lora
@@ -66,6 +67,12 @@ def test_plain_diffusers_draws_the_same_picture_bit_for_bit(demo_lora, infer, mo
     fresh = run(block[: block.index("pipe.load_lora")], demo_lora, monkeypatch)["pipe"]
     image = run(block_with('{"slow": SLOW'), demo_lora, monkeypatch, pipe=fresh, **names)["image"]
     assert image.size == (96, 96) and np.asarray(image).std() > 0
+
+
+def test_the_card_of_the_demo_draws_what_infer_draws(demo_lora, monkeypatch, tmp_path):
+    drawn = draw_as_said(demo_lora, tmp_path, monkeypatch)
+    assert all(picture_distance(path, demo_lora / "glance.png") <= 1 for path in drawn)
+    assert picture_distance(*drawn) == 0
 
 
 def test_the_header_can_be_read_as_shown(demo_lora, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The endpoint loss: weights of mixed branches and both LoRAs, trained on where a picture ends."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peak_memory import allocated, small_flux
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_model_card import NOTHING_IN_PLAIN
 from test_train import lora, recipe_of
 
 from glance.adapters import fresh_lora, lora_layers, with_adapters
@@ -176,6 +178,12 @@ def test_the_error_is_that_of_a_caption_that_was_not_trained_on(rate, train, pip
     assert float(row[0][3]) == sampler.error
     told = json.loads(header(output)["sampler"])["error"]
     assert told != sampler.error
+    card = (output / "README.md").read_text()
+    before = re.search(r"Error = [\d.]+, before training ([\d.]+)", caplog.text)[1]
+    assert "1 of the captions were left out, to measure on. No image was learned." in card
+    assert f"On captions that were not trained on: {before} before training, {sampler.error:.4f} after." in card
+    assert "in 4 steps with 4 model calls" in card or "in 3 steps with 4 model calls" in card
+    assert NOTHING_IN_PLAIN in card and "](./calls.png)" in card and "there is no comfyui.json" in card
     warned = [record.message for record in caplog.records if "training made it worse" in record.message]
     assert len(warned) == (rate > 0.1)
     train("sd3", **settings, resume_from_checkpoint="latest")
@@ -218,6 +226,9 @@ def test_a_finished_run_is_not_trained_again(train, prompts, caplog):
 
 def test_coefficients_alone_are_trained_without_loras(train, infer, prompts):
     output = train("sd3", prompts_file=prompts, train_coefficients_only=True, **SHORT)
+    card = (output / "README.md").read_text()
+    assert "trained the weights of the steps together" in card and f"--sampler {output}" in card
+    assert not [word for word in ("left out", "lora\n", "instance_prompt", "glance.png") if word in card]
     assert not list(output.rglob("pytorch_lora_weights.safetensors"))
     found, sampler = json.loads(header(output)["sampler"]), read_sampler(output)
     assert sampler.coefficients != found["coefficients"]

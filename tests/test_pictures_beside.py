@@ -88,6 +88,7 @@ def test_it_is_asked_trained_and_drawn(name, make, pair, infer, tmp_path):
     output = run_train({"pretrained_model_name_or_path": base, "output_dir": tmp_path / "output"}, flags)
     recipe = read_recipe(output / "slow" / WEIGHT_NAME)
     assert recipe.pipeline_images == arguments and files[0] not in recipe.to_json()
+    assert "so there are no lines of plain diffusers" in (output / "README.md").read_text()
     for phase in PHASES:
         moved = [
             value.abs().max() for key, value in load_file(output / phase / WEIGHT_NAME).items() if "lora_B" in key

@@ -32,7 +32,9 @@ def assert_one_line(error: pytest.ExceptionInfo, *words):
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """What its files hold; the folder's own name, which the model card has in its commands, is a dot."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: content.replace(str(folder).encode(), b".") for name, content in found.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------------

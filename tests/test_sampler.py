@@ -5,7 +5,9 @@ import json
 import pytest
 from conftest import REFUSED, picture_distance
 from diffusers import DiffusionPipeline
+from PIL import Image
 from test_infer import recipes_of, same, seeded
+from test_model_card import draw_as_said
 
 from glance.files.sampler import NAME, SCHEDULER, read_sampler
 from glance.training.estimate import Estimate
@@ -36,17 +38,31 @@ def test_alone_nothing_is_estimated_said_or_fitted_for_training(train, capsys, c
 
 @pytest.mark.parametrize("solver", SAMPLERS)
 @pytest.mark.parametrize("base", ["flux", "qwen"])
-def test_alone_it_is_the_same_picture_in_a_stock_pipeline(base, solver, train, infer, pipelines, tmp_path, capsys):
+def test_alone_it_is_the_same_picture_in_a_stock_pipeline(
+    base, solver, train, infer, pipelines, tmp_path, capsys, monkeypatch
+):
     folder = train(base, **ALONE, **FEW, **SAMPLERS[solver])
     written = {path.name for path in folder.iterdir()}
-    assert {NAME, SCHEDULER} <= written and not written & {*PHASES, "README.md", "glance.png"}
+    assert {NAME, SCHEDULER, "README.md"} <= written and not written & {*PHASES, "glance.png"}
     command = capsys.readouterr().out.splitlines()[-1]
     assert f"--sampler {folder}" in command and "lora" not in command
     sampler = read_sampler(folder)
-    assert [len(part) for part in sampler.phases.values()] == [2, 2] and sampler.captions == 1
+    assert [len(part) for part in sampler.phases.values()] == [2, 2] and sampler.captions == (solver == "fitted")
     assert bool(sampler.coefficients) == (solver == "fitted")
 
     picture = infer(None, sampler=folder, prompt="a red ring", output=tmp_path / "ours.png")  # it names its base
+    card = (folder / "README.md").read_text()
+    assert "lora" not in card.split("---")[1] and "glance.png" not in card and "instance_prompt" not in card
+    assert (
+        ("These steps and this solver measured best on" in card)
+        == ("This sampler: 0." in card)
+        == (solver == "fitted")
+    )
+    assert (
+        ("Nothing was trained, and nothing measured" in card) == ("by diffusers alone" in card) == (solver == "euler")
+    )
+    by_command, by_lines = draw_as_said(folder, tmp_path, monkeypatch)
+    assert same(by_command, Image.open(by_lines))
     pipe = DiffusionPipeline.from_pretrained(pipelines[base])
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = FixedSigmaScheduler.from_pretrained(folder / SCHEDULER)
@@ -144,7 +160,6 @@ def test_a_file_that_is_not_there_is_one_line(infer, tmp_path):
     "settings, message",
     [
         ({"resume_from_checkpoint": "latest"}, "--resume_from_checkpoint: --max_train_steps 0 finds a sampler"),
-        ({"push_to_hub": True}, "--push_to_hub: --max_train_steps 0"),
         ({"phase": "slow"}, "--phase: --max_train_steps 0"),
         ({"flow_custom_timesteps": "900;300"}, "--flow_custom_timesteps: --max_train_steps 0"),
         ({"validation_prompt": "a"}, "--validation_prompt: --max_train_steps 0"),

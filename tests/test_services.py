@@ -1,22 +1,27 @@
 """What a run asks of services: the hub, which may refuse it after training; trackers, which may break at any time."""
 
-from pathlib import Path
-from types import SimpleNamespace
+import http.server
+import json
+import os
+import subprocess
+import threading
 
+import huggingface_hub
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import constants
+from huggingface_hub.hf_api import api as hf_api
 from test_runs import assert_one_line, files_in
 
 from glance import command_line as cli
 from glance.ask import pipeline as ask
 from glance.files import faults
-from glance.files.recipe import WEIGHT_NAME, read_recipe
-from glance.training import model_card
+from glance.files.recipe import WEIGHT_NAME
 from glance_utils import PHASES, InputError
 
 
-PUSHED = {"README.md", "instance.png", "glance.png", *(f"{phase}/{WEIGHT_NAME}" for phase in PHASES)}
+PAIR = {f"{phase}/{WEIGHT_NAME}" for phase in PHASES}
+PUSHED = {"README.md", "instance.png", "glance.png", "loss.png", *PAIR}
 PUSHED |= {"sampler.json", "comfyui.json", "scheduler/scheduler_config.json"}
 
 
@@ -24,69 +29,108 @@ PUSHED |= {"sampler.json", "comfyui.json", "scheduler/scheduler_config.json"}
 # The hub
 
 
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Takes what huggingface_hub uploads, as the hub does; notes the names of each commit's files."""
+
+    commits, refuses = [], False
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        status, answer = 200, {}
+        if self.path == "/api/repos/create":
+            answer = {"url": f"http://{self.headers['Host']}/someone/{json.loads(body)['name']}"}
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            answer = {"files": [{"path": file["path"], **modes} for file in files]}
+        elif "/commit/" in self.path and self.refuses:
+            status = 403
+        elif "/commit/" in self.path:
+            lines = [json.loads(line) for line in body.splitlines()]
+            self.commits.append({line["value"]["path"] for line in lines if line["key"] == "file"})
+            answer = {"commitOid": "0" * 40, "commitUrl": f"http://{self.headers['Host']}/someone/output/commit/0"}
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        if status == 403:
+            self.send_header("X-Error-Message", "storage limit reached")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self):
+        self.send_error(404)
+
+    def log_message(self, *args):
+        pass
+
+
 @pytest.fixture
 def hub(monkeypatch):
-    """The names of what huggingface_hub would upload; nothing leaves this machine."""
-    uploaded = []
+    """The server that the hub's client speaks to."""
+    monkeypatch.setattr(Hub, "commits", [])
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        server.address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(hf_api, "endpoint", server.address)
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", "hf_a")
+        huggingface_hub.close_session()
+        yield server
+        server.shutdown()
+    huggingface_hub.close_session()
 
-    def upload(repo_id, folder_path, **patterns):
-        additions = HfApi()._prepare_upload_folder_additions(folder_path, "", **patterns)
-        uploaded.extend(addition.path_in_repo for addition in additions)
 
-    monkeypatch.setattr(model_card, "create_repo", lambda name, **rest: SimpleNamespace(repo_id=f"someone/{name}"))
-    monkeypatch.setattr(model_card, "upload_folder", upload)
-    monkeypatch.setattr(HfApi, "_validate_yaml", lambda self, content, **rest: None)  # which the hub itself does
-    return uploaded
-
-
-def test_what_a_run_has_made_is_pushed_and_nothing_else(hub, train, tmp_path):
+def test_what_a_run_has_made_is_pushed_and_nothing_else(hub, train, infer, tmp_path):
     output = tmp_path / "output"
     (output / "fast").mkdir(parents=True)
     (output / "notes.txt").write_text("the user's own")
     (output / "fast" / "x.safetensors").write_text("another's")
-    train(push_to_hub=True, checkpointing_steps=5, report_to="tensorboard", grid="even", solver="fitted")
-    assert set(hub) == PUSHED
-    assert {name.split("/")[0] for name in files_in(output) if name not in hub} == {
-        *("checkpoint-5", "checkpoint-10", "fast", "logs", "notes.txt", "loss.csv", "loss.png", faults.TRAJECTORIES)
+    shown = {"validation_prompt": "a blue disc", "validation_steps": 5, "export": "comfyui"}
+    train(push_to_hub=True, checkpointing_steps=5, report_to="tensorboard", grid="even", solver="fitted", **shown)
+    exported = {f"comfyui/flux-glance-10calls-{phase}.safetensors" for phase in PHASES}
+    assert Hub.commits == [PUSHED | exported | {"validation/step_0010.png"}]
+    left = {
+        "checkpoint-5",
+        "checkpoint-10",
+        "fast",
+        "logs",
+        "notes.txt",
+        "loss.csv",
+        faults.TRAJECTORIES,
+        "validation",
     }
-    hub.clear()
+    assert {name.split("/")[0] for name in files_in(output) if name not in Hub.commits[0]} == left
+    card = (output / "README.md").read_text()
+    assert "--lora someone/output" in card and str(output) not in card
     train(push_to_hub=True, phase="slow", hub_model_id="a/b", output_dir=output)  # where both phases were before
-    assert set(hub) == {"README.md", "instance.png", WEIGHT_NAME}
+    assert Hub.commits[1] == {"README.md", "instance.png", "loss.png", WEIGHT_NAME}
 
 
-def test_a_refused_push_loses_nothing(train, tmp_path, monkeypatch, capsys):
-    """The upload is the real one, which finds no network."""
-    monkeypatch.setattr(model_card, "create_repo", lambda name, **rest: SimpleNamespace(repo_id=f"someone/{name}"))
+def test_a_sampler_is_pushed_without_loras(hub, train, tmp_path):
+    found = {"instance_image": None, "instance_prompt": "a disc", "max_train_steps": 0, "num_base_steps": 12}
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "glance.png").write_text("an earlier run's")
+    train(push_to_hub=True, num_inference_steps=4, **found)
+    assert Hub.commits == [{"README.md", "sampler.json", "scheduler/scheduler_config.json"}]
+    assert "--sampler someone/output" in (tmp_path / "output" / "README.md").read_text()
+
+
+@pytest.mark.processes
+def test_a_refused_push_loses_nothing_and_its_command_pushes(hub, train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Hub, "refuses", True)
     with pytest.raises(SystemExit) as end:
-        cli.run(lambda: train(push_to_hub=True))
-    output, error = tmp_path / "output", capsys.readouterr().err
+        cli.run(lambda: train(push_to_hub=True, hub_model_id="output", output_dir=tmp_path / "it's here"))
+    output, error = tmp_path / "it's here", capsys.readouterr().err
     line = error.splitlines()[-1]
-    assert end.value.code == 2 and "Traceback" not in error
-    assert "--push_to_hub someone/output: " in line and f"all of it is in {output}" in line
-    assert line.endswith(f"hf upload someone/output {output} . --include {' '.join(sorted(PUSHED, key=line.rindex))}")
-    assert set(files_in(output)) == PUSHED | {"loss.csv", "loss.png"}
-
-
-@pytest.mark.parametrize(
-    "base, name",
-    [
-        ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev"),
-        ("/models/a: b #1", None),
-        ("{here}/model", None),
-        ("./model", None),
-        ("model", None),
-        ("some/model", None),
-    ],
-)
-def test_the_card_names_a_base_of_the_hub_or_none(base, name, trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for folder in ("model", "some/model"):
-        Path(folder).mkdir(parents=True)
-    recipe = read_recipe(trained() / "slow" / WEIGHT_NAME)
-    args = SimpleNamespace(pretrained_model_name_or_path=base.replace("{here}", str(tmp_path)))
-    model_card.write_model_card(args, tmp_path, [recipe], "a red ring")
-    data = ModelCard.load(tmp_path / "README.md").data
-    assert data.base_model == name and data.library_name == "diffusers" and "lora" in data.tags
+    assert end.value.code == 2 and "Traceback" not in error and len(Hub.commits) == 0
+    assert "--push_to_hub someone/output: " in line and "storage limit" in line and "nothing is lost" in line
+    monkeypatch.setattr(Hub, "refuses", False)
+    command = line.partition("this pushes it: ")[2]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.address}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert Hub.commits == [PUSHED] and PUSHED | {"loss.csv"} == set(files_in(output))
 
 
 # --------------------------------------------------------------------------------------------------------------------

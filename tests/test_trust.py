@@ -14,7 +14,7 @@ from glance import command_line as cli
 from glance.ask.components import component_class
 from glance.files.lora import load_lora
 from glance.files.recipe import WEIGHT_NAME
-from glance.training import model_card
+from glance.training import push
 from glance_utils import InputError
 
 
@@ -67,11 +67,9 @@ def test_words_behind_no_flag_are_counted_not_repeated():
 
 def test_the_hubs_own_login_is_all_that_an_upload_uses(monkeypatch):
     called = []
-    monkeypatch.setattr(model_card, "create_repo", lambda *args, **kwargs: called.append(kwargs) or called)
+    monkeypatch.setattr(push, "create_repo", lambda *args, **kwargs: called.append(kwargs) or called)
     with pytest.raises(InputError):
-        model_card.create_hub_repo(
-            train_glance_lora.parse_args(flags(pretrained_model_name_or_path="b", output_dir="x"))
-        )
+        push.create_hub_repo(train_glance_lora.parse_args(flags(pretrained_model_name_or_path="b", output_dir="x")))
     assert called[0] == {"exist_ok": True}
 
 

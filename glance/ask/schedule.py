@@ -8,7 +8,11 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 
 from glance.ask.components import denoiser_name
 from glance.ask.pipeline import PLAIN_BASE, dry_run, no_prediction
-from glance_utils import InputError, counts_image
+from glance_utils import InputError, counts_image, timesteps_to_sigmas
+
+
+# What a FlowMatchEulerDiscreteScheduler must be told to leave given sigmas as they are.
+UNSHIFTED = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
 
 
 def ask_timesteps(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[float]:
@@ -37,6 +41,27 @@ def ask_timestep_table(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> lis
         return None
     rows = {(timestep, timestep if model_timestep is None else model_timestep) for timestep, model_timestep in walk}
     return [list(row) for row in sorted({(0.0, 0.0), (1000.0, 1000.0), *rows})]
+
+
+def walks_given_sigmas(pipe: DiffusionPipeline, timesteps: list[float], **kwargs) -> bool:
+    """Return whether the pipeline, given these timesteps (0..1000) as `sigmas`, walks and tells its model just them,
+    with its scheduler's shifts switched off as UNSHIFTED does: then they can be drawn by diffusers alone."""
+    if type(pipe.scheduler) is not FlowMatchEulerDiscreteScheduler or counts_image(pipe.scheduler):
+        return False
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **UNSHIFTED)
+    sigmas, walked = timesteps_to_sigmas(timesteps), []
+
+    def step(model_output, timestep, sample, *args, **kwargs):
+        walked.append((float(scheduler.sigmas[len(walked)]), float(timestep) / scheduler.config.num_train_timesteps))
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=sample)
+
+    scheduler.step = step
+    try:
+        dry_run(pipe, scheduler, sigmas=sigmas, num_inference_steps=len(sigmas), **kwargs)
+    except InputError:  # it takes none
+        return False
+    pairs = zip(sigmas, walked)
+    return len(walked) == len(sigmas) and all(abs(sigma - part) < 1e-6 for sigma, parts in pairs for part in parts)
 
 
 def _ask_walk(pipe: DiffusionPipeline, num_steps: int, **kwargs) -> list[tuple[float, float | None]]:

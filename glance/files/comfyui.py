@@ -11,12 +11,14 @@ from pathlib import Path
 
 from glance.ask.mixed import count_calls
 from glance.files.atomic import replace_text
-from glance.files.comfyui_facts import FAMILIES
-from glance.files.recipe import Recipe, schedule_of
+from glance.files.comfyui_facts import FAMILIES, ONE_MATRIX, RENAMES
+from glance.files.recipe import WEIGHT_NAME, Recipe, schedule_of
 from glance_utils import timesteps_to_sigmas
 
 
 GRAPH = "comfyui.json"
+FOLDER = "comfyui"  # inside the run's, where the export is written
+ONE_MATRIX_TEXT = "ComfyUI has q, k and v of {} in one matrix and no names for the three"
 VERSION = "0.7.0"  # of ComfyUI, the first with ManualSigmas
 
 
@@ -150,21 +152,32 @@ def write_graph(folder: Path, recipes: dict[str, Recipe], prompt: str) -> None:
         replace_text(folder / GRAPH, json.dumps(graph, indent=1) + "\n")
 
 
-def card_section(recipes: dict[str, Recipe]) -> str:
-    """Return what the model card says of ComfyUI: files, steps, split, cfg, and what is known to differ."""
+def card_section(recipes: dict[str, Recipe], exported: list[str]) -> str:
+    """Return what the model card says of ComfyUI: files, steps, split, cfg, and what is known to differ.
+
+    `exported` are the names of the files in ComfyUI's form, in the card's folder, none where they were not written.
+    """
     first, cfg = recipes["slow"], cfg_of(recipes["slow"])
-    names = "\n".join(f"- `{phase}/` as `{name}`" for phase, name in file_names(recipes).items())
-    lines = [
-        "## ComfyUI",
-        "",
-        "Copy the files into its `models/loras`, or let `--export comfyui` write them:",
-        "",
-        names,
-    ]
+    title = ["## ComfyUI", ""]
+    if first.pipeline in ONE_MATRIX:
+        return "\n".join([*title, f"{ONE_MATRIX_TEXT.format(first.pipeline)}: it cannot read these LoRAs.", ""])
+    if exported:
+        lines = ["Copy into its `models/loras`:", "", *(f"- `{name}`" for name in exported)]
+    else:
+        copied = f"`python -m glance.files.comfyui_export FOLDER` writes them into `FOLDER/{FOLDER}`"
+        if first.pipeline not in RENAMES:
+            known = "" if first.pipeline in FAMILIES else "Where ComfyUI has this model: "
+            copied = (
+                f"{known}{'c' if known else 'C'}opy the files into its `models/loras` under these names, or {copied}"
+            )
+        else:
+            copied = f"It has other names for the layers: {copied}, to be copied into its `models/loras`"
+        names = file_names(recipes).items()
+        lines = [f"{copied}:", "", *(f"- `{phase}/{WEIGHT_NAME}` as `{name}`" for phase, name in names)]
     if not obstacle(recipes):
-        opens = f"`{GRAPH}` opens as a graph. " if first.pipeline in FAMILIES else ""
+        opens = f"`{GRAPH}` opens as a graph of stock nodes; by hand, they are " if first.pipeline in FAMILIES else ""
         shown = "" if cfg is None else f", cfg {cfg:g}"
         steps = f"`SplitSigmas` after {len(first.timesteps)}{shown}, sampler euler, and for `ManualSigmas`:"
         lines += ["", f"{opens}{steps}", "", f"    {sigmas_text(recipes)}"]
         lines += ["", "The second `SamplerCustomAdvanced` takes `DisableNoise` and the first one's `output`."]
-    return "\n".join([*lines, "", *(f"- {text}" for text in differences(recipes)), ""])
+    return "\n".join([*title, *lines, "", *(f"- {text}" for text in differences(recipes)), ""])

@@ -8,6 +8,7 @@ that infer_glance.py and comfyui/glance_nodes.py read these files too.
 
 import argparse
 import functools
+import logging
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,24 +18,22 @@ from safetensors.torch import load_file, save
 
 from glance import command_line as cli
 from glance.files.atomic import replace_file
-from glance.files.comfyui import file_names
+from glance.files.comfyui import FOLDER, ONE_MATRIX_TEXT, file_names, write_graph
 from glance.files.comfyui_facts import FAMILIES, ONE_MATRIX, RENAMES
 from glance.files.lora import in_order
 from glance.files.recipe import WEIGHT_NAME, Recipe, check_pair, read_header, read_recipe
 from glance_utils import PHASES, InputError
 
 
-FOLDER = "comfyui"  # inside the run's, where the files are written
+logger = logging.getLogger(__name__)
+
 DTYPES = ("float32", "bfloat16")
 
 
 def renamed(name: str, pipeline: str) -> str:
     """Return the name that ComfyUI has for a tensor of a LoRA of this pipeline; raise InputError where it has none."""
     if pipeline in ONE_MATRIX:
-        raise InputError(
-            f"--export comfyui: ComfyUI has q, k and v of {pipeline} in one matrix and no names for the three; draw "
-            "with infer_glance.py"
-        )
+        raise InputError(f"--export comfyui: {ONE_MATRIX_TEXT.format(pipeline)}; draw with infer_glance.py")
     for pattern, replacement in RENAMES.get(pipeline, ()):
         name = re.sub(pattern, replacement, name)
     return name
@@ -79,6 +78,19 @@ def export_pair(folder: Path, dtype: str = "float32") -> list[Path]:
         replace_file(folder / FOLDER / name, functools.partial(Path.write_bytes, data=content))
         written.append(folder / FOLDER / name)
     return written
+
+
+def write_for_comfyui(args, folder: Path, recipes: dict[str, Recipe], caption: str) -> list[str]:
+    """Write comfyui.json beside the pair and, where --export asks for them, its files, whose names in the folder are
+    returned; say where there can be none."""
+    write_graph(folder, recipes, caption)
+    if not args.export:
+        return []
+    try:
+        return [path.relative_to(folder).as_posix() for path in export_pair(folder, args.export_dtype)]
+    except InputError as error:  # the pair is written, and draws elsewhere
+        logger.warning(str(error))
+        return []
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,17 +26,25 @@ def find_file(source: str, name: str, cache_dir: str | None, missing: str) -> Pa
     path = Path(source)
     if not name.endswith(".safetensors") or os.path.isfile(path) and path.suffix != ".safetensors":
         raise InputError(f"{source} {name}: only .safetensors files are read, as others can run code; give one")
-    if os.path.isdir(path):
-        path = path / name
-    elif not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        try:
-            path = Path(hf_hub_download(source, name, cache_dir=cache_dir))
-        except Exception as error:  # not there, no login, no network: each of another kind
-            reason = hub.refusal(error, source) or f"neither a folder nor on the hub ({first_line(error)})"
-            raise InputError(f"{source}: {reason}") from error
+    path = file_of(source, name, cache_dir)
     if not os.path.isfile(path):
         raise InputError(f"{path}: {missing}")
     return path
+
+
+def file_of(source: str, name: str, cache_dir: str | None) -> Path:
+    """Return `source`, or what has this name in the folder or in the repository of the hub that it is; the file may
+    not be there but in a repository, for which InputError is raised where it is not."""
+    path = Path(source)
+    if os.path.isdir(path):
+        return path / name
+    if os.path.exists(path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return path
+    try:
+        return Path(hf_hub_download(source, name, cache_dir=cache_dir))
+    except Exception as error:  # not there, no login, no network: each of another kind
+        reason = hub.refusal(error, source) or f"neither a folder nor on the hub ({first_line(error)})"
+        raise InputError(f"{source}: {reason}") from error
 
 
 def find_styles(args) -> dict[str, Path]:

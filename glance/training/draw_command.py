@@ -30,17 +30,24 @@ def lora_flags(folder: Path | str, phases: list[str]) -> dict[str, str]:
 def draw_command(args: Settings, folder: Path | str, phases: list[str]) -> str:
     """Return the command that draws with the LoRAs in `folder`, for a shell in this directory; one line.
 
-    The base is left out, as the LoRA files name it; what they do not say is given as it was for training. The prompt
-    is for the reader to fill in: captions do not belong in what a run prints.
+    The prompt is for the reader to fill in: captions do not belong in what a run prints.
     """
-    values = lora_flags(folder, phases)
-    values |= {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    values = {"cache_dir": args.cache_dir}
+    words = [executable("python"), near(SCRIPT), draw_flags(args, folder, phases, values), '--prompt "..."']
+    return " ".join(words)
+
+
+def draw_flags(args: Settings, folder: Path | str, phases: list[str], further: dict | None = None) -> str:
+    """Return infer_glance.py's flags for the LoRAs in `folder` but for the prompt, quoted, with those of `further`.
+
+    The base is left out, as the LoRA files name it; what they do not say is given as it was for training.
+    """
+    values = lora_flags(folder, phases) | {"revision": args.revision, "variant": args.variant} | (further or {})
     values["dtype"] = DTYPES.get(args.mixed_precision)
     values["pipeline_images"] = json.dumps(args.pipeline_images) if args.pipeline_images else None
     values["quantization"] = args.quantization if args.quantization != "none" else None
-    words = [python(), near(SCRIPT), *(joined(name, value) for name, value in values.items() if value)]
-    words += ["--enable_group_offload"] if args.enable_group_offload else []
-    return " ".join([*words, '--prompt "..."'])
+    words = [joined(name, value) for name, value in values.items() if value]
+    return " ".join(words + (["--enable_group_offload"] if args.enable_group_offload else []))
 
 
 def joined(name: str, value: str) -> str:
@@ -53,8 +60,10 @@ def near(path: Path) -> str:
     return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
 
 
-def python() -> str:
-    """Return "python" where the shell means this one by it, else where this one is: a virtual environment may not be
-    active."""
-    in_path, this = shutil.which("python"), Path(sys.executable)
-    return "python" if in_path and Path(in_path).parent == this.parent else near(this)
+def executable(name: str) -> str:
+    """Return the name where the shell means by it what lies beside this Python, else where that lies: a virtual
+    environment may not be active."""
+    in_path, this = shutil.which(name), Path(sys.executable)
+    if in_path and Path(in_path).parent == this.parent:
+        return name
+    return near(this if name == "python" else this.with_name(name))

@@ -271,7 +271,7 @@ def train_together(
     if finished:
         recipes = [read_recipe(phase.folder / WEIGHT_NAME) for phase in phases]
         coefficients = sum((recipe.coefficients for recipe in recipes), [])
-        error = earlier_error(args.output_dir, coefficients)
+        before, error = None, earlier_error(args.output_dir, coefficients)
         logger.info("  both phases: finished before")
     else:
         stages.enter("training both phases")
@@ -282,10 +282,11 @@ def train_together(
                 leave(trained, noted)
         coefficients = trained.ends.coefficients()
         error = measured_error(trained.ends, prepared, accelerator.device)
-        say_errors(trained.error_before, error, len(prepared.trajectories.starts))
+        before = trained.error_before
+        say_errors(before, error, len(prepared.trajectories.starts))
     steps = dataclasses.replace(prepared.steps, coefficients=coefficients)
     measured = dataclasses.replace(prepared.trajectories, error=error)
-    prepared = dataclasses.replace(prepared, steps=steps, trajectories=measured)
+    prepared = dataclasses.replace(prepared, steps=steps, trajectories=measured, untrained_error=before)
     recipes = [
         dataclasses.replace(phase.recipe, coefficients=steps.coefficients_of(phase.recipe.phase)) for phase in phases
     ]

@@ -72,7 +72,7 @@ def check_endpoint(args: cli.Settings, parser: cli.Parser) -> None:
 
 def check_sampler_alone(args: cli.Settings) -> None:
     """Raise ArgumentError where a flag needs LoRAs, and none are trained."""
-    needs = ["resume_from_checkpoint", "parallel_phases", "push_to_hub", "validation_prompt", "validation_steps"]
+    needs = ["resume_from_checkpoint", "parallel_phases", "validation_prompt", "validation_steps"]
     needs += ["export", "flow_custom_timesteps"] + (["phase"] if args.phase != "both" else [])
     for name in needs:
         if getattr(args, name):

@@ -119,20 +119,20 @@ def make_recipe(args, prepared: Prepared, phase: str, size: tuple[int, int]) -> 
     )
 
 
-def make_sampler(args, prepared: Prepared, size: tuple[int, int], captions: int) -> Sampler:
-    """Return how both phases are drawn, whether LoRAs are trained for it or not; so many captions told it."""
+def make_sampler(args, prepared: Prepared, size: tuple[int, int]) -> Sampler:
+    """Return how both phases are drawn, whether LoRAs are trained for it or not."""
     steps, found = prepared.steps, prepared.trajectories
     recipe = make_recipe(args, prepared, next(iter(steps.phases)), size).as_dict()
     known = {part.name: recipe[part.name] for part in dataclasses.fields(Sampler) if part.name in recipe}
-    searched = found is not None and steps.grid is not None
+    searched = found is not None and (args.grid == "auto" or args.solver == "fitted")
     own = {"phases": steps.whole, "coefficients": steps.coefficients, "branches": steps.branches}
-    own |= {"captions": captions if searched else 0, "error": found.error if searched else None}
+    own |= {"captions": len(prepared.captions) if searched else 0, "error": found.error if searched else None}
     return Sampler(**known | own)
 
 
-def write_sampler_of(args, prepared: Prepared, size: tuple[int, int], captions: int, folder: Path) -> Sampler:
+def write_sampler_of(args, prepared: Prepared, size: tuple[int, int], folder: Path) -> Sampler:
     """Write the run's sampler.json and scheduler, and return what is in them."""
-    sampler = make_sampler(args, prepared, size, captions)
+    sampler = make_sampler(args, prepared, size)
     schedule = dataclasses.replace(sampler.schedule(), timestep_table=prepared.answers.timestep_table)
     scheduler = None if schedule.branches else schedule.scheduler(prepared.models.pipe.scheduler)
     write_sampler(folder, sampler, scheduler)

@@ -27,7 +27,7 @@ from glance.ask.components import denoiser_name
 from glance.ask.guidance import ask_single_branch
 from glance.ask.mixed import branch_calls, check_branches, count_calls
 from glance.ask.prompt_lengths import PromptLengths
-from glance.ask.schedule import ask_timestep_table
+from glance.ask.schedule import ask_timestep_table, walks_given_sigmas
 from glance.ask.velocity import PipelineVelocity, check_instantaneous, check_memoryless, takes_batches, takes_timesteps
 from glance.command_line import Settings
 from glance.encoders import free_memory, place_encoders
@@ -74,6 +74,7 @@ class Answers:
     layers: list[str]  # names of the linear layers that the LoRAs adapt
     takes_timesteps: bool  # whether the samples of a batch may have different ones
     takes_batches: bool  # whether one step may have several samples
+    walks_sigmas: bool  # whether the stock scheduler draws the steps as they are given (walks_given_sigmas)
 
     @property
     def single_arguments(self) -> dict:
@@ -93,6 +94,7 @@ class Prepared:
     steps: Steps
     latents: torch.Tensor | None  # (1, ...) float32: the image's, or of what the base drew for one
     trajectories: Trajectories | None = None  # what the base drew
+    untrained_error: float | None = None  # the endpoint loss's error before training, where it measured one
 
 
 def ask_call(args, pipe, caption: str, size: tuple[int, int], warn=logger.warning) -> tuple[dict, dict, list[str]]:
@@ -278,6 +280,7 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
         layers=layers,
         takes_timesteps=mixed,
         takes_batches=batched,
+        walks_sigmas=walks_given_sigmas(pipe, [timesteps[0], timesteps[-1]], **call),
     )
     models = Models(pipe, vae, functools.partial(load_transformer, args, accelerator, additions))
     return Prepared(settings, models, answers, captions, steps, latents)

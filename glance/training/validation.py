@@ -9,6 +9,7 @@ put back, and what goes wrong with a picture is one line. No model is kept; the 
 
 import contextlib
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +33,15 @@ from glance_utils import PHASES, InputError, Schedule, denoiser, switchable_adap
 logger = logging.getLogger(__name__)
 
 FOLDER = "validation"  # in the output folder: a picture of each time, named by the training steps until then
+
+
+@dataclass(frozen=True)
+class LastPicture:
+    """The newest picture of a run's validation prompts, and the mean errors of what is in it to the full runs."""
+
+    name: str  # in the output folder
+    error_of_base: float  # in Glance's steps without LoRAs
+    error: float
 
 
 def final_latents(pipe, schedule: Schedule, call: dict, seed: int, act, advance) -> torch.Tensor:
@@ -104,6 +114,7 @@ class Validation:
         self.adapter, self.output_dir = adapter, output_dir
         images = range(args.num_validation_images)
         self.jobs = [(prompt, args.seed + image) for prompt in args.validation_prompt for image in images]
+        self.last = None  # LastPicture
         self.base_latents = {}  # by job: of the full run, and of Glance's steps without LoRAs
         # A sharded base computes on all processes or on none.
         self.draws_here = bool(self.jobs) and (accelerator.is_main_process or distribution.is_sharded())
@@ -132,6 +143,7 @@ class Validation:
 
     def at_the_end(self, recipes: dict[str, Recipe]) -> list[tuple[torch.Tensor, ...]]:
         """Return what `draw` does with the LoRAs of these phases, which are loaded under their names."""
+        self.last = None  # that was of LoRAs on the way
         if not self.draws_here:
             return []
         stages.enter("validation")
@@ -208,6 +220,7 @@ class Validation:
         _, base_error, error = (sum(column) / len(errors) for column in zip(*errors))
         path.parent.mkdir(parents=True, exist_ok=True)
         pictures.save_png(picture, path)
+        self.last = LastPicture(f"{FOLDER}/{path.name}", base_error, error)
         logger.info(f"Saved {path}: {label}, error {error:.4f}; {labels[1]}, {base_error:.4f}")
         trackers.log(self.accelerator, {"validation/error": error, "validation/error_of_base": base_error}, total)
         trackers.log_picture(self.accelerator, "validation", picture, total)
