@@ -35,7 +35,7 @@ from glance.adapters import let_act
 from glance.ask import pipeline as ask
 from glance.ask.prompt_lengths import PromptLengths
 from glance.ask.prompts import remember_prompts
-from glance.drawing import Counter, Written, draw_job, draw_strip, errors_of, what_to_try
+from glance.drawing import Counter, Written, check_size, draw_job, draw_strip, errors_of, what_to_try
 from glance.encoders import free_memory, place_encoders
 from glance.files import faults, pictures
 from glance.files.further_loras import as_trained, file_of, find_styles, read_additions
@@ -80,6 +80,40 @@ def complete(args: cli.Settings) -> cli.Settings:
             raise InputError("--flow_custom_timesteps holds one list; inference takes two: 'SLOW LIST;FAST LIST'")
         custom = dict(zip(PHASES, lists))
     return args.replace(dtype=launcher.agreed_dtype(args.dtype), custom_timesteps=custom)
+
+
+def read_files(args) -> tuple[cli.Settings, dict[str, Path], Recipe, Schedule | None]:
+    """Return the settings with the base that the files name, the LoRA files by phase, and read_recipes' two."""
+    sampler = read_sampler(file_of(args.sampler, NAME, args.cache_dir)) if args.sampler else None
+    paths = {} if args.without_loras else find_loras(args)
+    args = with_base(args, paths, sampler)
+    recipe, schedule = read_recipes(args, paths, sampler)
+    return args.replace(base_lora=as_trained(args, recipe)), paths, recipe, schedule
+
+
+def size_of(args, recipe: Recipe) -> tuple[int | None, int | None]:
+    """Return (height, width) in pixels, None where neither says it; warn where another size was trained."""
+    height, width = args.height or recipe.height, args.width or recipe.width
+    if recipe.height and (height, width) != (recipe.height, recipe.width):
+        trained = f"{recipe.width}x{recipe.height}"
+        logger.warning(f"{width}x{height} was asked, {trained} was trained: the schedule is that of {trained}")
+    return height, width
+
+
+def call_arguments(args, recipe: Recipe, pipe: DiffusionPipeline, prompt: str, extra: dict) -> dict:
+    """Return the pipeline's call arguments: as the flags say, else as trained; `extra` are further_arguments."""
+    guidance = recipe.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    height, width = args.height or recipe.height, args.width or recipe.width
+    return ask.call_arguments(pipe, prompt, height, width, guidance, extra)
+
+
+def begin(args) -> PartialState:
+    """Return accelerate's state; raise InputError where it or the flags ask for a device that is not there."""
+    with launcher.begun():
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if args.enable_sequential_cpu_offload and state.device.type == "cpu":
+        raise InputError("--enable_sequential_cpu_offload needs an accelerator; there is none, so leave it out")
+    return state
 
 
 def offloads(args) -> bool:
@@ -146,7 +180,7 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device, decoding: 
         setattr(pipe, part, load_base.load_transformer(base, dtype, place, part=part, **load_arguments))
     for name, path in paths.items():
         load_lora(pipe, path, name)
-    styles = [name for name in paths if name not in PHASES]
+    styles = [name for name in paths if name.startswith("style-")]
     let_act(denoiser(pipe), {name: scale for name, (_, scale) in zip(styles, args.style_lora)})
     if args.enable_vae_tiling:
         pipe.vae.enable_tiling()
@@ -209,9 +243,8 @@ def draw_all(
                 logger.warning(failed[-1])
                 continue
             _, image, seconds, count, _ = row[-1]
-            width, height = (calls[number].get(side, size) for side, size in zip(("width", "height"), image.size))
-            if not drawn and (width, height) != image.size:
-                logger.warning(f"{width}x{height} was asked, {type(pipe).__name__} draws {image.width}x{image.height}")
+            if not drawn:
+                check_size(pipe, calls[number], image)
             strip = draw_strip(row, jobs[number][0], first and not single) if args.compare else None
             pictures.save_image(strip or image, files[number])
             drawn.append(Written(number, strip, seconds, count, first, errors_of(row)))
@@ -236,16 +269,8 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
     """Draw as the command line says; `settings` are what inference_flags.parse made of it, if it was asked before."""
     args = complete(settings or inference_flags.parse(argv))
     cli.set_up_logging()
-    sampler = read_sampler(file_of(args.sampler, NAME, args.cache_dir)) if args.sampler else None
-    paths = {} if args.without_loras else find_loras(args)
-    args = with_base(args, paths, sampler)
-    recipe, schedule = read_recipes(args, paths, sampler)
-    args = args.replace(base_lora=as_trained(args, recipe))
-    height, width = args.height or recipe.height, args.width or recipe.width
-    if recipe.height and (height, width) != (recipe.height, recipe.width):
-        trained = f"{recipe.width}x{recipe.height}"
-        logger.warning(f"{width}x{height} was asked, {trained} was trained: the schedule is that of {trained}")
-    guidance = recipe.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    args, paths, recipe, schedule = read_files(args)
+    height, width = size_of(args, recipe)
     extra = further_arguments(args, recipe, schedule)
     jobs = [(prompt, args.seed + image) for prompt in args.prompts for image in range(args.num_images)]
 
@@ -257,13 +282,10 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
         to_write = [*files, output]
         size = pictures.comparison_size(size, 3 if args.without_loras else 4, len(jobs), details=2) if size else None
     pictures.check_output(output, to_write, size)
-    with launcher.begun():
-        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    if args.enable_sequential_cpu_offload and state.device.type == "cpu":
-        raise InputError("--enable_sequential_cpu_offload needs an accelerator; there is none, so leave it out")
+    state = begin(args)
 
     def call_of(pipe, prompt=jobs[0][0]) -> dict:
-        return ask.call_arguments(pipe, prompt, height, width, guidance, extra)
+        return call_arguments(args, recipe, pipe, prompt, extra)
 
     loras = paths | find_styles(args)
     decoding = check_early(args, loras, call_of, state.device)
@@ -273,7 +295,7 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
     calls = [call_of(pipe, prompt) for prompt, _ in jobs]
     ask.dry_step(pipe, **calls[0])
     whole, base_steps = ask.whole_walk(pipe, calls[0]), recipe.num_base_steps
-    if args.without_loras and sampler is None:
+    if args.without_loras and args.sampler is None:
         with out_of_memory.in_inference(args, "choosing a sampler"):
             args, schedule = schedule_of_base(args, pipe, whole, what_to_try(args))
         base_steps = args.num_base_steps

@@ -5,6 +5,7 @@ A further column of --compare is one more entry in `columns_of`. What is drawn m
 
 import contextlib
 import functools
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -21,6 +22,9 @@ from glance.ask.sampler import relative_error
 from glance.files import faults, pictures
 from glance.training.inference_steps import base_inference
 from glance_utils import Schedule, activate_adapter, denoiser, glance_inference, switchable_adapters
+
+
+logger = logging.getLogger(__name__)
 
 
 class Drawn(NamedTuple):
@@ -78,6 +82,13 @@ def timed(pipe, counter, draw) -> tuple[Image.Image, float, int, torch.Tensor]:
     return image, time.perf_counter() - start, counter.calls, latents.to("cpu", torch.float32)
 
 
+def check_size(pipe, call: dict, image: Image.Image) -> None:
+    """Warn where the pipeline draws in another size than was asked."""
+    width, height = (call.get(side, size) for side, size in zip(("width", "height"), image.size))
+    if (width, height) != image.size:
+        logger.warning(f"{width}x{height} was asked, {type(pipe).__name__} draws {image.width}x{image.height}")
+
+
 def draw_job(
     args, pipe, counter, schedule: Schedule, base_steps: list[int], call: dict, seed: int, hidden: bool = True
 ) -> list[Drawn]:
@@ -85,12 +96,15 @@ def draw_job(
 
     Each has the pipeline's own bar of steps, unless that is `hidden`.
     """
-    row = []
-    for label, hint, drawing in columns_of(args, pipe, schedule, base_steps, call, seed):
-        pipe.set_progress_bar_config(desc=label, disable=hidden)
-        with faults.explained(label, hint), drawing as draw:
-            row.append(Drawn(label, *timed(pipe, counter, draw)))
-    return row
+    columns = columns_of(args, pipe, schedule, base_steps, call, seed)
+    return [draw_column(pipe, counter, column, hidden) for column in columns]
+
+
+def draw_column(pipe, counter, column: Column, hidden: bool = True) -> Drawn:
+    """Return the picture of one column; raise FloatingPointError, which ends in its hint, where it is not finite."""
+    pipe.set_progress_bar_config(desc=column.label, disable=hidden)
+    with faults.explained(column.label, column.hint), column.drawing as draw:
+        return Drawn(column.label, *timed(pipe, counter, draw))
 
 
 def columns_of(args, pipe, schedule: Schedule, base_steps: list[int], call: dict, seed: int) -> Iterator[Column]:

@@ -103,13 +103,18 @@ def add_memory(parser: cli.Parser) -> None:
 
 
 def parse(argv: list[str] | None = None) -> cli.Settings:
-    """Return the flags' values.
+    """Return the flags' values, as `checked` does."""
+    return checked(vars(make_parser().parse(argv)))
+
+
+def checked(values: dict) -> cli.Settings:
+    """Return the parser's values as settings.
 
     `prompts` are those of --prompt and --prompts_file, `fuse_lora` is set where --compile fuses, `custom_timesteps` is
     None until infer_glance.complete, `without_loras` says that the base draws alone. Raise ArgumentError where flags
     do not go together.
     """
-    args = cli.Settings(merge_call_flags(vars(make_parser().parse(argv))) | {"custom_timesteps": None})
+    args = cli.Settings(merge_call_flags(values) | {"custom_timesteps": None})
     without_loras = check_without_loras(args)
     fuse = check_combination(args) and not without_loras
     prompts = read_prompts(args.prompt, args.prompts_file)

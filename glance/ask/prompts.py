@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch.utils._pytree import tree_map_only
 
-from glance.ask.pipeline import Answer, Probe, dry_run, freeable_components
+from glance.ask.pipeline import Answer, Probe, dry_run, freeable_components, replaced
 from glance_utils import InputError
 
 
@@ -29,16 +29,32 @@ def remember_prompts(pipe: DiffusionPipeline) -> None:
     and so does the VAE's encode, for pictures beside the prompt. What it answers is a distribution: a pipeline draws
     from it as ever. All of them can then be freed; RuntimeError is then raised for what was not seen before.
     """
-    encoders = set(freeable_components(pipe)) - {"vae"}
+    for name in _encoding_methods(pipe):
+        setattr(pipe, name, _remembered(pipe, getattr(pipe, name)))
     vae = getattr(pipe, "vae", None)
     if hasattr(vae, "encode"):
         vae.encode = _remembered(pipe, vae.encode)
+
+
+@contextlib.contextmanager
+def prompts_remembered(pipe: DiffusionPipeline):
+    """Let the pipeline encode each prompt once inside, as remember_prompts does; afterwards nothing is kept."""
+    with contextlib.ExitStack() as stack:
+        for name in _encoding_methods(pipe):
+            stack.enter_context(replaced(pipe, name, _remembered(pipe, getattr(pipe, name))))
+        yield
+
+
+def _encoding_methods(pipe: DiffusionPipeline) -> list[str]:
+    """Return the names of the pipeline's methods that use an encoder, those of its parent classes first."""
+    encoders, names = set(freeable_components(pipe)) - {"vae"}, []
     for kind in reversed(type(pipe).__mro__):
         if issubclass(kind, DiffusionPipeline) and kind is not DiffusionPipeline:
             for name, method in vars(kind).items():
                 method = inspect.unwrap(method) if inspect.isfunction(method) else None
                 if method and not name.startswith("__") and encoders & set(method.__code__.co_names):
-                    setattr(pipe, name, _remembered(pipe, getattr(pipe, name)))
+                    names.append(name)
+    return names
 
 
 def _remembered(pipe: DiffusionPipeline, method):
