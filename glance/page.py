@@ -20,6 +20,7 @@ import importlib.util
 import os
 
 from glance import command_line as cli
+from glance.ask.pipeline import first_line
 from glance.web import space, studio
 from glance_utils import InputError
 
@@ -33,9 +34,13 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
         print(space.export(settings, choices))
         return
     page, style = make(settings, choices)
-    _, local, world = page.launch(
-        server_port=settings.port, share=settings.share, quiet=True, prevent_thread_lock=True, ssr_mode=False, **style
-    )
+    how = {"server_port": settings.port, "share": settings.share, "ssr_mode": False, "quiet": True}
+    try:
+        _, local, world = page.launch(prevent_thread_lock=True, **how, **style)
+    except (OSError, ValueError) as error:  # the port is taken, or Gradio cannot reach its own page in time
+        raise InputError(
+            f"the page cannot be served ({first_line(error)}); give another --port, or try again"
+        ) from error
     print(f"{world or local}: open it in a browser; Ctrl-C ends it", flush=True)
     page.block_thread()
 
