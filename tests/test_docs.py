@@ -13,6 +13,7 @@ from test_model_card import draw_as_said
 
 import infer_glance
 import train_glance_lora
+from glance import page as web_page
 from glance.files.recipe import WEIGHT_NAME
 from glance_utils import PHASES
 
@@ -119,7 +120,7 @@ def test_what_a_page_names_is_there(page, capsys):
         assert target.startswith("https://") or (page.parent / target).exists(), target
     for name in re.findall(r"`((?:glance|demo|configs|tests|benchmarks|docs)/[\w./-]+)`", text):
         assert (ROOT / name).exists(), name
-    for module in (train_glance_lora, infer_glance):
+    for module in (train_glance_lora, infer_glance, web_page):
         with pytest.raises(SystemExit):
             module.main(["--help"])
     known = set(re.findall(FLAG, capsys.readouterr().out)) | LAUNCHERS

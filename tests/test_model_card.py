@@ -106,7 +106,11 @@ def test_it_is_true_and_what_it_says_to_run_draws(name, train, trained, tmp_path
 def written_of(loss: str, captions: int, image: bool, **settings) -> str:
     """What the card says was trained."""
     args = {"num_trajectories": 4, "max_train_steps": 60, "rank": 8, "learning_rate": 1e-5, "flow_weight": 0}
-    args |= {"train_coefficients_only": False, "custom_timesteps": {"slow": None, "fast": None}}
+    args |= {
+        "train_coefficients_only": False,
+        "parallel_phases": False,
+        "custom_timesteps": {"slow": None, "fast": None},
+    }
     answers = SimpleNamespace(timesteps=[0.0] * 50, image_latents=0 if image else None)
     prepared = SimpleNamespace(captions=["a red ring"] * captions, answers=answers)
     return getattr(model_card, f"by_{loss}")(SimpleNamespace(**args | settings), prepared)

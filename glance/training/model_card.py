@@ -156,7 +156,8 @@ def trajectories_of(args, prepared: Prepared) -> str:
 
 def trained_words(args) -> str:
     """Return how long each LoRA was trained."""
-    which = "Each LoRA" if len(args.custom_timesteps) == 2 else "The LoRA"
+    both = args.parallel_phases or len(args.custom_timesteps) == 2  # of which each half of the processes trains one
+    which = "Each LoRA" if both else "The LoRA"
     return f"{which}: {args.max_train_steps} steps of rank {args.rank} at learning rate {args.learning_rate:g}"
 
 
