@@ -16,7 +16,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_train
+from conftest import ROOT, picture_distance, run_train
 from diffusers import DiffusionPipeline, WanPipeline
 from diffusers.image_processor import VaeImageProcessor
 from lifetimes import watch
@@ -270,6 +270,15 @@ def test_family(name, pair, infer, tmp_path, monkeypatch):
     for image in (preview, picture):
         assert image.shape[:2] == (size, size) and image.std() > 0
     assert not np.array_equal(picture, plain)
+
+    # By the lines of the model card, where they are of several kinds
+    if name in ("cogview4", "kandinsky5", "ernie", "wan"):
+        card = (output / "README.md").read_text()
+        monkeypatch.chdir(tmp_path)
+        exec(compile(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], "the card", "exec"), {})
+        assert picture_distance(output / "glance.png", "out.png") <= 1
+    elif name == "prx":
+        assert "PRXPipeline of diffusers loads no LoRAs" in (output / "README.md").read_text()
 
     RESULTS.mkdir(parents=True, exist_ok=True)
     result = {

@@ -17,7 +17,12 @@ import infer_glance
 from glance.training import card_data, model_card
 
 
-TRAJECTORY = {"loss": "trajectory", "learning_rate": 3e-2, "instance_image": None, "instance_prompt": 'a "red" ring'}
+TRAJECTORY = {
+    "loss": "trajectory",
+    "learning_rate": 3e-2,
+    "instance_image": None,
+    "instance_prompt": 'a "red" ring, #1',
+}
 TRAJECTORY |= {"num_base_steps": 12, "num_inference_steps": 4, "max_train_steps": 2}
 NOTHING_IN_PLAIN = "so there are no lines of plain diffusers for it"
 
@@ -123,10 +128,10 @@ def test_what_was_learned_from_is_said_of_each_loss():
     assert "4 of the base's own 50-step trajectories of each of 9 captions" in several and "No image" in several
     both = written_of("trajectory", 1, False, flow_weight=0.1)
     assert f"Beside it 0.1 times the flow-matching loss, on {drawn}" in both and "No image" not in both
-    assert "2 of the captions were left out, to measure on" in written_of("endpoint", 9, False)
-    assert "1 of each caption's 4 were left out" in written_of("endpoint", 3, False)
-    assert "1 of these 4 were left out" in written_of("endpoint", 1, False)
-    assert "left out" not in written_of("endpoint", 3, False, num_trajectories=2)
+    assert "Left out, to measure on: 2 of the captions." in written_of("endpoint", 9, False)
+    assert "Left out, to measure on: 1 of each caption's 4." in written_of("endpoint", 3, False)
+    assert "Left out, to measure on: 1 of these 4." in written_of("endpoint", 1, False)
+    assert "Left out" not in written_of("endpoint", 3, False, num_trajectories=2)
     assert "LoRA" not in written_of("endpoint", 9, False, train_coefficients_only=True)
 
 

@@ -6,6 +6,8 @@ else glance_utils.py beside them. They draw, bit for bit on a CPU, what infer_gl
 
 import json
 
+from glance import command_line as cli
+from glance.ask.pipeline import find_denoiser
 from glance.ask.schedule import UNSHIFTED
 from glance.files.recipe import WEIGHT_NAME
 from glance.shared_flags import DTYPES
@@ -19,9 +21,11 @@ def obstacle(prepared: Prepared, schedule: Schedule, loras: bool) -> str | None:
     kind = type(prepared.models.pipe)
     if schedule.branches is not None:
         return "The steps call single branches of guidance, which no diffusers pipeline does in its own call"
-    if loras and not hasattr(kind, "load_lora_weights"):
+    settings = prepared.settings
+    name, _ = find_denoiser(settings.pretrained_model_name_or_path, **cli.load_arguments(settings))
+    if loras and name not in getattr(kind, "_lora_loadable_modules", ()):
         return f"{kind.__name__} of diffusers loads no LoRAs"
-    if prepared.settings.pipeline_images:
+    if settings.pipeline_images:
         return "It is drawn with pictures beside the prompt"
     if "guiders" in prepared.answers.preview_call:
         return f"{kind.__name__} guides by a component, which has to be switched off"
@@ -42,7 +46,8 @@ def python_lines(
     imports, lines = ["import torch", "from diffusers import DiffusionPipeline"], []
     for name, timesteps in schedule.phases.items():
         last = name == [*schedule.phases][-1]
-        lines.append(f"{name.upper()} = {timesteps_to_sigmas(timesteps) + ([0.0] if last else [])}")
+        ended = "  # the 0 is where the last step ends; diffusers adds it itself" if last else ""
+        lines.append(f"{name.upper()} = {timesteps_to_sigmas(timesteps) + ([0.0] if last else [])}{ended}")
     lines += [f"SIGMAS = {' + '.join(map(str.upper, schedule.phases))}", ""]
     if loras and stock:
         lines += [
@@ -71,7 +76,7 @@ def python_lines(
         off = ", ".join(f"{name}={value}" for name, value in UNSHIFTED.items())
         made = "FlowMatchEulerDiscreteScheduler.from_config"
         lines.append(f"pipe.scheduler = {made}(\n    pipe.scheduler.config, {off}\n)")
-        given |= {"sigmas": "SIGMAS[:-1],  # the scheduler adds the 0"}
+        given |= {"sigmas": "SIGMAS[:-1]"}  # the scheduler adds the 0
         given |= {"callback_on_step_end": "hand_off"} if loras else {}
     else:
         imports.append("from glance_utils import FixedSigmaScheduler  # copy the file from beside the scripts")
@@ -81,12 +86,12 @@ def python_lines(
     video = frames_argument(type(pipe)) is not None
     given |= {"output_type": literal("pil")} if video else {}
     lines += [f"{'frames' if video else 'image'} = pipe("]
-    lines += [f"    {name}={value}{'' if '#' in value else ','}" for name, value in given.items()]
+    lines += [f"    {name}={value}," for name, value in given.items()]
     if draws_video(type(pipe), call):
         imports.append("from diffusers.utils import export_to_video")
-        lines += [").frames[0]", 'export_to_video(frames, "out.mp4")']
+        lines += [")[0][0]", 'export_to_video(frames, "out.mp4")']
     else:
-        lines += [").frames[0]" if video else ").images[0]", f'{"frames[0]" if video else "image"}.save("out.png")']
+        lines += [")[0][0]", f'{"frames[0]" if video else "image"}.save("out.png")']
     return "\n".join([*imports, "", *lines]) + "\n"
 
 

@@ -280,7 +280,7 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
         layers=layers,
         takes_timesteps=mixed,
         takes_batches=batched,
-        walks_sigmas=walks_given_sigmas(pipe, [timesteps[0], timesteps[-1]], **call),
+        walks_sigmas=walks_given_sigmas(pipe, [*timesteps[:2], timesteps[-1]] if timesteps[2:] else timesteps, **call),
     )
     models = Models(pipe, vae, functools.partial(load_transformer, args, accelerator, additions))
     return Prepared(settings, models, answers, captions, steps, latents)
