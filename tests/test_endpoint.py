@@ -180,7 +180,7 @@ def test_the_error_is_that_of_a_caption_that_was_not_trained_on(rate, train, pip
     assert told != sampler.error
     card = (output / "README.md").read_text()
     before = re.search(r"Error = [\d.]+, before training ([\d.]+)", caplog.text)[1]
-    assert "1 of the captions were left out, to measure on. No image was learned." in card
+    assert "Left out, to measure on: 1 of the captions. No image was learned." in card
     assert f"On captions that were not trained on: {before} before training, {sampler.error:.4f} after." in card
     assert "in 4 steps with 4 model calls" in card or "in 3 steps with 4 model calls" in card
     assert NOTHING_IN_PLAIN in card and "](./calls.png)" in card and "there is no comfyui.json" in card
@@ -228,7 +228,7 @@ def test_coefficients_alone_are_trained_without_loras(train, infer, prompts):
     output = train("sd3", prompts_file=prompts, train_coefficients_only=True, **SHORT)
     card = (output / "README.md").read_text()
     assert "trained the weights of the steps together" in card and f"--sampler {output}" in card
-    assert not [word for word in ("left out", "lora\n", "instance_prompt", "glance.png") if word in card]
+    assert not [word for word in ("Left out", "lora\n", "instance_prompt", "glance.png") if word in card]
     assert not list(output.rglob("pytorch_lora_weights.safetensors"))
     found, sampler = json.loads(header(output)["sampler"]), read_sampler(output)
     assert sampler.coefficients != found["coefficients"]

@@ -179,5 +179,6 @@ def card_section(recipes: dict[str, Recipe], exported: list[str]) -> str:
         shown = "" if cfg is None else f", cfg {cfg:g}"
         steps = f"`SplitSigmas` after {len(first.timesteps)}{shown}, sampler euler, and for `ManualSigmas`:"
         lines += ["", f"{opens}{steps}", "", f"    {sigmas_text(recipes)}"]
-        lines += ["", "The second `SamplerCustomAdvanced` takes `DisableNoise` and the first one's `output`."]
+        lines += ["", "Both LoRAs have strength 1, each in a model of its own (`LoraLoaderModelOnly`). The second "]
+        lines[-1] += "`SamplerCustomAdvanced` takes `DisableNoise` and the first one's `output`."
     return "\n".join([*title, *lines, "", *(f"- {text}" for text in differences(recipes)), ""])

@@ -89,9 +89,9 @@ def write_model_card(args, directory: Path, prepared: Prepared, written: Written
 
 
 def base_name(args) -> str:
-    """Return the base's id on the hub, or its folder's name."""
+    """Return the base's id on the hub, or its folder: as it was given, without where on this machine that is."""
     base = args.pretrained_model_name_or_path
-    return hub_id(base) or Path(base).resolve().name
+    return base if hub_id(base) or not Path(base).is_absolute() else Path(base).name
 
 
 def introduction(args, prepared: Prepared, written: Written) -> list[str]:
@@ -192,9 +192,9 @@ def by_endpoint(args, prepared: Prepared) -> str:
     text = f"{args.max_train_steps} steps at learning rate {args.learning_rate:g} trained {loras}the weights of the "
     text += f"steps together, through all model calls, towards where {trajectories_of(args, prepared)} end."
     if rows:
-        text += f" {rows} of the captions were left out, to measure on."
+        text += f" Left out, to measure on: {rows} of the captions."
     elif columns:
-        text += f" {columns} of {'these' if captions == 1 else each} {seeds} were left out, to measure on."
+        text += f" Left out, to measure on: {columns} of {'these' if captions == 1 else each} {seeds}."
     return f"{text} No image was learned."
 
 
