@@ -153,13 +153,14 @@ def check_early(args, paths: dict[str, Path], call_of, device: torch.device) -> 
     return decoding_bytes(pipe, DTYPES[args.dtype], **call)
 
 
-def check_parts(args, pipe: DiffusionPipeline, paths: dict[str, Path]) -> None:
-    """Raise InputError where a LoRA does not fit, or there is nothing to tile; no weights are needed for it."""
+def check_parts(args, pipe: DiffusionPipeline, paths: dict[str, Path]) -> dict:
+    """Return read_additions'; raise InputError where a LoRA does not fit, or there is nothing to tile. No weights are
+    needed for it."""
     if args.enable_vae_tiling and not hasattr(getattr(pipe, "vae", None), "enable_tiling"):
         raise InputError(f"--enable_vae_tiling: {type(pipe).__name__} has no VAE that can be tiled; leave it out")
     for path in paths.values():
         read_lora(pipe, path)
-    read_additions(pipe, args)
+    return read_additions(pipe, args)
 
 
 def load_pipeline(args, paths: dict[str, Path], device: torch.device, decoding: int = 0) -> DiffusionPipeline:
@@ -171,10 +172,10 @@ def load_pipeline(args, paths: dict[str, Path], device: torch.device, decoding: 
     components = {"controlnet": load_base.load_controlnet(args.controlnet, dtype)} if args.controlnet else {}
     how = {"vae_dtype": dtype, "pipeline_class": args.pipeline_class}
     pipe = ask.load_pipeline(base, dtype, components, **how, **load_arguments)
-    check_parts(args, pipe, paths)
+    additions = check_parts(args, pipe, paths)
     name, _ = ask.find_denoiser(base, **load_arguments)
     further = ask.further_denoisers(pipe)
-    options = {"additions": read_additions(pipe, args)} | load_arguments
+    options = {"additions": additions} | load_arguments
     setattr(pipe, name, load_base.load_transformer(base, dtype, place, args.quantization, **options))
     for part in further:
         setattr(pipe, part, load_base.load_transformer(base, dtype, place, part=part, **load_arguments))

@@ -160,6 +160,11 @@ def accepted_arguments(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
     return arguments_of(type(pipe))
 
 
+def frames_argument(kind: type[DiffusionPipeline]) -> str | None:
+    """Return the name of the call's argument that says how many frames the pipeline draws; None where it draws one."""
+    return next((name for name in arguments_of(kind) if re.fullmatch("(num_)?frames", name)), None)
+
+
 def batch_argument(pipe: DiffusionPipeline) -> str:
     """Return the name of the call argument that is the number of pictures of one prompt."""
     return "num_images_per_prompt" if "num_images_per_prompt" in accepted_arguments(pipe) else "num_videos_per_prompt"
@@ -261,8 +266,8 @@ def load_pipeline(
                 ).to(dtype)
         dtypes = {"vae": vae_dtype, "default": dtype}
         # By its own class, which knows what it may lack: the general one loads that even where it is given.
-        kind = getattr(diffusers, config["_class_name"], DiffusionPipeline)
-        kind = class_named(pipeline_class) if pipeline_class else kind
+        own = getattr(diffusers, config["_class_name"], DiffusionPipeline)
+        kind = class_named(pipeline_class) if pipeline_class else own
         return kind.from_pretrained(path, **components, dtype=dtypes, use_safetensors=True, **load_kwargs)
 
 

@@ -6,7 +6,6 @@ What counts as the same is _key's business; what an encoder answers is kept and 
 import contextlib
 import copy
 import dataclasses
-import functools
 import hashlib
 import inspect
 import weakref
@@ -61,10 +60,8 @@ def _remembered(pipe: DiffusionPipeline, method):
     """Return the method with a memory: equal arguments, but for device and generator, are answered only once."""
     answers = {}
     signature = inspect.signature(method)
-    if inspect.ismethod(method):  # perhaps of a model, which must not outlive its freeing
-        method = weakref.WeakMethod(method)
-    else:  # of a base class, remembered already
-        method = functools.partial(lambda known: known, method)
+    # A method is perhaps a model's, which must not outlive its freeing; a base class's is remembered already.
+    look_up = weakref.WeakMethod(method) if inspect.ismethod(method) else lambda: method
     further = next((name for name, kind in signature.parameters.items() if kind.kind is kind.VAR_KEYWORD), None)
 
     def remembered(*args, **kwargs):
@@ -75,7 +72,7 @@ def _remembered(pipe: DiffusionPipeline, method):
         if key not in answers:
             try:
                 with torch.no_grad():
-                    answer = method()(*args, **kwargs)
+                    answer = look_up()(*args, **kwargs)
                 # Its tensors are cloned, without the storage that they may be a small part of. Then all of it is
                 # copied: part of the answer may be an argument.
                 cloned = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), answer)

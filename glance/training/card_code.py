@@ -7,11 +7,11 @@ else glance_utils.py beside them. They draw, bit for bit on a CPU, what infer_gl
 import json
 
 from glance import command_line as cli
-from glance.ask.pipeline import find_denoiser
+from glance.ask.pipeline import find_denoiser, frames_argument
 from glance.ask.schedule import UNSHIFTED
 from glance.files.recipe import WEIGHT_NAME
 from glance.shared_flags import DTYPES
-from glance.training.card_data import draws_video, frames_argument
+from glance.training.card_data import draws_video
 from glance.training.prepare import Prepared
 from glance_utils import Schedule, model_timesteps, timesteps_to_sigmas
 

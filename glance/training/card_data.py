@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from glance import command_line as cli
-from glance.ask.pipeline import arguments_of
+from glance.ask.pipeline import arguments_of, frames_argument
 from glance.files.recipe import is_text
 
 
@@ -60,11 +60,6 @@ def licence_of(args) -> dict[str, str]:
         if base is None:
             del found["license_link"]
     return found
-
-
-def frames_argument(kind: type[DiffusionPipeline]) -> str | None:
-    """Return the name of the call's argument that says how many frames the pipeline draws; None where it draws one."""
-    return next((name for name in arguments_of(kind) if re.fullmatch("(num_)?frames", name)), None)
 
 
 def draws_video(kind: type[DiffusionPipeline], call: dict) -> bool:

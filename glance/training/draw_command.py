@@ -1,6 +1,6 @@
 """Which command draws with what a run wrote? A run's last line, and the model card's.
 
-Text alone, nothing is run; a flag that inference must repeat after training is added to draw_command.
+Text alone, nothing is run; a flag that inference must repeat after training is added to draw_flags.
 """
 
 import json

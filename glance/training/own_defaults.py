@@ -6,7 +6,6 @@ that is taken from the pipeline is said in one line.
 
 import contextlib
 import logging
-import re
 
 import diffusers
 import torch
@@ -73,11 +72,11 @@ def with_one_frame(args: Settings) -> Settings:
     kind = getattr(diffusers, ask.read_model_index(path, **cli.load_arguments(args))["_class_name"], None)
     if kind is None or not any(getattr(args, source) for source in SOURCES):
         return args
-    for name in ask.arguments_of(kind):
-        if re.fullmatch("(num_)?frames", name) and name not in args.pipeline_kwargs:
-            logger.info(f"{name}: 1, as an image is learned, and {kind.__name__} draws video")
-            return args.replace(pipeline_kwargs=args.pipeline_kwargs | {name: 1})
-    return args
+    name = ask.frames_argument(kind)
+    if name is None or name in args.pipeline_kwargs:
+        return args
+    logger.info(f"{name}: 1, as an image is learned, and {kind.__name__} draws video")
+    return args.replace(pipeline_kwargs=args.pipeline_kwargs | {name: 1})
 
 
 def all_captions(args: Settings, caption: str) -> list[str]:
