@@ -72,6 +72,13 @@ def picture_distance(one, other) -> int:
     return np.abs(one - other).max()
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """What the files in a folder hold, by name; the folder's own name, which the model card has in its commands, is a
+    dot."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: content.replace(str(folder).encode(), b".") for name, content in found.items()}
+
+
 def flags(**settings) -> list[str]:
     """Keyword arguments as command-line arguments; True is a switch, a list repeats the flag."""
     arguments = []

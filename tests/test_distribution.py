@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import is_deepspeed_available
-from conftest import ROOT, flags, picture_distance, run_train
+from conftest import ROOT, contents, flags, picture_distance, run_train
 from lifetimes import EXPECTED
 from peak_memory import small_flux
 from PIL import Image
@@ -59,11 +59,9 @@ def launch_runs(kind: list[str], processes: int, root: Path, runs: list[tuple]) 
 
 def files_in(folder: Path) -> dict[str, bytes]:
     """What a user gets: all but checkpoints and what tests/launched.py keeps."""
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    found |= {name: found[name].replace(str(folder).encode(), b".") for name in found.keys() & {"README.md"}}
     return {
         name: content
-        for name, content in found.items()
+        for name, content in contents(folder).items()
         if "checkpoint-" not in name and name[-3:] not in (".pt", "txt")
     }
 

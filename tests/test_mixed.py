@@ -163,7 +163,8 @@ def test_a_sampler_of_branches_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "sampler.json"
     path.write_text(json.dumps(SAMPLER))
     sampler = read_sampler(path)
-    assert dataclasses.asdict(sampler) == SAMPLER
+    later = {"base_loras": None, "pipeline_images": None}  # which earlier files lack
+    assert dataclasses.asdict(sampler) == SAMPLER | later
     assert sampler.schedule().branches == SAMPLER["branches"]
     assert sampler.of_phase("fast") == {"coefficients": [[0.5] * TERMS], "branches": ["prompt"]}
 

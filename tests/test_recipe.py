@@ -36,7 +36,9 @@ PATHS = {"slow": "slow.safetensors", "fast": "fast.safetensors"}
 
 
 def test_a_recipe_is_read_as_it_was_written():
-    finished = dataclasses.replace(MIXED, run="0" * 64, asked="1" * 64)
+    loras = [{"file": "style.safetensors", "scale": 0.8, "digest": "0" * 16}]
+    beside = {"base_loras": loras, "pipeline_images": ["image"]}
+    finished = dataclasses.replace(MIXED, run="0" * 64, asked="1" * 64, **beside)
     for recipe in (SLOW, MIXED, finished):
         assert Recipe.from_json(recipe.to_json()) == recipe
     assert not set(LEFT_OUT) & json.loads(SLOW.to_json()).keys()

@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import flags, run_train
+from conftest import contents, flags, run_train
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
@@ -29,12 +28,6 @@ def parse(base="base", **settings):
 def assert_one_line(error: pytest.ExceptionInfo, *words):
     message = str(error.value)
     assert "\n" not in message and all(word in message for word in words), message
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    """What its files hold; the folder's own name, which the model card has in its commands, is a dot."""
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {name: content.replace(str(folder).encode(), b".") for name, content in found.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -169,25 +162,25 @@ def test_latest_starts_anew_where_there_is_nothing(stopped, train, tmp_path, cap
         train(stopped.parent / "base", **settings)
     (line,) = [message for message in caplog.messages if "starting anew" in message]
     assert line.endswith(f"--resume_from_checkpoint latest: {output} holds nothing to go on from; starting anew")
-    content = files_in(output)
-    assert content == {name: value for name, value in files_in(stopped).items() if "checkpoint" not in name}
+    content = contents(output)
+    assert content == {name: value for name, value in contents(stopped).items() if "checkpoint" not in name}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_glance_lora, "train_phase", lambda *rest: pytest.fail("it is trained already"))
         train(stopped.parent / "base", **settings)
-    assert files_in(output) == content
+    assert contents(output) == content
     with pytest.raises(InputError, match="no training_state.pt there"):
         train(stopped.parent / "base", **settings | {"resume_from_checkpoint": output / "checkpoint-9"})
 
 
 def test_latest_does_not_write_over_another_runs(stopped, train, tmp_path):
     """Nor does it leave the other layout's checkpoints unseen."""
-    content, settings = files_in(stopped), {"output_dir": stopped, "resume_from_checkpoint": "latest"}
+    content, settings = contents(stopped), {"output_dir": stopped, "resume_from_checkpoint": "latest"}
     (stopped / "checkpoint-3").rename(stopped / "kept")
     with pytest.raises(InputError) as error:
         train(stopped.parent / "base", phase="slow", **settings)
     (stopped / "kept").rename(stopped / "checkpoint-3")
     assert_one_line(error, "latest", "is of another run", "--output_dir")
-    assert files_in(stopped) == content
+    assert contents(stopped) == content
     shutil.copytree(stopped / "checkpoint-3", tmp_path / "output" / "fast" / "checkpoint-3")
     with pytest.raises(InputError) as error:
         train(stopped.parent / "base", resume_from_checkpoint="latest")

@@ -52,7 +52,7 @@ def read_image(file: Path | io.BytesIO, name: str) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise a dozen kinds
         raise InputError(f"{name}: not a readable image ({first_line(error)}); save it as PNG or JPEG") from None
     if frames > 1:
-        logger.warning(f"{name}: it holds {frames} pictures; the first is taken")
+        logger.warning(f"{name}: it holds {frames} pictures; Glance learns from the first")
     if min(image.size) < LEAST_SIDE:
         raise InputError(f"{name}: {image.width}x{image.height} pixels are too few; give a larger image")
     return image
