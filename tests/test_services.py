@@ -11,7 +11,7 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from huggingface_hub import constants
 from huggingface_hub.hf_api import api as hf_api
-from test_runs import assert_one_line, files_in
+from test_runs import assert_one_line, contents
 
 from glance import command_line as cli
 from glance.ask import pipeline as ask
@@ -100,7 +100,7 @@ def test_what_a_run_has_made_is_pushed_and_nothing_else(hub, train, infer, tmp_p
         faults.TRAJECTORIES,
         "validation",
     }
-    assert {name.split("/")[0] for name in files_in(output) if name not in Hub.commits[0]} == left
+    assert {name.split("/")[0] for name in contents(output) if name not in Hub.commits[0]} == left
     card = (output / "README.md").read_text()
     assert "--lora someone/output" in card and str(output) not in card
     train(push_to_hub=True, phase="slow", hub_model_id="a/b", output_dir=output)  # where both phases were before
@@ -130,7 +130,7 @@ def test_a_refused_push_loses_nothing_and_its_command_pushes(hub, train, tmp_pat
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.address}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert Hub.commits == [PUSHED] and PUSHED | {"loss.csv"} == set(files_in(output))
+    assert Hub.commits == [PUSHED] and PUSHED | {"loss.csv"} == set(contents(output))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -187,12 +187,12 @@ def test_a_tracker_that_cannot_begin_is_one_line_before_the_base_is_loaded(how, 
         (tmp_path / "output" / "logs").write_text("a file")
     else:
         service(how)
-    before = files_in(tmp_path)
+    before = contents(tmp_path)
     monkeypatch.setattr(ask, "load_pipeline", lambda *rest, **where: pytest.fail("the base was loaded"))
     with pytest.raises(InputError) as error:
         train(report_to="tensorboard")
     assert_one_line(error, "--report_to tensorboard: it cannot begin", "logs" if how == "file" else "no key in")
-    assert files_in(tmp_path) == before
+    assert contents(tmp_path) == before
 
 
 def test_a_tracker_leaves_nothing_of_a_run_that_does_not_begin(train, tmp_path):
@@ -204,7 +204,7 @@ def test_a_tracker_leaves_nothing_of_a_run_that_does_not_begin(train, tmp_path):
 @pytest.mark.parametrize("where", ["log", "finish"])
 def test_a_tracker_that_fails_later_does_not_end_the_run(where, train, service, trained, caplog):
     tracker = service(where)
-    assert files_in(train(report_to="tensorboard", learning_rate=3e-2)) == files_in(trained())
+    assert contents(train(report_to="tensorboard", learning_rate=3e-2)) == contents(trained())
     steps = [step for step in tracker.logged if step is not None]
     assert steps == ([1, 2] if where == "log" else [*range(1, 11)])
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
