@@ -25,15 +25,25 @@ export MALLOC_TOP_PAD_ := 268435456
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
+# What the page needs, above the rest: Gradio takes no Pillow as new as the suite's. Chromium where it can be had.
+.venv/page/ready: requirements-page.txt .venv/development
+	$(PYTHON) -m venv .venv/page
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+		> $$(.venv/page/bin/python -c "import site; print(site.getsitepackages()[0])")/venv.pth
+	.venv/page/bin/python -m pip install --quiet -r requirements-page.txt playwright==1.65.2
+	command -v chromium > /dev/null || { apt-get -qq update && apt-get -qq install chromium; } > /dev/null 2>&1 || true
+	touch $@
+
 demo: .venv/runtime
 	ACCELERATE_USE_CPU=1 $(BIN)/python train_glance_lora.py --config configs/demo.yaml --export comfyui
 	$(BIN)/python infer_glance.py --pretrained_model_name_or_path demo/model --lora output/demo \
 		--prompts_file demo/prompts.txt --compare --output output/demo/comparison.png
 
-test: .venv/development
+test: .venv/development .venv/page/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests
+	OMP_NUM_THREADS=1 .venv/page/bin/python -m pytest -q -m page tests/test_page.py
 
 soak: .venv/development
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --rounds 50

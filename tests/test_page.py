@@ -164,6 +164,7 @@ def exported(folder, tmp_path_factory):
     return target
 
 
+@pytest.mark.page
 def test_a_space_holds_all_that_it_needs(exported, folder, pipelines):
     pytest.importorskip("gradio")
     names = {path.name for path in exported.iterdir()}
@@ -208,7 +209,7 @@ def address(exported):
         assert process.wait(20) == 128 + signal.SIGINT
 
 
-@pytest.mark.processes
+@pytest.mark.page
 def test_a_space_draws(address, folder, infer):
     client = pytest.importorskip("gradio_client").Client(address, verbose=False)
     *_, glance, cost, _, _ = client.predict(0, PROMPT, 3, 32, 32, BESIDE[0], 1, 0.5, 5, api_name="/on_draw")
@@ -234,7 +235,7 @@ def browser():
         chromium.close()
 
 
-@pytest.mark.processes
+@pytest.mark.page
 def test_in_a_browser(browser, address):
     """Load, type, draw, compare, look at the swap, and an error."""
     tab, elsewhere = browser.new_page(viewport={"width": 1280, "height": 1000}), []
