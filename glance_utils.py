@@ -160,7 +160,7 @@ def denoiser(pipe: DiffusionPipeline) -> torch.nn.Module:
     """Return the model that predicts the velocity: the first by name whose class denoises."""
     for _, model in sorted(pipe.components.items()):
         kind = type(getattr(model, "_orig_mod", model))  # a compiled one's own forward takes anything
-        if isinstance(model, torch.nn.Module) and denoises(kind):
+        if issubclass(kind, torch.nn.Module) and denoises(kind):
             return model
     raise InputError(f"{type(pipe).__name__} has no model that takes a timestep; Glance needs one")
 
@@ -232,6 +232,8 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
         return int((self.timesteps.float() - torch.as_tensor(timestep).to(self.timesteps)).abs().argmin())
 
     def scale_noise(self, sample, timestep, noise=None):
+        if not timestep.numel():
+            raise InputError(f"strength leaves none of {len(self.config.sigmas)} steps; give a larger one")
         if self.begin_index is None and self.step_index is None:  # the picture that the pipeline will begin with
             self._begin_at(self.index_for_timestep(timestep.flatten()[0]))
         return super().scale_noise(sample, timestep, noise)
@@ -240,10 +242,8 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
         if self.step_index is None:
             self._init_step_index(timestep)
             if self.before_step is not None and self.step_index != self.next_index:
-                raise InputError(
-                    f"the pipeline begins with step {self.step_index} of {len(self.config.sigmas)} and did not say so "
-                    "before it called its model; call pipe.scheduler.set_begin_index"
-                )
+                begun = f"the pipeline begins with step {self.step_index} and did not say so before"
+                raise InputError(f"{begun} it called its model; call pipe.scheduler.set_begin_index")
         index, timestep = self.step_index, self.timesteps[self.step_index]  # some pipelines round it to an integer
         if self.config.coefficients is not None:
             (a, c), velocity = self.config.coefficients[index], model_output.float()

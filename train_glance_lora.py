@@ -285,7 +285,7 @@ def train(args, accelerator, measurement, halves=None):
         if not args.max_train_steps:
             return finish_sampler(args, accelerator, measurement, prepared, size, repo_id)
         phases = plan_phases(args, accelerator.num_processes, prepared, source, size)
-        if image is None:
+        if image is None and prepared.answers.layout:
             with faults.explained("the image that the base draws, to be trained on"):
                 layout = prepared.answers.layout
                 image = ask_latents.decode(prepared.models.vae, prepared.latents.cpu(), layout)
@@ -296,7 +296,7 @@ def train(args, accelerator, measurement, halves=None):
             output_dir.mkdir(parents=True, exist_ok=True)
             if prepared.trajectories is not None:
                 trajectories.save(output_dir, prepared.trajectories)
-            if halves is None:
+            if halves is None and image is not None:
                 save_png(image, output_dir / "instance.png")
 
     summary.say_training(args, accelerator.num_processes, prepared, size)
@@ -327,14 +327,16 @@ def train(args, accelerator, measurement, halves=None):
             if halves is not None:
                 faults.sweep(output_dir)
                 join_losses(output_dir)
-                save_png(image, output_dir / "instance.png")
+                if image is not None:
+                    save_png(image, output_dir / "instance.png")
             if preview is not None:
                 save_png(preview, output_dir / "glance.png")
             sampler, exported = None, []
             if len(recipes) == 2:
                 sampler = write_sampler_of(args, prepared, size, output_dir)
                 exported = write_for_comfyui(args, output_dir, recipes, caption)
-            written = Written(recipes, sampler, exported, validation.last, repo_id or str(output_dir))
+            drawn = prepared.answers.layout is not None
+            written = Written(recipes, sampler, exported, validation.last, repo_id or str(output_dir), drawn)
             write_model_card(args, output_dir, prepared, written)
     end(accelerator)
     if finishes:

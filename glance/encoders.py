@@ -11,7 +11,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 
-from glance.ask.pipeline import freeable_components
+from glance.ask.pipeline import controlnets, freeable_components
 
 
 logger = logging.getLogger(__name__)
@@ -39,9 +39,11 @@ def free_memory(device: torch.device) -> int:
 
 
 def place_encoders(pipe: DiffusionPipeline, device: torch.device, memory: int) -> None:
-    """Put every model but the denoisers onto the device, of which `memory` bytes are theirs; what does not fit stays
-    in host memory, and its layers visit the device while they compute. The log says which, and why.
+    """Put every model but the denoisers onto the device, of which `memory` bytes are theirs; encoders that do not fit
+    stay in host memory, and their layers visit the device while they compute. The log says which, and why.
     """
+    for model in controlnets(pipe).values():
+        model.to(device)
     models = freeable_components(pipe)
     sizes = {name: bytes_of(model) for name, model in models.items()}
     away = kept_away(sizes, memory) if device.type != "cpu" else []

@@ -123,6 +123,19 @@ def ask_layout(pipe: DiffusionPipeline, **kwargs) -> LatentLayout:
     return LatentLayout(latents_shape, z_shape, source, scale, shift)
 
 
+def loop_shape(pipe: DiffusionPipeline, **kwargs) -> torch.Size:
+    """Return the shape (1, ...) of the latents that the pipeline's denoising loop holds."""
+
+    def on_step(index, model_output, sample):
+        raise Answer(sample.shape)
+
+    try:
+        dry_run(pipe, Probe([1.0], on_step), **kwargs)
+    except Answer as answer:
+        return answer.args[0]
+    raise InputError(f"{type(pipe).__name__}: asked for the shape of its latents, but it never called scheduler.step")
+
+
 def vae_input(vae: torch.nn.Module, image: torch.Tensor, layout: LatentLayout) -> torch.Tensor:
     """Return an image (1, 3, H, W) as the VAE takes it: of one frame, or with a fourth channel."""
     if 4 in (vae.config.get("in_channels"), vae.config.get("input_channels")):

@@ -381,7 +381,8 @@ def dry_run(pipe: DiffusionPipeline, scheduler, *forwards, **kwargs):
 
 
 def dry_step(pipe: DiffusionPipeline, forward=no_prediction, **kwargs) -> None:
-    """Run one step of the pipeline in which nothing is computed but what comes before it: the prompt's encoding.
+    """Run one step of the pipeline in which nothing is computed but what comes before it: the prompt's encoding. A
+    picture's `strength` leaves that step, whatever it is.
 
     Raise InputError where the picture is so small that there is nothing to denoise.
     """
@@ -394,11 +395,20 @@ def dry_step(pipe: DiffusionPipeline, forward=no_prediction, **kwargs) -> None:
             )
         return sample
 
-    dry_run(pipe, Probe([1.0], on_step), forward, **kwargs)
+    dry_run(pipe, Probe([1.0], on_step), forward, **whole_walk(pipe, kwargs))
+
+
+def _models(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """Return the pipeline's models, by name, but those that were freed: what stands in for one says it is one."""
+    return {name: part for name, part in pipe.components.items() if issubclass(type(part), torch.nn.Module)}
+
+
+def controlnets(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """Return the pipeline's ControlNets, by name: models that act in every step beside the denoiser."""
+    return {name: part for name, part in _models(pipe).items() if "ControlNet" in type(part).__name__}
 
 
 def freeable_components(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """Return every model but the denoisers, by name."""
-    denoisers = {denoiser_name(pipe.config), *further_denoisers(pipe)}
-    models = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    return {name: part for name, part in models.items() if name not in denoisers}
+    """Return every model but those that act in the loop, by name."""
+    acting = {denoiser_name(pipe.config), *further_denoisers(pipe), *controlnets(pipe)}
+    return {name: part for name, part in _models(pipe).items() if name not in acting}

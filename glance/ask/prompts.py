@@ -26,13 +26,14 @@ def remember_prompts(pipe: DiffusionPipeline) -> None:
 
     Every method of the pipeline that uses an encoder, to encode a prompt or to rewrite it, remembers what it answered,
     and so does the VAE's encode, for pictures beside the prompt. What it answers is a distribution: a pipeline draws
-    from it as ever. All of them can then be freed; RuntimeError is then raised for what was not seen before.
+    from it with its call's generator or, where it hands on none, the same numbers each time. All of them can then be
+    freed; RuntimeError is then raised for what was not seen before.
     """
     for name in _encoding_methods(pipe):
         setattr(pipe, name, _remembered(pipe, getattr(pipe, name)))
     vae = getattr(pipe, "vae", None)
     if hasattr(vae, "encode"):
-        vae.encode = _remembered(pipe, vae.encode)
+        vae.encode = _drawing_alike(_remembered(pipe, vae.encode))
 
 
 @contextlib.contextmanager
@@ -86,6 +87,19 @@ def _remembered(pipe: DiffusionPipeline, method):
     return remembered
 
 
+def _drawing_alike(encode):
+    """Return a VAE's encode whose answers draw the same each time where they are asked without a generator."""
+
+    def encoded(*args, **kwargs):
+        answer = encode(*args, **kwargs)
+        if isinstance(answer, Mapping) and "latent_dist" in answer:
+            sample = answer.latent_dist.sample
+            answer.latent_dist.sample = lambda generator=None: sample(generator or torch.Generator().manual_seed(0))
+        return answer
+
+    return encoded
+
+
 def _key(value):
     """Return something small and hashable that is equal for equal arguments alone: a digest of pixels and embeddings.
 
@@ -123,11 +137,12 @@ class FreedError(AttributeError, InputError):
 
 
 class _Freed:
-    """A stand-in for a model that was freed: pipelines still ask whether it is there, its dtype, and what it says of
-    itself besides weights, such as its compression or its latents' mean. What it has encoded it still answers."""
+    """A stand-in for a model that was freed: pipelines still ask whether it is there, its class and dtype, and what it
+    says of itself besides weights, such as its compression or its latents' mean. What it has encoded it still
+    answers."""
 
     def __init__(self, model: torch.nn.Module):
-        self.dtype, self.device = model.dtype, model.device
+        self.kind, self.dtype, self.device = type(model), model.dtype, model.device
         self.config = getattr(model, "config", None)
         plain = {name: value for name, value in vars(model).items() if isinstance(value, int | float | list | tuple)}
         vars(self).update({name: value for name, value in plain.items() if not name.startswith("_")})
@@ -137,6 +152,10 @@ class _Freed:
         for name, part in model.named_children():
             if isinstance(part, torch.nn.BatchNorm2d):  # the statistics by which some scale their latents
                 setattr(self, name, part)
+
+    @property
+    def __class__(self):
+        return self.kind  # for isinstance
 
     def modules(self):
         return iter(())  # none is left

@@ -114,6 +114,39 @@ def takes_batches(pipe: DiffusionPipeline, **kwargs) -> bool:
     return all(double[0] == double_batch for shape, double in zip(shapes, double_shapes) if shape[0] == batch)
 
 
+def draws_conditions(pipe: DiffusionPipeline, **kwargs) -> bool:
+    """Return whether what the transformer gets beside the latents depends on the call's seed: latents that the VAE's
+    distribution is asked for, or noise in a region that a picture fills. A trajectory's points then have a seed.
+
+    Raise InputError where it is another in each step, or in each call, whatever the seed.
+    """
+
+    def inputs_with(seed: int) -> list[list[torch.Tensor]]:
+        """Return every tensor that the transformer gets in two dry steps at one sigma that begin with zeros."""
+        steps = []
+
+        def forward(*args, **inputs):
+            steps.append([value for value in tree_leaves((args, inputs)) if isinstance(value, torch.Tensor)])
+            return no_prediction(*args, **inputs)
+
+        probe = Probe([0.5] * 3, lambda index, model_output, sample: torch.zeros_like(sample), None, pipe.scheduler)
+        dry_run(pipe, probe, forward, **kwargs | {"generator": torch.Generator().manual_seed(seed)})
+        calls = len(steps) // 3
+        return [sum(steps[calls * step : calls * (step + 1)], []) for step in (1, 2)]
+
+    def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+        return len(one) == len(other) and all(map(torch.equal, one, other))
+
+    first, then = inputs_with(0)
+    for name, other in (("step", then), ("call", inputs_with(0)[0])):
+        if not equal(first, other):
+            raise InputError(
+                f"{type(pipe).__name__}: of the same pictures and seed its model gets other numbers in each {name}, "
+                "and training asks each step by itself; see whether --pipeline_kwargs can switch that noise off"
+            )
+    return not equal(first, inputs_with(1)[0])
+
+
 def check_memoryless(pipe: DiffusionPipeline, **kwargs) -> None:
     """Raise InputError where a step leaves something to the next, as keys and values that the first step computes for
     all: training asks every step by itself.
@@ -222,21 +255,25 @@ class PipelineVelocity(torch.nn.Module):
         self.transformer = denoiser(pipe)
         self.kwargs = kwargs
 
-    def forward(self, noisy: torch.Tensor, sigmas, **kwargs) -> torch.Tensor:
+    def forward(self, noisy: torch.Tensor, sigmas, seeds: list[int] | None = None, **kwargs) -> torch.Tensor:
         """Return the velocity (B, ...), in the pipeline's dtype, at `noisy` (B, ...) float32 and `sigmas` in (0, 1].
 
         `sigmas` is a number, or a list, array or tensor of 1 or B numbers; ValueError is raised for another length.
         `kwargs` are further arguments of the pipeline's call, which win over those given before. Different sigmas are
         one run where the pipeline takes them so, and one for each where it does not; so are samples of one sigma.
+        `seeds` are those of the B calls that `noisy` comes from, where draws_conditions says that they matter.
         """
         sigmas = as_floats(sigmas)
         sigmas = sigmas * len(noisy) if len(sigmas) == 1 else sigmas
         if len(sigmas) != len(noisy):
             raise ValueError(f"{len(sigmas)} sigmas for a batch of {len(noisy)}; give one, or one for each")
         runs = [sigmas] if self.takes_timesteps else [list(run) for _, run in itertools.groupby(sigmas)]
-        runs = runs if self.takes_batches else [[sigma] for sigma in sigmas]
+        runs = runs if self.takes_batches and not seeds else [[sigma] for sigma in sigmas]
+        calls = [self.kwargs | kwargs] * len(runs)
+        if seeds:
+            calls = [call | {"generator": torch.Generator().manual_seed(seed)} for call, seed in zip(calls, seeds)]
         parts = noisy.split([len(run) for run in runs])
-        return torch.cat([self._velocity(part, run, **self.kwargs | kwargs) for part, run in zip(parts, runs)])
+        return torch.cat([self._velocity(part, run, **call) for part, run, call in zip(parts, runs, calls)])
 
     def _timesteps(self, sigmas: list[float]) -> list[float]:
         """Return what the model is told at `sigmas`, in the scheduler's own arithmetic."""

@@ -35,6 +35,7 @@ class Trajectory:
     targets: torch.Tensor  # the same shape: the velocities
     captions: list[str]
     call: dict = field(default_factory=dict)  # as above, without the caption
+    seeds: list[list[int]] | None = None  # (captions, trajectories), where what pictures say depends on them
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def step_losses(model, objective: Objective, draw: Draw) -> tuple[torch.Tensor, 
     if objective.trajectory is not None:
         points, targets = trajectory_batch(objective.trajectory, draw)
         call = objective.trajectory.call | {"prompt": objective.trajectory.captions[draw.caption]}
+        if seeds := objective.trajectory.seeds:
+            call["seeds"] = [seeds[draw.caption][index] for index in draw.trajectories] * len(sigmas)
         losses = mean_losses(model, points, targets, sigmas, **call)
     if objective.flow is not None:
         points, targets = flow_batch(objective.flow, sigmas, draw.noise)

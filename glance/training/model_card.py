@@ -39,11 +39,12 @@ class Written:
     exported: list[str]  # files for ComfyUI
     validation: LastPicture | None
     place: str  # the repository where it is pushed, else the output folder
+    drawn: bool = True  # whether there are pictures of the caption
 
     @property
     def pictures(self) -> list[str]:
         """Return the names of the caption's pictures: what was trained on or the base drew, then what a pair draws."""
-        return ["instance.png", "glance.png"][: len(self.recipes)]
+        return ["instance.png", "glance.png"][: len(self.recipes)] if self.drawn else []
 
     @property
     def schedule(self) -> Schedule:

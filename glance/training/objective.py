@@ -6,6 +6,7 @@ How a loss is computed is losses.py's business, how a choice is made draws.py's.
 from glance.training import losses
 from glance.training.draws import Draws
 from glance.training.prepare import Prepared
+from glance.training.trajectories import trajectory_seeds
 from glance_utils import PHASES, timesteps_to_sigmas
 
 
@@ -16,7 +17,8 @@ def make_objective(args, prepared: Prepared, phase: str) -> losses.Objective:
     if args.loss == "trajectory":
         places = steps.places(phase)
         points = drawn.starts[:, :, places], drawn.targets[:, :, places]
-        trajectory = losses.Trajectory(*points, prepared.captions, answers.train_call)
+        seeds = trajectory_seeds(args, prepared.captions) if answers.draws_conditions else None
+        trajectory = losses.Trajectory(*points, prepared.captions, answers.train_call, seeds)
         weights = losses.segment_weights(drawn.lengths[places], args.segment_weights)
     if args.loss == "flow" or args.flow_weight:
         weight = args.flow_weight if args.loss == "trajectory" else 1.0

@@ -28,7 +28,14 @@ from glance.ask.guidance import ask_single_branch
 from glance.ask.mixed import branch_calls, check_branches, count_calls
 from glance.ask.prompt_lengths import PromptLengths
 from glance.ask.schedule import ask_timestep_table, walks_given_sigmas
-from glance.ask.velocity import PipelineVelocity, check_instantaneous, check_memoryless, takes_batches, takes_timesteps
+from glance.ask.velocity import (
+    PipelineVelocity,
+    check_instantaneous,
+    check_memoryless,
+    draws_conditions,
+    takes_batches,
+    takes_timesteps,
+)
 from glance.command_line import Settings
 from glance.encoders import free_memory, place_encoders
 from glance.files.further_loras import read_additions
@@ -68,10 +75,11 @@ class Answers:
     timestep_table: list[list[float]] | None  # what its model is told at them (ask_timestep_table)
     shipped: dict[int, Shipped | None]  # search.ask_shipped's, where a number of model calls is asked for
     at_once: dict[str, list[int]]  # how many pictures of a prompt each branch may be asked for, likewise
-    layout: ask_latents.LatentLayout
+    layout: ask_latents.LatentLayout | None  # None where pictures are mixed into the final latents (find_layout)
     image_latents: torch.Tensor | None  # (1, ...) float32; None where there is no image
     noise_scale: float  # how much stronger than standard normal its noise is
     layers: list[str]  # names of the linear layers that the LoRAs adapt
+    draws_conditions: bool  # whether what pictures say depends on a call's seed
     takes_timesteps: bool  # whether the samples of a batch may have different ones
     takes_batches: bool  # whether one step may have several samples
     walks_sigmas: bool  # whether the stock scheduler draws the steps as they are given (walks_given_sigmas)
@@ -134,17 +142,32 @@ def batching(args, pipe, train_call: dict) -> tuple[bool, bool]:
     return mixed, args.train_batch_size * args.timesteps_per_step == 1 or takes_batches(pipe, **train_call)
 
 
+def find_layout(args, pipe, call: dict, tell=logger.info) -> ask_latents.LatentLayout | None:
+    """Return the latents' layout; None where the pipeline mixes its pictures into the final latents, and only the
+    trajectory loss is trained, which needs none. `tell` hears of that. Raise InputError where one is needed."""
+    needed = args.loss != "trajectory" or args.flow_weight or not args.pipeline_images
+    try:
+        return ask_latents.ask_layout(pipe, **call)
+    except InputError as error:
+        if needed:
+            raise
+        if args.validation_prompt:
+            raise InputError(f"--validation_prompt: {error}; leave it out") from error
+        tell(f"No picture is drawn of what is learned: {error}")
+        return None
+
+
 def estimate_run(args, pipe, layers: list[str], call: dict, single_call: dict, size, draws: bool, checkpointing):
     """Return what the run needs (estimate.Estimate), asked of a pipeline whose models have no weights.
 
     `size` is (height, width) in pixels, `draws` whether the base draws before it is trained on, and `checkpointing`
     which micro-steps are measured: without, with, or both. Raise InputError where it cannot be estimated.
     """
-    layout = ask_latents.ask_layout(pipe, **call)
+    layout = find_layout(args, pipe, call, logger.debug)
     train_call, preview_call = trained_call(args, call, single_call), previewed_call(args, call, single_call)
     mixed, batched = batching(args, pipe, train_call)
     model = PipelineVelocity(pipe, takes_timesteps=mixed, takes_batches=batched)
-    latents = torch.zeros(layout.latents_shape)
+    latents = torch.zeros(layout.latents_shape if layout else ask_latents.loop_shape(pipe, **call))
     points = latents.expand(1, args.train_batch_size, args.timesteps_per_step, *latents.shape[1:])
     sigmas = [1 - 0.001 * index for index in range(args.timesteps_per_step)]  # other ones, in the reach of one model
     flow = trajectory = None
@@ -156,7 +179,7 @@ def estimate_run(args, pipe, layers: list[str], call: dict, single_call: dict, s
     noise = torch.zeros(args.train_batch_size * args.timesteps_per_step, *latents.shape[1:])
     draw = Draw(list(range(len(sigmas))), noise, trajectories=tuple(range(args.train_batch_size)))
     trains = args.max_train_steps > 0
-    previews = trains and (len(args.custom_timesteps) == 2 or args.validation_prompt)
+    previews = trains and layout and (len(args.custom_timesteps) == 2 or args.validation_prompt)
     work = estimate.Work(
         train=(lambda: losses.step_losses(model, objective, draw)[0]) if trains else None,
         draw=(lambda: model(latents, 1.0, **call)) if draws else None,
@@ -166,7 +189,7 @@ def estimate_run(args, pipe, layers: list[str], call: dict, single_call: dict, s
         same=preview_call == call,
         accumulates=args.gradient_accumulation_steps > 1,
     )
-    vae = estimate.measure_vae(getattr(pipe, "vae", None), layout, size)
+    vae = estimate.measure_vae(getattr(pipe, "vae", None), layout, size) if layout else (0, 0)
     return estimate.estimate(pipe, layers, args.rank, work, vae, checkpointing, args.lora_dropout)
 
 
@@ -239,8 +262,9 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
             f"--validation_steps: {type(pipe).__name__} guides with a second model, which training does not load; "
             "leave it out, --validation_prompt is drawn at the end"
         )
-    layout = ask_latents.ask_layout(pipe, **call)
+    layout = find_layout(args, pipe, call)
     noise_scale = ask_latents.ask_noise_scale(pipe, **call)
+    draws = bool(args.pipeline_images) and draws_conditions(pipe, **train_call)
     mixed, batched = batching(args, pipe, train_call)
     train_calls = [train_call, single_call] if args.flow_weight else [train_call]
     sizes = batch_sizes(args.train_batch_size, args.timesteps_per_step, mixed, batched)
@@ -259,7 +283,7 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
     remember_captions(pipe, args.validation_prompt, call, [single], [1])
     ask_prompts.free_components(pipe, keep=("vae",))
     accelerator.free_memory()  # of which an image takes the VAE much
-    latents = None if image is None else encode_image(pipe, image, layout, call)
+    latents = None if image is None or layout is None else encode_image(pipe, image, layout, call)
     vae = getattr(pipe, "vae", None)
     ask_prompts.free_components(pipe, **train_call)
     if vae is not None:
@@ -277,6 +301,7 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
         layout=layout,
         image_latents=latents,
         noise_scale=noise_scale,
+        draws_conditions=draws,
         layers=layers,
         takes_timesteps=mixed,
         takes_batches=batched,

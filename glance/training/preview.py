@@ -37,7 +37,8 @@ def draw_preview(prepared, recipes: dict[str, Recipe], output_dir: Path, seed: i
     for phase in recipes:
         folder = output_dir / phase if len(recipes) == 2 else output_dir
         load_lora(pipe, folder / WEIGHT_NAME, phase)
-    latents = preview_latents(pipe, answers, recipes, seed) if len(recipes) == 2 else None
+    draws = len(recipes) == 2 and answers.layout
+    latents = preview_latents(pipe, answers, recipes, seed) if draws else None
     drawn = validation.at_the_end(recipes)
     for part in parts:
         setattr(pipe, part, None)

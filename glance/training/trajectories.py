@@ -94,13 +94,13 @@ class Teacher:
         return points
 
     @torch.no_grad()
-    def check(self, points: list[torch.Tensor], positions: list[int]) -> None:
-        """Raise InputError where a single step, as training sees it, has another velocity than the trajectory has at
-        one of the positions."""
+    def check(self, points: list[torch.Tensor], seed: int, positions: list[int]) -> None:
+        """Raise InputError where a single step, as training sees it, has another velocity than the trajectory of the
+        seed has at one of the positions."""
         model = PipelineVelocity(self.pipe, self.timestep_table, **self.call)
         slopes = segment_slopes(points, self.sigmas)
         for position in positions:
-            velocity = model(points[position], self.sigmas[position]).float().cpu()
+            velocity = model(points[position], self.sigmas[position], [seed]).float().cpu()
             if (error := grids.relative_error(velocity, slopes[position])) > 0.02:
                 raise InputError(
                     f"{type(self.pipe).__name__}: its guidance at timestep {self.timesteps[position]:.0f} depends on "
@@ -150,12 +150,17 @@ def seeds_per_caption(args) -> int:
     return 1 if args.loss == "flow" else args.num_trajectories
 
 
+def trajectory_seeds(args, captions: list[str]) -> list[list[int]]:
+    """Return the seeds of what is learned from, (captions, trajectories of each)."""
+    seeds = seeds_per_caption(args)
+    # Other noises than the preview's, which has --seed itself.
+    return [[args.seed + 1 + i * seeds + k for k in range(seeds)] for i in range(len(captions))]
+
+
 def list_jobs(args, captions: list[str]) -> list[tuple[str, int]]:
     """Return (caption, seed) of every trajectory that is drawn: those that are learned from and, where there would be
     none to measure a sampler by, one more."""
-    seeds = seeds_per_caption(args)
-    # Other noises than the preview's, which has --seed itself.
-    jobs = [(caption, args.seed + 1 + i * seeds + k) for i, caption in enumerate(captions) for k in range(seeds)]
+    jobs = [(caption, seed) for caption, seeds in zip(captions, trajectory_seeds(args, captions)) for seed in seeds]
     if len(jobs) == 1 and (args.grid == "auto" or args.solver == "fitted"):
         jobs.append((captions[0], args.seed + 2))  # nothing is trained on it
     return jobs
@@ -202,7 +207,7 @@ def draw_trajectories(args, accelerator, teacher: Teacher, captions: list[str], 
     points = [torch.cat(parts) for parts in zip(*(shared[index] for index in spread))]
     grid, positions, coefficients, error = choose_sampler(args, teacher, points, jobs[last], shared[last][-1])
     if args.loss == "trajectory" and args.guidance == "keep":
-        teacher.check(shared[0], positions)
+        teacher.check(shared[0], jobs[0][1], positions)
     picture = shared[0][-1]
     if len(order) > len(first):
         stages.enter("drawing")

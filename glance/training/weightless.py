@@ -167,10 +167,21 @@ def answer_zeros(module: torch.nn.Module) -> None:
     weightless(module)
     encode = module.forward
 
-    def forward(*args, **kwargs):
-        output = encode(*without_content(args), **without_content(kwargs))
+    def zeros(output):
         return tree_map_only(FakeTensor, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype), output)
 
+    def forward(*args, **kwargs):
+        return zeros(encode(*without_content(args), **without_content(kwargs)))
+
+    def answer(*args, **kwargs):
+        output = to_latents(*without_content(args), **without_content(kwargs))
+        for part in output.values():
+            if not isinstance(part, torch.Tensor):  # a distribution
+                vars(part).update(zeros(vars(part)))
+        return type(output)(**zeros(dict(output)))
+
+    if to_latents := getattr(module, "encode", None):  # a VAE's: pictures beside the prompt pass it
+        module.encode = answer
     module.forward = forward
     module.to = lambda *args, **kwargs: module  # as some pipelines ask of their VAE while they are built
 
