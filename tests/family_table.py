@@ -1,7 +1,10 @@
-"""Write the table of families in docs/families.md from what tests/test_families.py left in output/families."""
+"""Write the tables in docs/families.md: from what tests/test_families.py left in output/families, and of
+tests/test_pictures_beside.py from output/families/pictures."""
 
 import json
 from pathlib import Path
+
+from tiny_with_pictures import GROUPS, KINDS, call_of
 
 
 ROOT = Path(__file__).parent.parent
@@ -28,8 +31,31 @@ def table() -> str:
     return "\n".join(rows)
 
 
+def picture_table() -> str:
+    paths = (ROOT / "output" / "families" / "pictures").glob("*.json")
+    results = {result["name"]: result for result in (json.loads(path.read_text()) for path in paths)}
+    rows = ["| kind | pipeline | `--pipeline_images` | losses | `--pipeline_kwargs` |", "|---|---|---|---|---|"]
+    for group, kinds in GROUPS.items():
+        for name, kind in kinds.items():
+            losses = "trajectory, flow" if results[name]["flow"] else "trajectory"
+            extra = f"`{json.dumps(call_of(name)[1])}`" if call_of(name)[1] else ""
+            rows.append(f"| {group} | {name} | {', '.join(kind.pictures)} | {losses} | {extra} |")
+    worst = max(result["velocity_error"] for result in results.values())
+    versions = ", ".join(sorted({result["diffusers"] for result in results.values()}))
+    rows.append(
+        f"\n{len({name.split()[0] for name in KINDS})} pipelines, diffusers {versions}. Largest error of the velocity "
+        f"against the stock pipeline, before and after its encoders are freed, {worst:.1e}.\n"
+    )
+    return "\n".join(rows)
+
+
+def write(page: Path, start: str, table: str, end: str) -> None:
+    before, rest = page.read_text().split(start)
+    page.write_text(before + start + table + end + rest.split(end)[1])
+
+
 if __name__ == "__main__":
     page = ROOT / "docs" / "families.md"
-    before, rest = page.read_text().split(START)
-    page.write_text(before + START + table() + END + rest.split(END)[1])
-    print(f"{page}: table of families written")
+    write(page, START, table(), END)
+    write(page, "<!-- pictures -->\n", picture_table(), "<!-- end of pictures -->")
+    print(f"{page}: tables of families written")

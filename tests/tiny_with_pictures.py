@@ -111,87 +111,98 @@ MASKED = ("image", "mask_image")
 KONTEXT = {"max_area": 1024, "_auto_resize": False}
 FRAMES = {"num_frames": 5}
 
-KINDS = {
-    # Edit and reference
-    "FluxKontextPipeline": Kind("flux", more=KONTEXT),
-    "Flux2Pipeline": Kind("flux2", size=64),
-    "Flux2KleinPipeline": Kind("flux2_klein", size=64),
-    "QwenImageEditPipeline": Kind("qwen", parts=QWEN_EDIT, size=64),
-    "QwenImageEditPlusPipeline": Kind("qwen", parts=QWEN_EDIT, size=64),
-    "QwenImage21Pipeline": Kind(
-        "qwen21", parts={"text_encoder": qwen3_vl_of_large_patches, "processor": vision_processor}
-    ),
-    "LongCatImageEditPipeline": Kind("longcat", parts={"text_processor": vision_processor, "vae": small_longcat_vae}),
-    "Kandinsky5I2IPipeline": Kind("kandinsky5", config={"visual_cond": True}, parts={"tokenizer": vision_processor}),
-    "BriaFibo2Pipeline": Kind("bria_fibo2"),
-    # Image to image
-    "FluxImg2ImgPipeline": Kind("flux"),
-    "StableDiffusion3Img2ImgPipeline": Kind("sd3"),
-    "QwenImageImg2ImgPipeline": Kind("qwen"),
-    "ChromaImg2ImgPipeline": Kind("chroma"),
-    "ZImageImg2ImgPipeline": Kind("z_image"),
-    # Control
-    "FluxControlPipeline": Kind("flux", ("control_image",), config=CONTROL),
-    "FluxControlImg2ImgPipeline": Kind("flux", ("image", "control_image"), config=CONTROL),
-    "FluxControlNetPipeline": Kind("flux", ("control_image",), parts=FLUX_CONTROLNET),
-    "FluxControlNetImg2ImgPipeline": Kind("flux", ("image", "control_image"), parts=FLUX_CONTROLNET),
-    "StableDiffusion3ControlNetPipeline": Kind(
-        "sd3", ("control_image",), parts={"controlnet": of_its_config(diffusers.SD3ControlNetModel)}
-    ),
-    "QwenImageControlNetPipeline": Kind(
-        "qwen", ("control_image",), parts={"controlnet": of_its_config(diffusers.QwenImageControlNetModel)}
-    ),
-    "CogView4ControlPipeline": Kind("cogview4", ("control_image",), config={"in_channels": 2 * LATENT_CHANNELS}),
-    # Fill and inpaint
-    "FluxFillPipeline": Kind("flux", MASKED, config=FILL),
-    "FluxInpaintPipeline": Kind("flux", MASKED),
-    "FluxKontextInpaintPipeline": Kind("flux", MASKED, KONTEXT),
-    "FluxControlInpaintPipeline": Kind("flux", (*MASKED, "control_image"), config=CONTROL),
-    "FluxControlNetInpaintPipeline": Kind("flux", (*MASKED, "control_image"), parts=FLUX_CONTROLNET),
-    "Flux2KleinInpaintPipeline": Kind("flux2_klein", MASKED, size=64),
-    "StableDiffusion3InpaintPipeline": Kind(
-        "sd3", MASKED, config={"in_channels": 16, "out_channels": 16}, parts={"vae": wide_sd3_vae}
-    ),
-    "StableDiffusion3ControlNetInpaintingPipeline": Kind(
-        "sd3",
-        ("control_image", "control_mask"),
-        parts={"controlnet": of_its_config(diffusers.SD3ControlNetModel, extra_conditioning_channels=1)},
-    ),
-    "QwenImageInpaintPipeline": Kind("qwen", MASKED),
-    "QwenImageEditInpaintPipeline": Kind("qwen", MASKED, parts=QWEN_EDIT, size=64),
-    "QwenImageControlNetInpaintPipeline": Kind(
-        "qwen",
-        ("control_image", "control_mask"),
-        parts={"controlnet": of_its_config(diffusers.QwenImageControlNetModel, extra_condition_channels=4)},
-    ),
-    "ZImageInpaintPipeline": Kind("z_image", MASKED),
-    # Image to video
-    "WanImageToVideoPipeline": Kind("wan", more=FRAMES, config=WAN_I2V, parts=CLIP_VISION),
-    "WanImageToVideoPipeline of 2.2": Kind("wan22", more=FRAMES, init={"expand_timesteps": True}),
-    "SkyReelsV2ImageToVideoPipeline": Kind("skyreels", more=FRAMES, config=WAN_I2V, parts=CLIP_VISION),
-    "LTXImageToVideoPipeline": Kind("ltx", more={"num_frames": 9}),
-    "LTXConditionPipeline": Kind("ltx_condition", more={"num_frames": 9, "image_cond_noise_scale": 0.0}),
-    "HunyuanVideo15ImageToVideoPipeline": Kind(
-        "hunyuan_video15", more=FRAMES, config={"task_type": "i2v"}, parts=SIGLIP_VISION
-    ),
-    "HunyuanSkyreelsImageToVideoPipeline": Kind(
-        "hunyuan_video", more=FRAMES, config={"in_channels": 2 * LATENT_CHANNELS}
-    ),
-    "Kandinsky5I2VPipeline": Kind("kandinsky5_video", more=FRAMES),
-    "MotifVideoImage2VideoPipeline": Kind(
-        "motif_video", more=FRAMES, config={"image_embed_dim": 16}, parts={"feature_extractor": siglip_images}
-    ),
-    "SanaImageToVideoPipeline": Kind("sana_video", more={"frames": 5}),
-    # Video to video
-    "WanVideoToVideoPipeline": Kind("wan", ("video",)),
-    "WanVACEPipeline": Kind(
-        "wan",
-        ("video", "mask"),
-        FRAMES,
-        parts={"transformer": of_its_config(diffusers.WanVACETransformer3DModel, **VACE)},
-    ),
-    "LucyEditPipeline": Kind("wan22", ("video",), config={"in_channels": 2 * LATENT_CHANNELS}),
+GROUPS = {
+    "edit, reference": {
+        "FluxKontextPipeline": Kind("flux", more=KONTEXT),
+        "Flux2Pipeline": Kind("flux2", size=64),
+        "Flux2KleinPipeline": Kind("flux2_klein", size=64),
+        "QwenImageEditPipeline": Kind("qwen", parts=QWEN_EDIT, size=64),
+        "QwenImageEditPlusPipeline": Kind("qwen", parts=QWEN_EDIT, size=64),
+        "QwenImage21Pipeline": Kind(
+            "qwen21", parts={"text_encoder": qwen3_vl_of_large_patches, "processor": vision_processor}
+        ),
+        "LongCatImageEditPipeline": Kind(
+            "longcat", parts={"text_processor": vision_processor, "vae": small_longcat_vae}
+        ),
+        "Kandinsky5I2IPipeline": Kind(
+            "kandinsky5", config={"visual_cond": True}, parts={"tokenizer": vision_processor}
+        ),
+        "BriaFibo2Pipeline": Kind("bria_fibo2"),
+    },
+    "image to image": {
+        "FluxImg2ImgPipeline": Kind("flux"),
+        "StableDiffusion3Img2ImgPipeline": Kind("sd3"),
+        "QwenImageImg2ImgPipeline": Kind("qwen"),
+        "ChromaImg2ImgPipeline": Kind("chroma"),
+        "ZImageImg2ImgPipeline": Kind("z_image"),
+    },
+    "control": {
+        "FluxControlPipeline": Kind("flux", ("control_image",), config=CONTROL),
+        "FluxControlImg2ImgPipeline": Kind("flux", ("image", "control_image"), config=CONTROL),
+        "FluxControlNetPipeline": Kind("flux", ("control_image",), parts=FLUX_CONTROLNET),
+        "FluxControlNetImg2ImgPipeline": Kind("flux", ("image", "control_image"), parts=FLUX_CONTROLNET),
+        "StableDiffusion3ControlNetPipeline": Kind(
+            "sd3", ("control_image",), parts={"controlnet": of_its_config(diffusers.SD3ControlNetModel)}
+        ),
+        "QwenImageControlNetPipeline": Kind(
+            "qwen", ("control_image",), parts={"controlnet": of_its_config(diffusers.QwenImageControlNetModel)}
+        ),
+        "CogView4ControlPipeline": Kind("cogview4", ("control_image",), config={"in_channels": 2 * LATENT_CHANNELS}),
+    },
+    "fill, inpaint": {
+        "FluxFillPipeline": Kind("flux", MASKED, config=FILL),
+        "FluxInpaintPipeline": Kind("flux", MASKED),
+        "FluxKontextInpaintPipeline": Kind("flux", MASKED, KONTEXT),
+        "FluxControlInpaintPipeline": Kind("flux", (*MASKED, "control_image"), config=CONTROL),
+        "FluxControlNetInpaintPipeline": Kind("flux", (*MASKED, "control_image"), parts=FLUX_CONTROLNET),
+        "Flux2KleinInpaintPipeline": Kind("flux2_klein", MASKED, size=64),
+        "StableDiffusion3InpaintPipeline": Kind(
+            "sd3", MASKED, config={"in_channels": 16, "out_channels": 16}, parts={"vae": wide_sd3_vae}
+        ),
+        "StableDiffusion3ControlNetInpaintingPipeline": Kind(
+            "sd3",
+            ("control_image", "control_mask"),
+            parts={"controlnet": of_its_config(diffusers.SD3ControlNetModel, extra_conditioning_channels=1)},
+        ),
+        "QwenImageInpaintPipeline": Kind("qwen", MASKED),
+        "QwenImageEditInpaintPipeline": Kind("qwen", MASKED, parts=QWEN_EDIT, size=64),
+        "QwenImageControlNetInpaintPipeline": Kind(
+            "qwen",
+            ("control_image", "control_mask"),
+            parts={"controlnet": of_its_config(diffusers.QwenImageControlNetModel, extra_condition_channels=4)},
+        ),
+        "ZImageInpaintPipeline": Kind("z_image", MASKED),
+    },
+    "image to video": {
+        "WanImageToVideoPipeline": Kind("wan", more=FRAMES, config=WAN_I2V, parts=CLIP_VISION),
+        "WanImageToVideoPipeline of 2.2": Kind("wan22", more=FRAMES, init={"expand_timesteps": True}),
+        "SkyReelsV2ImageToVideoPipeline": Kind("skyreels", more=FRAMES, config=WAN_I2V, parts=CLIP_VISION),
+        "LTXImageToVideoPipeline": Kind("ltx", more={"num_frames": 9}),
+        "LTXConditionPipeline": Kind("ltx_condition", more={"num_frames": 9, "image_cond_noise_scale": 0.0}),
+        "HunyuanVideo15ImageToVideoPipeline": Kind(
+            "hunyuan_video15", more=FRAMES, config={"task_type": "i2v"}, parts=SIGLIP_VISION
+        ),
+        "HunyuanSkyreelsImageToVideoPipeline": Kind(
+            "hunyuan_video", more=FRAMES, config={"in_channels": 2 * LATENT_CHANNELS}
+        ),
+        "Kandinsky5I2VPipeline": Kind("kandinsky5_video", more=FRAMES),
+        "MotifVideoImage2VideoPipeline": Kind(
+            "motif_video", more=FRAMES, config={"image_embed_dim": 16}, parts={"feature_extractor": siglip_images}
+        ),
+        "SanaImageToVideoPipeline": Kind("sana_video", more={"frames": 5}),
+    },
+    "video to video": {
+        "WanVideoToVideoPipeline": Kind("wan", ("video",)),
+        "WanVACEPipeline": Kind(
+            "wan",
+            ("video", "mask"),
+            FRAMES,
+            parts={"transformer": of_its_config(diffusers.WanVACETransformer3DModel, **VACE)},
+        ),
+        "LucyEditPipeline": Kind("wan22", ("video",), config={"in_channels": 2 * LATENT_CHANNELS}),
+    },
 }
+KINDS = {name: kind for group in GROUPS.values() for name, kind in group.items()}
 
 
 def make(name: str, folder) -> Path:

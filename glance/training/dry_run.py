@@ -62,7 +62,7 @@ def parts(settings, needed: Estimate, choice: Choice, captions: list[str]) -> di
         phases, calls = 1, calls_of(settings)
     micro_steps = phases * settings.max_train_steps * settings.gradient_accumulation_steps
     found["training"] = micro_steps * calls, needed.training_step(choice)
-    if len(settings.custom_timesteps) == 2:
+    if len(settings.custom_timesteps) == 2 and needed.preview:
         found["preview"] = steps, needed.preview
     if settings.validation_prompt:
         every, most = settings.validation_steps, settings.max_train_steps

@@ -195,7 +195,8 @@ def estimate(
     """
     transformer = denoiser(pipe)
     with_adapters(transformer).requires_grad_(False)
-    base = {quantization: base_bytes(transformer, quantization) for quantization in QUANTIZATIONS}
+    beside = sum(bytes_of(model) for model in ask.controlnets(pipe).values())  # whatever the base is quantized to
+    base = {quantization: base_bytes(transformer, quantization) + beside for quantization in QUANTIZATIONS}
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
     linear = [layer.weight for layer in transformer.modules() if isinstance(layer, torch.nn.Linear)]
     layer = max(weight.numel() * weight.element_size() for weight in linear)

@@ -4,6 +4,7 @@ The numbers of steps in the settings may be None, "as the base has them"; here t
 """
 
 import logging
+import re
 from dataclasses import dataclass
 
 from glance.ask.sampler import most_positions
@@ -16,6 +17,9 @@ from glance_utils import InputError, derive_timesteps, grid_positions
 logger = logging.getLogger(__name__)
 
 BASE_STEPS, STEPS = 50, 10  # unless flags or the base say otherwise
+MOST_OF_FEW = 16  # steps that a base is distilled to
+# Names of such bases: FLUX.1-schnell, Z-Image-Turbo, Qwen-Image-Lightning-8steps, ...
+FEW_STEPS = re.compile(r"schnell|turbo|lightning|distill|(?<![a-z])(lcm|dmd2?|hyper)(?![a-z])|\d[-_ ]?steps?", re.I)
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ def choose_steps(args: Settings, pipe, call: dict) -> tuple[Settings, list[float
     base_timesteps = ask_timesteps(pipe, asked_for, **call)
     fixed = has_own_steps(pipe, asked_for, **call)
     walked, grid = len(base_timesteps), "even" if args.grid == "auto" else args.grid
+    warn_of_few(args, pipe, walked)
     count = choose_count(args, pipe, grid, walked, fixed)
     positions = grid_positions(grid, count, walked)
     settings = args.replace(num_base_steps=walked, num_inference_steps=count)
@@ -107,6 +112,32 @@ def choose_steps(args: Settings, pipe, call: dict) -> tuple[Settings, list[float
     if args.flow_custom_timesteps:
         warn_of_distance(steps.phases, derive_timesteps(base_timesteps, positions))
     return settings, base_timesteps, steps
+
+
+def found_distilled(args, pipe) -> str | None:
+    """Return what says that the base draws in few steps already: its configuration, its name, or that of a LoRA on it;
+    None where nothing does."""
+    if pipe.config.get("is_distilled"):
+        return "its model_index.json says is_distilled"
+    paths = [args.pretrained_model_name_or_path, str(pipe.config.get("_name_or_path"))]
+    for path in [*paths, *(source for source, _ in args.base_lora)]:
+        # The last part, and of a snapshot in the hub's cache the repository's.
+        names = [re.split(r"[\\/]", path.rstrip("\\/"))[-1], *re.findall("models--[^/]+", path)]
+        if found := next((name for name in names if FEW_STEPS.search(name)), None):
+            return f"by the name of {found}"
+    return None
+
+
+def warn_of_few(args, pipe, walked: int) -> None:
+    """Warn of a base that was distilled to few steps and is to be imitated in many."""
+    if walked <= MOST_OF_FEW or not (reason := found_distilled(args, pipe)):
+        return
+    guidance = "" if pipe.config.get("is_distilled") else ", and its --guidance_scale, often 0 or 1"
+    logger.warning(
+        f"{args.pretrained_model_name_or_path}: it draws in few steps already ({reason}), and imitating {walked} of "
+        "them gains nothing; give --num_base_steps as its card says, with half as many --num_inference_steps, such as "
+        f"8 and 4{guidance}"
+    )
 
 
 def warn_of_distance(phases: dict[str, list[float]], derived: dict[str, list[float]]) -> None:
