@@ -221,6 +221,12 @@ def further_arguments(args, recipe: Recipe, schedule: Schedule | None) -> dict:
     return kept | args.pipeline_kwargs | images
 
 
+def fps_of(args, pipe) -> float:
+    """Return how many frames a second a video is written with: --fps, or what the pipeline's call says, else 16."""
+    said = ask.accepted_arguments(pipe).get("frame_rate")
+    return args.fps or args.pipeline_kwargs.get("frame_rate") or (said and said.default) or 16
+
+
 def draw_all(
     args, state, pipe, schedule: Schedule, base_steps: list[int], calls: list[dict], jobs: list, files: list[Path]
 ) -> tuple[list[Written], list[str]]:
@@ -243,11 +249,13 @@ def draw_all(
                 failed.append(f"{files[number].name} was not written: {error}")
                 logger.warning(failed[-1])
                 continue
-            _, image, seconds, count, _ = row[-1]
+            _, frames, seconds, count, _ = row[-1]
             if not drawn:
-                check_size(pipe, calls[number], image)
+                check_size(pipe, calls[number], frames[0])
+                if len(frames) > 1 and not pictures.plays(Path(args.output)):
+                    logger.warning(f"--output {args.output}: 1 of {len(frames)} frames; end it in .mp4 or .webp")
             strip = draw_strip(row, jobs[number][0], first and not single) if args.compare else None
-            pictures.save_image(strip or image, files[number])
+            pictures.save_frames(strip or frames, files[number], fps_of(args, pipe))
             drawn.append(Written(number, strip, seconds, count, first, errors_of(row)))
     return drawn, failed
 
@@ -310,7 +318,7 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
         drawn, failed = (sum(distribution.gather_on_host(part), []) for part in (drawn, failed))
         drawn.sort(key=lambda picture: picture.number)
         if state.is_main_process and args.compare and drawn:
-            pictures.save_image(pictures.stack_rows([picture.strip for picture in drawn]), output)
+            pictures.save_frames(pictures.stack_videos([one.strip for one in drawn]), output, fps_of(args, pipe))
             for picture in drawn:
                 files[picture.number].unlink(missing_ok=True)
     distribution.leave()

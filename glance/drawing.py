@@ -28,20 +28,25 @@ logger = logging.getLogger(__name__)
 
 
 class Drawn(NamedTuple):
-    """A picture, what it cost and what it was decoded from."""
+    """A picture or a video, what it cost and what it was decoded from."""
 
     label: str
-    image: Image.Image
+    frames: list[Image.Image]  # a picture is one
     seconds: float
     calls: int  # of the model
     latents: torch.Tensor  # the final ones, (1, ...) float32 on the CPU
+
+    @property
+    def image(self) -> Image.Image:
+        """Return the picture, or the first frame."""
+        return self.frames[0]
 
 
 class Written(NamedTuple):
     """What is told of a picture that was drawn and written."""
 
     number: int
-    strip: Image.Image | None  # of the comparison
+    strip: list[Image.Image] | None  # of the comparison, a frame for each of its videos'
     seconds: float
     calls: int
     is_first: bool  # that its process drew
@@ -69,8 +74,8 @@ class Counter:
             self.calls += len(ask.model_input(args, kwargs))
 
 
-def timed(pipe, counter, draw) -> tuple[Image.Image, float, int, torch.Tensor]:
-    """Draw one picture by draw(**kwargs); return it, its seconds, its model calls and its final latents.
+def timed(pipe, counter, draw) -> tuple[list[Image.Image], float, int, torch.Tensor]:
+    """Draw one picture by draw(**kwargs); return its frames, its seconds, its model calls and its final latents.
 
     Raise InputError where the pipeline refuses, FloatingPointError where the latents or the pixels are not finite.
     """
@@ -78,8 +83,8 @@ def timed(pipe, counter, draw) -> tuple[Image.Image, float, int, torch.Tensor]:
     start = time.perf_counter()
     with ask.refusals(pipe), ask_latents.finite_pictures(pipe):
         output, latents = draw(output_type="pil", return_dict=False)
-        image = ask.first_picture(output)
-    return image, time.perf_counter() - start, counter.calls, latents.to("cpu", torch.float32)
+        frames = ask.first_frames(output)
+    return frames, time.perf_counter() - start, counter.calls, latents.to("cpu", torch.float32)
 
 
 def check_size(pipe, call: dict, image: Image.Image) -> None:
@@ -185,11 +190,13 @@ def errors_of(row: list[Drawn]) -> dict[str, float]:
     return {drawn.label: relative_error(drawn.latents, row[0].latents) for drawn in row[1:]}
 
 
-def draw_strip(row: list[Drawn], prompt: str, first: bool) -> Image.Image:
-    """Return a row of the comparison; that of the `first` of several pictures says that its seconds are the longest:
-    memory is laid out then, and with --compile compiled."""
+def draw_strip(row: list[Drawn], prompt: str, first: bool) -> list[Image.Image]:
+    """Return a row of the comparison, of videos one for each of their frames; that of the `first` of several pictures
+    says that its seconds are the longest: memory is laid out then, and with --compile compiled."""
     seconds = "first {:.2f} s" if first else "{:.2f} s"
     details = [f"{seconds.format(drawn.seconds)}, {drawn.calls} model calls" for drawn in row]
     errors = ["", *(f"\nerror {error:.4f} to the full run" for error in errors_of(row).values())]
-    labelled = [(drawn.label, drawn.image, cost + error) for drawn, cost, error in zip(row, details, errors)]
-    return pictures.draw_row(labelled, prompt)
+    return [
+        pictures.draw_row([(drawn.label, image, cost + error) for drawn, image, cost, error in columns], prompt)
+        for columns in (zip(row, images, details, errors) for images in zip(*(drawn.frames for drawn in row)))
+    ]

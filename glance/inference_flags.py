@@ -72,6 +72,7 @@ def add_pictures(parser: cli.Parser) -> None:
     add("--prompt", action="append", help="what to draw; may be given several times")
     add_shared(group, "--prompts_file", help="a text file of prompts, one a line")
     add("--output", default="out.png", help="the picture's file; out-000.png, ... where there are several")
+    add("--fps", type=cli.positive(float), help="of a video; the pipeline's own frame_rate, else 16")
     add("--num_images", type=cli.positive(int), default=1, help="images per prompt")
     add("--pipeline_class", help="another of diffusers' pipelines for the same weights, such as FluxImg2ImgPipeline")
     add("--controlnet", help="with a ControlNet pipeline: its model, folder or hub id")

@@ -41,6 +41,7 @@ SHARED = {
         "type": cli.finite,
         "help": "strength of guidance by a negative prompt, beside a guidance that the model is told",
     },
+    "--num_frames": {"type": cli.positive(int), "help": "of a video; 1 where an image is learned"},
     "--guidance_scale": {"type": cli.finite},
     "--guidance": {"choices": ("keep", "fold", "mix")},
     "--flow_custom_timesteps": {"type": cli.comma_separated},
@@ -66,7 +67,7 @@ SHARED = {
 
 
 # Arguments of the pipeline's call, where it has them: short for --pipeline_kwargs.
-CALL_FLAGS = ("max_sequence_length", "negative_prompt", "true_cfg_scale")
+CALL_FLAGS = ("max_sequence_length", "negative_prompt", "true_cfg_scale", "num_frames")
 
 
 def merge_call_flags(values: dict) -> dict:

@@ -78,7 +78,7 @@ def without_loras(pipe, call, folder) -> Image.Image:
     schedule = dataclasses.replace(schedule, timestep_table=ask_timestep_table(pipe, 50, **call))
     with base_inference(pipe, schedule) as steps, ask.plain_call(pipe, call | steps) as arguments:
         output = pipe(**arguments, generator=torch.Generator().manual_seed(0), output_type="pil", return_dict=False)
-    return ask.first_picture(output)
+    return ask.first_frames(output)[0]
 
 
 def guidance_kind(pipe, call, off) -> str:

@@ -111,7 +111,7 @@ def test_pixels_without_a_vae_and_videos_are_looked_at_too(name, tmp_path):
     call |= {"num_inference_steps": 2, "return_dict": False}
 
     def draw():
-        return np.asarray(ask.first_picture(pipe(**call, generator=torch.Generator().manual_seed(0))))
+        return np.asarray(ask.first_frames(pipe(**call, generator=torch.Generator().manual_seed(0)))[0])
 
     stock = draw()
     with ask_latents.finite_pictures(pipe):
@@ -257,16 +257,16 @@ def test_two_processes_share_the_rows(trained, pipelines, tmp_path):
 
 
 def test_a_full_disk_keeps_what_was_drawn(trained, infer, monkeypatch, tmp_path, capsys):
-    save_image, saved = pictures.save_image, []
+    save_frames, saved = pictures.save_frames, []
 
-    def save(image, path):
-        saved.append(path)
+    def save(*args):
+        saved.append(args)
         if len(saved) == 1:
-            return save_image(image, path)
+            return save_frames(*args)
         with full_disk(500):
-            return save_image(image, path)
+            return save_frames(*args)
 
-    monkeypatch.setattr(pictures, "save_image", save)
+    monkeypatch.setattr(pictures, "save_frames", save)
     monkeypatch.setattr(sys, "argv", ["infer_glance.py"])
     with pytest.raises(SystemExit) as end:
         cli.run(lambda: infer(lora=trained(), num_images=3))

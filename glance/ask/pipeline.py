@@ -165,16 +165,22 @@ def frames_argument(kind: type[DiffusionPipeline]) -> str | None:
     return next((name for name in arguments_of(kind) if re.fullmatch("(num_)?frames", name)), None)
 
 
+def with_frames_named(kind: type[DiffusionPipeline], arguments: dict) -> dict:
+    """Return a call's further arguments with `num_frames` under the name that the class has for it."""
+    named = frames_argument(kind)
+    return {named if key == "num_frames" and named else key: value for key, value in arguments.items()}
+
+
 def batch_argument(pipe: DiffusionPipeline) -> str:
     """Return the name of the call argument that is the number of pictures of one prompt."""
     return "num_images_per_prompt" if "num_images_per_prompt" in accepted_arguments(pipe) else "num_videos_per_prompt"
 
 
-def first_picture(output) -> Image.Image:
-    """Return the first picture of what a pipeline returned for output_type="pil"; of a video its first frame."""
-    while not isinstance(output, Image.Image):
+def first_frames(output) -> list[Image.Image]:
+    """Return the first picture of what a pipeline returned for output_type="pil", or all frames of its first video."""
+    while not isinstance(output[0], Image.Image):
         output = output[0]
-    return output
+    return list(output)
 
 
 class _ModularIndex(ConfigMixin):
@@ -280,6 +286,7 @@ def call_arguments(pipe: DiffusionPipeline, prompt, height, width, guidance_scal
     reserved = {"prompt", "height", "width", "latents", "sigmas", "timesteps", "num_inference_steps", "output_type"}
     reserved |= {"return_dict", "generator", "num_images_per_prompt", "callback_on_step_end", "self"}
     accepted = set(accepted_arguments(pipe)) - reserved - {"callback_on_step_end_tensor_inputs"}
+    extra = with_frames_named(type(pipe), extra)
     arguments = extra if guidance_scale is None else extra | {"guidance_scale": guidance_scale}
     for key in arguments:
         if key not in accepted:

@@ -4,10 +4,12 @@ What a kind of file can hold is asked of Pillow, not listed here. The layout of 
 """
 
 import bisect
+import importlib.util
 import io
 import os
 from pathlib import Path
 
+from diffusers.utils import export_to_video
 from PIL import Image, ImageDraw, ImageFont
 
 from glance.ask.pipeline import first_line
@@ -21,6 +23,13 @@ GAP = 12  # around a picture
 LINE = 22  # height of a line of text
 LEAST_WIDTH = 256  # of a picture
 JPEG_LIMIT = 65500  # pixels; libjpeg itself says so on stderr
+MOVING = ("WEBP", "GIF", "PNG", "AVIF")  # Pillow's kinds of file that play several frames
+VIDEO = ".mp4"
+
+
+def plays(path: Path) -> bool:
+    """Return whether a file of this name can hold several frames."""
+    return path.suffix.lower() == VIDEO or _kind(path) in MOVING
 
 
 def files_of(output: Path, count: int, compare: bool) -> list[Path]:
@@ -38,11 +47,16 @@ def check_output(output: Path, names: list[Path], size: tuple[int, int] | None) 
 
     `names` are the files that will be, all of the kind that `output`, the user's word for them, says by its ending.
     """
-    if _kind(output) not in Image.SAVE:
-        raise InputError(f"--output {output}: not an image file name; end it in .png, .jpg or .webp")
+    is_video = output.suffix.lower() == VIDEO
+    if is_video and not all(map(importlib.util.find_spec, ("imageio", "imageio_ffmpeg"))):
+        raise InputError(
+            f"--output {output}: {VIDEO} is written by imageio; pip install imageio imageio-ffmpeg, or end it in .webp"
+        )
+    if _kind(output) not in Image.SAVE and not is_video:
+        raise InputError(f"--output {output}: not an image file name; end it in .png, .jpg, .webp or {VIDEO}")
     width, height = size or (64, 64)
     for trial in ((width, 1), (1, height)):  # limits are on the sides, and so it takes no time
-        if not _can_be_written(_kind(output), trial):
+        if not is_video and not _can_be_written(_kind(output), trial):
             raise InputError(
                 f"--output {output}: {_kind(output)} holds no picture of {width}x{height}; end it in .png"
                 if size
@@ -89,13 +103,26 @@ def save_png(image: Image.Image, path: Path) -> None:
     replace_file(path, lambda temporary: image.save(temporary, format="PNG"))
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write a picture, whole or not at all; raise InputError where it cannot be written."""
+def save_frames(frames: list[Image.Image], path: Path, fps: float) -> None:
+    """Write a picture, or the frames of a video at so many a second, whole or not at all; where the kind of file plays
+    none, the first frame. Raise InputError where it cannot be written."""
     kind = _kind(path)
-    image = image.convert("RGB") if kind == "JPEG" else image  # some draw RGBA
+    if kind == "JPEG":
+        frames = [frame.convert("RGB") for frame in frames]  # some draw RGBA
+    moving = {"save_all": True, "append_images": frames[1:], "duration": round(1000 / fps), "loop": 0}
+    options = moving if len(frames) > 1 and kind in MOVING else {}
+
+    def write(temporary: Path) -> None:
+        if path.suffix.lower() == VIDEO:
+            named = temporary.with_name(f"{temporary.name}{VIDEO}")  # the writer goes by the ending
+            export_to_video([frame.convert("RGB") for frame in frames], str(named), fps, quality=8, macro_block_size=2)
+            named.replace(temporary)
+        else:
+            frames[0].save(temporary, format=kind, **options)
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda temporary: image.save(temporary, format=kind))
+        replace_file(path, write)
     except Exception as error:  # a full disk, a folder that went; and each kind refuses in its own way
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(
@@ -141,6 +168,12 @@ def _shortened(text: str, font, width: int) -> str:
         return text
     fits = bisect.bisect(range(len(text)), width, key=lambda count: font.getlength(text[:count] + "..."))
     return text[: max(fits - 1, 0)].rstrip() + "..."
+
+
+def stack_videos(rows: list[list[Image.Image]]) -> list[Image.Image]:
+    """Return several comparisons, frame by frame, as one; a shorter one rests on its last frame."""
+    longest = max(map(len, rows))
+    return [stack_rows([row[min(number, len(row) - 1)] for row in rows]) for number in range(longest)]
 
 
 def stack_rows(rows: list[Image.Image]) -> Image.Image:

@@ -67,10 +67,13 @@ def drawn_near(pipe: DiffusionPipeline, height: int, width: int, **call) -> tupl
 
 def with_one_frame(args: Settings) -> Settings:
     """Return the settings, for a pipeline of video that is to learn from an image with one frame in its call, unless
-    --pipeline_kwargs says how many."""
+    --num_frames says how many."""
     path = args.pretrained_model_name_or_path
     kind = getattr(diffusers, ask.read_model_index(path, **cli.load_arguments(args))["_class_name"], None)
-    if kind is None or not any(getattr(args, source) for source in SOURCES):
+    if kind is None:
+        return args
+    args = args.replace(pipeline_kwargs=ask.with_frames_named(kind, args.pipeline_kwargs))
+    if not any(getattr(args, source) for source in SOURCES):
         return args
     name = ask.frames_argument(kind)
     if name is None or name in args.pipeline_kwargs:

@@ -1,0 +1,93 @@
+"""Videos: every frame is drawn, written and compared."""
+
+import imageio.v3
+import numpy as np
+import pytest
+from conftest import REFUSED, run_train
+from PIL import Image, ImageSequence
+from test_families import FAMILIES
+
+from glance.files import pictures
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    return FAMILIES["wan"][0](tmp_path_factory.mktemp("wan") / "base")
+
+
+@pytest.fixture(scope="module")
+def video_pair(wan, tmp_path_factory):
+    return train_on_frames(wan, tmp_path_factory.mktemp("pair") / "output")
+
+
+def train_on_frames(base, output, **others):
+    settings = {"resolution": 32, "num_frames": 5, "loss": "trajectory", "instance_prompt": "a red ring rolls"}
+    settings |= {"num_base_steps": 6, "num_inference_steps": 2, "num_trajectories": 1, "max_train_steps": 1}
+    return run_train({"pretrained_model_name_or_path": base, "output_dir": output}, settings | others)
+
+
+def frames_in(path) -> list[np.ndarray]:
+    if path.suffix == ".mp4":
+        return list(imageio.v3.imread(path, plugin="FFMPEG"))
+    with Image.open(path) as file:
+        return [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(file)]
+
+
+@pytest.mark.families
+def test_all_frames_are_written(wan, video_pair, infer, tmp_path, caplog):
+    shown = {}
+    for ending in ("png", "webp", "gif", "mp4", "jpg"):
+        path = infer(wan, lora=video_pair, output=tmp_path / f"out.{ending}", fps=8)
+        shown[ending] = frames_in(path)
+        told = [record.getMessage() for record in caplog.records if "1 of 5 frames" in record.getMessage()]
+        assert len(told) == (ending == "jpg")
+    assert {ending: len(frames) for ending, frames in shown.items()} == dict.fromkeys(shown, 5) | {"jpg": 1}
+    assert not any(np.array_equal(one, other) for one, other in zip(shown["png"], shown["png"][1:]))
+    exact = np.stack(shown["png"]).astype(float)
+    for ending in ("webp", "gif", "mp4"):
+        frames = np.stack(shown[ending])
+        assert 2 * np.abs(frames - exact).mean() < np.abs(frames - np.roll(exact, 1, axis=0)).mean(), ending
+    with Image.open(tmp_path / "out.webp") as file:
+        file.seek(1)
+        file.load()
+        assert file.info["duration"] == 125
+    assert imageio.v3.immeta(tmp_path / "out.mp4", plugin="FFMPEG")["fps"] == 8
+
+
+@pytest.mark.families
+def test_the_number_of_frames_is_the_callers(wan, video_pair, infer, tmp_path):
+    assert len(frames_in(infer(wan, lora=video_pair, output=tmp_path / "out.webp", num_frames=9))) == 9
+    assert len(frames_in(infer(wan, lora=video_pair, output=tmp_path / "one.png", num_frames=1))) == 1
+
+
+@pytest.mark.families
+def test_videos_are_compared_frame_by_frame(wan, video_pair, infer, tmp_path):
+    path = infer(wan, lora=video_pair, output=tmp_path / "out.webp", compare=True, prompt=["a ring", "a disc"])
+    frames = frames_in(path)
+    height, width, _ = frames[0].shape
+    assert len(frames) == 5 and (width, height) == pictures.comparison_size((32, 32), 4, 2, details=2)
+    assert not np.array_equal(frames[0], frames[4]) and [file.name for file in tmp_path.iterdir()] == ["out.webp"]
+
+
+def test_a_video_needs_its_writer(trained, infer, tmp_path, monkeypatch):
+    find = pictures.importlib.util.find_spec
+    missing = lambda name, *others: None if name == "imageio_ffmpeg" else find(name, *others)  # noqa: E731
+    monkeypatch.setattr(pictures.importlib.util, "find_spec", missing)
+    with pytest.raises(REFUSED, match=r"\.mp4 is written by imageio; pip install imageio imageio-ffmpeg"):
+        infer(lora=trained(), output=tmp_path / "out.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipeline_of_pictures_has_no_frames(trained, infer):
+    with pytest.raises(REFUSED, match="FluxPipeline takes no 'num_frames'"):
+        infer(lora=trained(), num_frames=5)
+
+
+@pytest.mark.families
+def test_the_name_of_the_argument_is_the_pipelines(infer, tmp_path):
+    """Sana's video pipeline calls them `frames`."""
+    base = FAMILIES["sana_video"][0](tmp_path / "sana")
+    kwargs = '{"use_resolution_binning": false}'
+    output = train_on_frames(base, tmp_path / "output", pipeline_kwargs=kwargs)
+    assert len(frames_in(infer(base, lora=output, output=tmp_path / "out.webp"))) == 5
+    assert len(frames_in(infer(base, lora=output, output=tmp_path / "nine.webp", num_frames=9))) == 9
