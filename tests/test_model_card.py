@@ -12,8 +12,10 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, picture_distance
 from huggingface_hub import ModelCard, constants
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import infer_glance
+from glance.files.recipe import WEIGHT_NAME
 from glance.training import card_data, model_card
 
 
@@ -106,6 +108,18 @@ def test_it_is_true_and_what_it_says_to_run_draws(name, train, trained, tmp_path
         assert picture_distance(by_command, by_lines) <= (1 if "on top" in name else 0)
         # In bfloat16 the preview's VAE still computes in float32.
         assert picture_distance(by_command, folder / "glance.png") <= (8 if "bf16" in settings.values() else 1)
+
+
+def test_a_lora_of_the_base_without_a_prefix_is_added_too(train, trained, tmp_path, monkeypatch):
+    """diffusers' pipelines find nothing in such a file, and say so in a warning alone."""
+    weights = load_file(trained() / "slow" / WEIGHT_NAME)
+    save_file(
+        {name.removeprefix("transformer."): value for name, value in weights.items()}, tmp_path / "style.safetensors"
+    )
+    folder = train(base_lora=f"{tmp_path / 'style.safetensors'}:0.5", max_train_steps=1)
+    (tmp_path / "here").mkdir()
+    by_command, by_lines = draw_as_said(folder, tmp_path / "here", monkeypatch)
+    assert picture_distance(by_command, by_lines) <= 1
 
 
 def written_of(loss: str, captions: int, image: bool, **settings) -> str:

@@ -6,9 +6,12 @@ else glance_utils.py beside them. They draw, bit for bit on a CPU, what infer_gl
 
 import json
 
+from safetensors import safe_open
+
 from glance import command_line as cli
 from glance.ask.pipeline import find_denoiser, frames_argument
 from glance.ask.schedule import UNSHIFTED
+from glance.files.further_loras import find_file
 from glance.files.recipe import WEIGHT_NAME
 from glance.shared_flags import DTYPES
 from glance.training.card_data import draws_video
@@ -61,8 +64,7 @@ def python_lines(
         ]
     lines.append(f"pipe = DiffusionPipeline.from_pretrained({', '.join(loaded_with(args))})")
     for lora in base_loras or ():
-        lines += [f"pipe.load_lora_weights({literal(lora['file'])})", f"pipe.fuse_lora(lora_scale={lora['scale']})"]
-        lines += ["pipe.unload_lora_weights()"]
+        lines += fused_lora(args, lora, prepared.answers.layers)
     if loras:
         lines += [
             'for phase in ("slow", "fast"):',
@@ -93,6 +95,25 @@ def python_lines(
     else:
         lines += [")[0][0]", f'{"frames[0]" if video else "image"}.save("out.png")']
     return "\n".join([*imports, "", *lines]) + "\n"
+
+
+def fused_lora(args, lora: dict, layers: list[str]) -> list[str]:
+    """Return the lines that add an entry of a recipe's `base_loras` to the base's weights, some of whose `layers` are
+    given by their names.
+
+    A file whose layers are named as the transformer names them, without that before, is loaded by the transformer:
+    the pipeline would find nothing in it, and say so in a warning alone.
+    """
+    name, _ = find_denoiser(args.pretrained_model_name_or_path, **cli.load_arguments(args))
+    with safe_open(
+        find_file(lora["file"], WEIGHT_NAME, args.cache_dir, "no such LoRA file of the base"), "pt"
+    ) as file:
+        first = {key.split(".")[0] for key in file.keys() if ".lora_A." in key}
+    if first and first <= {layer.split(".")[0] for layer in layers}:
+        loaded = f"pipe.{name}.load_lora_adapter({literal(lora['file'])}, prefix=None)"
+        return [loaded, f"pipe.{name}.fuse_lora(lora_scale={lora['scale']})", f"pipe.{name}.unload_lora()"]
+    loaded = f"pipe.load_lora_weights({literal(lora['file'])})"
+    return [loaded, f"pipe.fuse_lora(lora_scale={lora['scale']})", "pipe.unload_lora_weights()"]
 
 
 def literal(value) -> str:
