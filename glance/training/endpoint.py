@@ -271,7 +271,8 @@ def train_together(
     if finished:
         recipes = [read_recipe(phase.folder / WEIGHT_NAME) for phase in phases]
         coefficients = sum((recipe.coefficients for recipe in recipes), [])
-        before, error = None, earlier_error(args.output_dir, coefficients)
+        error = earlier_error(args.output_dir, coefficients)
+        before = None if error is None else Training(args, accelerator, prepared).error_before  # for the card
         logger.info("  both phases: finished before")
     else:
         stages.enter("training both phases")
