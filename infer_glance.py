@@ -47,7 +47,7 @@ from glance.files.recipe import Recipe
 from glance.files.sampler import NAME, read_sampler
 from glance.training import distribution, launcher, out_of_memory
 from glance.training.inference_steps import compared_steps, schedule_of_base, schedule_of_loras
-from glance.training.weightless import decoding_bytes, load_without_weights
+from glance.training.weightless import UNKNOWN, decoding_bytes, load_without_weights
 from glance_utils import (
     PHASES,
     InputError,
@@ -140,7 +140,9 @@ def check_early(args, paths: dict[str, Path], call_of, device: torch.device) -> 
     call = call_of(pipe)
     try:
         ask.dry_step(pipe, **call)
-    except InputError:
+    except InputError as error:
+        if isinstance(error.__cause__, UNKNOWN):
+            return 0
         try:
             ask.dry_step(pipe, prompt=call["prompt"])
         except InputError:  # not even the prompt alone: it is for want of weights

@@ -1,8 +1,9 @@
 """Every flow-matching text-to-image family of diffusers: a tiny pipeline of its real classes, asked and trained.
 
-    python -m pytest -n 2 -m families && python tests/family_table.py
+    python -m pytest -n 2 -m "families or long" && python tests/family_table.py
 
-Each result goes to output/families; tests/family_table.py makes the table in docs/families.md of them.
+asks and trains every family; `make test` asks all of them and trains some. Each result goes to output/families;
+tests/family_table.py makes the table in docs/families.md of them.
 """
 
 import dataclasses
@@ -47,6 +48,9 @@ FAMILIES = {name: (make, 32, {}) for name, make in PIPELINES.items()}
 FAMILIES |= IMAGE_FAMILIES | CHAT_FAMILIES | VIDEO_FAMILIES
 RESULTS = ROOT / "output" / "families"
 STEPS = 20  # of the stock pipeline
+# One of each kind: how they guide, what their transformer gets, which way their time runs, who reads the prompt.
+TRAINED = {"cogview4", "kandinsky5", "ernie", "wan", "prx", "prx_pixel", "glm", "flux2", "ideogram4", "hidream"}
+TRAINED |= {"omnigen", "nucleus", "hunyuan_image", "dreamlite", "mochi", "z_image", "wan22"}
 
 
 def load(folder) -> DiffusionPipeline:
@@ -220,12 +224,10 @@ def test_noise_beyond_a_rectified_flow_is_refused(pipelines):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_family(name, pair, infer, tmp_path, monkeypatch):
+def test_it_answers(name, pair, tmp_path):
+    """The schedule, the layout and the velocity are the stock pipeline's."""
     make, size, extra = FAMILIES[name]
-    base = make(tmp_path / name)
-
-    # Asked: the schedule, the layout, the velocity
-    pipe = load(base)
+    pipe = load(make(tmp_path / name))
     call = ask.call_arguments(pipe, "a red ring", size, size, None, extra)
     off = ask_single_branch(pipe, **call)
     table = ask_timestep_table(pipe, STEPS, **call)
@@ -253,7 +255,29 @@ def test_family(name, pair, infer, tmp_path, monkeypatch):
         error = max(error, (found - velocity).abs().max().item())
     assert error <= 1e-5
 
-    # Trained and inferred by the command line
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    result = {
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(pipe.scheduler).__name__,
+        "guidance": guidance_kind(pipe, call, off),
+        "vae": type(pipe.vae).__name__ if getattr(pipe, "vae", None) is not None else "none",
+        "pipeline_kwargs": extra,
+        "round_trip": round_trip,
+        "velocity_error": error,
+        "diffusers": diffusers.__version__,
+    }
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in TRAINED else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
+)
+def test_it_is_trained_and_drawn(name, pair, infer, tmp_path, monkeypatch):
+    """By the command line."""
+    make, size, extra = FAMILIES[name]
+    base = make(tmp_path / name)
+    pipe = load(base)
+    call = ask.call_arguments(pipe, "a red ring", size, size, None, extra)
     defaults = {"pretrained_model_name_or_path": base, "instance_image": pair, "output_dir": tmp_path / "output"}
     defaults |= as_flags(extra)
     moments = watch(monkeypatch.setattr)
@@ -279,17 +303,4 @@ def test_family(name, pair, infer, tmp_path, monkeypatch):
         assert picture_distance(output / "glance.png", "out.png") <= 1
     elif name == "prx":
         assert "PRXPipeline of diffusers loads no LoRAs" in (output / "README.md").read_text()
-
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    result = {
-        "pipeline": type(pipe).__name__,
-        "scheduler": type(pipe.scheduler).__name__,
-        "guidance": guidance_kind(pipe, call, off),
-        "vae": type(pipe.vae).__name__ if getattr(pipe, "vae", None) is not None else "none",
-        "pipeline_kwargs": extra,
-        "round_trip": round_trip,
-        "velocity_error": error,
-        "diffusers": diffusers.__version__,
-    }
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     shutil.rmtree(tmp_path)

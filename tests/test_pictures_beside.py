@@ -137,7 +137,7 @@ def everyday(names) -> list:
 @pytest.mark.parametrize("name", everyday(KINDS))
 def test_it_is_trained_and_drawn(name, make, infer, tmp_path):
     base, size, extra, pictures = make(name)
-    flags = {"resolution": size, "pipeline_kwargs": json.dumps(extra), "learning_rate": 1e-2, "max_train_steps": 5}
+    flags = {"resolution": size, "pipeline_kwargs": json.dumps(extra), "learning_rate": 1e-3, "max_train_steps": 5}
     flags |= {"instance_prompt": "a red ring", "loss": "trajectory", "num_base_steps": 10, "num_trajectories": 1}
     flags |= {"num_inference_steps": 4, "pipeline_images": json.dumps(pictures[0])}
     output = run_train({"pretrained_model_name_or_path": base, "output_dir": tmp_path / "output"}, flags)

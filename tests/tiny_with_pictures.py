@@ -89,6 +89,10 @@ def small_qwen_vae(others):
     return diffusers.AutoencoderKLQwenImage(**sizes, temperal_downsample=[False] * 4, **parts.LATENT_STATISTICS)
 
 
+def lively_transformer(others):
+    return parts.lively(others["transformer"])
+
+
 def small_longcat_vae(others):
     """Factor 16, for the same reason."""
     return parts.narrow_kl_vae(blocks=5, latent_channels=16)
@@ -99,7 +103,7 @@ def wide_sd3_vae(others):
     return parts.kl_vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609)
 
 
-QWEN_EDIT = {"processor": vision_processor, "vae": small_qwen_vae}
+QWEN_EDIT = {"processor": vision_processor, "vae": small_qwen_vae, "transformer": lively_transformer}
 CLIP_VISION = {"image_encoder": clip_vision, "image_processor": clip_images}
 SIGLIP_VISION = {"image_encoder": siglip_vision, "feature_extractor": siglip_images}
 FLUX_CONTROLNET = {"controlnet": of_its_config(diffusers.FluxControlNetModel)}
@@ -122,7 +126,7 @@ GROUPS = {
             "qwen21", parts={"text_encoder": qwen3_vl_of_large_patches, "processor": vision_processor}
         ),
         "LongCatImageEditPipeline": Kind(
-            "longcat", parts={"text_processor": vision_processor, "vae": small_longcat_vae}
+            "longcat", parts={"text_processor": vision_processor, "vae": small_longcat_vae}, size=1024
         ),
         "Kandinsky5I2IPipeline": Kind(
             "kandinsky5", config={"visual_cond": True}, parts={"tokenizer": vision_processor}
@@ -185,10 +189,7 @@ GROUPS = {
         "HunyuanSkyreelsImageToVideoPipeline": Kind(
             "hunyuan_video", more=FRAMES, config={"in_channels": 2 * LATENT_CHANNELS}
         ),
-        "Kandinsky5I2VPipeline": Kind("kandinsky5_video", more=FRAMES),
-        "MotifVideoImage2VideoPipeline": Kind(
-            "motif_video", more=FRAMES, config={"image_embed_dim": 16}, parts={"feature_extractor": siglip_images}
-        ),
+        "Kandinsky5I2VPipeline": Kind("kandinsky5_video", more={"num_frames": 17}),
         "SanaImageToVideoPipeline": Kind("sana_video", more={"frames": 5}),
     },
     "video to video": {

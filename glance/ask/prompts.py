@@ -80,7 +80,7 @@ def _remembered(pipe: DiffusionPipeline, method):
                 answers[key] = copy.deepcopy(cloned)
             except (TypeError, AttributeError) as error:
                 if any(isinstance(part, _Freed) for part in pipe.components.values()):
-                    raise RuntimeError("it was not encoded before the encoders were freed") from error
+                    raise NotEncodedError("it was not encoded before the encoders were freed") from error
                 raise
         return copy.deepcopy(answers[key])  # some pipelines write into what they got
 
@@ -132,6 +132,10 @@ def _key(value):
     return kind, repr(value) if isinstance(value, numbers) else value  # a NaN equals not even itself
 
 
+class NotEncodedError(RuntimeError):
+    """An error where a pipeline encodes what it did not before its encoders were freed."""
+
+
 class FreedError(AttributeError, InputError):
     """An error where a pipeline needs a freed model; an AttributeError too, since pipelines ask what a model has."""
 
@@ -167,7 +171,8 @@ class _Freed:
 def free_components(pipe: DiffusionPipeline, keep: tuple[str, ...] = (), **kwargs) -> None:
     """Free every model but the denoisers and those named; what is freed must have encoded all that it will be asked.
 
-    With the call's arguments given, raise InputError where the pipeline needs one of them in its loop after all.
+    With the call's arguments given, raise InputError where the pipeline needs one of them in its loop after all, or
+    for another noise than it was called with.
     """
     for name, component in freeable_components(pipe).items():
         if name not in keep:
@@ -177,5 +182,12 @@ def free_components(pipe: DiffusionPipeline, keep: tuple[str, ...] = (), **kwarg
         raise Answer
 
     if kwargs:
-        with contextlib.suppress(Answer):
-            dry_run(pipe, Probe([1.0], on_step), **kwargs)
+        try:
+            dry_run(pipe, Probe([1.0], on_step), **kwargs | {"generator": torch.Generator().manual_seed(1)})
+        except Answer:
+            pass
+        except NotEncodedError as error:
+            raise InputError(
+                f"{type(pipe).__name__}: what it encodes depends on the noise of its call, so its encoders cannot be "
+                "freed, and it cannot be trained"
+            ) from error
