@@ -72,6 +72,11 @@ def picture_distance(one, other) -> int:
     return np.abs(one - other).max()
 
 
+def long(*values, **kwargs):
+    """A parameter of a test that is left out by default (pytest.ini)."""
+    return pytest.param(*values, marks=pytest.mark.long, **kwargs)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """What the files in a folder hold, by name; the folder's own name, which the model card has in its commands, is a
     dot."""

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, flags
+from conftest import ROOT, flags, long
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,7 +43,7 @@ def benchmark(pipelines, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize("base", ("flux", "sd3", "qwen"))
+@pytest.mark.parametrize("base", ("flux", long("sd3"), long("qwen")))
 def test_train_step(base, benchmark, capsys):
     result = benchmark(train_step, base, batch_size=2)
     assert result["latents"][0] == 2 and len(result["step_seconds_all"]) == 2

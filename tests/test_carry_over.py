@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
 LITTLE = {"captions": 2, "num_prompts": 1, "num_plans": 1, "steps": 2}
 
 
+@pytest.mark.long
 def test_a_cut_run_goes_on_and_a_changed_base_is_another(tmp_path, capsys):
     def run(rows: str) -> dict:
         carry_over.main(flags(**LITTLE, rows=rows, output_dir=tmp_path))

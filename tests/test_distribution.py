@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import is_deepspeed_available
-from conftest import ROOT, contents, flags, picture_distance, run_train
+from conftest import ROOT, contents, flags, long, picture_distance, run_train
 from lifetimes import EXPECTED
 from peak_memory import small_flux
 from PIL import Image
@@ -161,9 +161,9 @@ def launched(settings, trajectory, endpoint, styles, tmp_path_factory):
 # DDP and FSDP2
 
 
-RUNS = [("ddp", 2, "flux"), ("fsdp", 2, "flux"), ("fsdp", 4, "flux")]
-RUNS += [(kind, 2, name) for kind in ("ddp", "fsdp") for name in ("qwen", "trajectory")]
-RUNS += [("ddp", 2, "fp8"), ("ddp", 2, "endpoint")]
+RUNS = [("ddp", 2, "flux"), ("fsdp", 2, "flux"), long("fsdp", 4, "flux"), ("fsdp", 2, "trajectory")]
+RUNS += [long("ddp", 2, "qwen"), long("fsdp", 2, "qwen"), long("ddp", 2, "trajectory")]
+RUNS += [long("ddp", 2, "fp8"), ("ddp", 2, "endpoint")]
 
 
 @pytest.mark.parametrize("kind, processes, base", RUNS)
@@ -334,6 +334,7 @@ def test_phases_in_parallel_equal_phases_in_turn(launched, settings, tmp_path):
     assert {moment: set(names) for moment, names in first["moments"].items()} == EXPECTED
 
 
+@pytest.mark.long
 def test_phases_in_parallel_stop_together_and_go_on(single, settings, tmp_path):
     """On two halves of one process each, by one command line, which starts anew where there is nothing: the fast one
     is told to stop, and has then nothing to go on from."""

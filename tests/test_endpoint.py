@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import picture_distance
+from conftest import long, picture_distance
 from diffusers import DiffusionPipeline
 from peak_memory import allocated, small_flux
 from PIL import Image
@@ -145,7 +145,7 @@ def test_which_trajectories_are_not_trained_on():
     assert not endpoint.left_out(3, 3).any() and not endpoint.left_out(1, 1).any()
 
 
-@pytest.mark.parametrize("rate", [3e-3, 0.3])
+@pytest.mark.parametrize("rate", [3e-3, long(0.3)])
 def test_the_error_is_that_of_a_caption_that_was_not_trained_on(rate, train, pipelines, tmp_path, monkeypatch, caplog):
     """Equal to that of the walk that inference goes; a run that made it worse says so; a resumed one keeps it."""
     caplog.set_level("INFO")
@@ -193,6 +193,7 @@ def test_the_error_is_that_of_a_caption_that_was_not_trained_on(rate, train, pip
     ] == row
 
 
+@pytest.mark.long
 def test_the_loss_falls(train, prompts):
     output = train("sd3", prompts_file=prompts, **SHORT | {"max_train_steps": 30, "learning_rate": 1e-2})
     losses = [float(line.rsplit(",", 1)[1]) for line in (output / "loss.csv").read_text().splitlines()[1:]]

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from accelerate import Accelerator, init_empty_weights
-from conftest import REFUSED, flags
+from conftest import REFUSED, flags, long
 from peak_memory import allocated, small_flux
 from safetensors.torch import load_file
 from test_families import FAMILIES
@@ -75,16 +75,16 @@ def test_estimated_sizes_are_the_loaded_ones(pipelines):
     [
         ("flux", OFF),  # guidance embedded
         ("flux", ON),
-        ("flux", {"quantization": "nf4", **OFF}),
+        long("flux", {"quantization": "nf4", **OFF}),
         ("flux", {"quantization": "nf4", "use_8bit_adam": True, **ON}),
-        ("flux", {"quantization": "int8", **OFF}),
-        ("flux", {"quantization": "int8", **ON}),
+        long("flux", {"quantization": "int8", **OFF}),
+        long("flux", {"quantization": "int8", **ON}),
         ("flux", {"quantization": "fp8", **ON}),
-        ("flux", {"flow_weight": 0.5, **TRAJECTORY, **OFF}),  # a call for each loss
+        long("flux", {"flow_weight": 0.5, **TRAJECTORY, **OFF}),  # a call for each loss
         ("sd3", {"timesteps_per_step": 5, **OFF}),  # guidance switched off
-        ("sd3", {**TRAJECTORY, **OFF}),  # a batch of two
-        ("sd3", {**TRAJECTORY, **ON}),
-        ("qwen", {**TRAJECTORY, **TWO_CALLS, **OFF}),
+        long("sd3", {**TRAJECTORY, **OFF}),  # a batch of two
+        long("sd3", {**TRAJECTORY, **ON}),
+        long("qwen", {**TRAJECTORY, **TWO_CALLS, **OFF}),
         ("qwen", {**TRAJECTORY, **TWO_CALLS, **ON}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),

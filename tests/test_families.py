@@ -17,7 +17,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, picture_distance, run_train
+from conftest import ROOT, long, picture_distance, run_train
 from diffusers import DiffusionPipeline, WanPipeline
 from diffusers.image_processor import VaeImageProcessor
 from lifetimes import watch
@@ -269,9 +269,7 @@ def test_it_answers(name, pair, tmp_path):
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in TRAINED else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", [name if name in TRAINED else long(name) for name in FAMILIES])
 def test_it_is_trained_and_drawn(name, pair, infer, tmp_path, monkeypatch):
     """By the command line."""
     make, size, extra = FAMILIES[name]

@@ -191,6 +191,7 @@ def test_leftovers_of_a_killed_run_are_swept(train, tmp_path):
 
 
 @pytest.mark.processes
+@pytest.mark.long
 def test_a_round_of_make_soak(tmp_path):
     command = [sys.executable, str(ROOT / "tests" / "soak.py"), "--rounds=1", "--seed=1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -110,6 +110,7 @@ TINY = {"flux-dev": "tiny-flux", "sd3.5-large": "tiny-sd3.5", "qwen-image": "tin
     ],
     ids=["plain", "checkpointing", "nf4", "int8", "fp8"],
 )
+@pytest.mark.long
 def test_the_estimated_peak_is_the_measured_one(shape, settings, benchmark, monkeypatch):  # noqa: F811
     """Random weights; of a CPU's step all tensors are counted, of a GPU's what its allocator gave."""
     pipeline, transformer, config = shapes.SHAPES[shape]

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import REFUSED, ROOT, picture_distance
+from conftest import REFUSED, ROOT, long, picture_distance
 from diffusers import DiffusionPipeline
 from peak_memory import small_flux
 from PIL import Image
@@ -73,7 +73,7 @@ def assert_same_direction(one: dict, other: dict, least: float):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("base", ["flux", "sd3", "qwen"])
+@pytest.mark.parametrize("base", ["flux", long("sd3"), long("qwen")])
 @pytest.mark.parametrize("quantization, kind", [("nf4", "Linear4bit"), ("int8", "Linear8bitLt"), ("fp8", "Linear")])
 def test_a_quantized_base_trains_and_draws(base, quantization, kind, train, infer, tmp_path, monkeypatch):
     seen, load = [], load_base.load_transformer
@@ -143,7 +143,7 @@ def test_a_lora_keeps_its_precision_on_an_fp8_base(trained, pipelines):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("quantization", ["none", "nf4", "int8", "fp8"])
+@pytest.mark.parametrize("quantization", ["none", "nf4", long("int8"), long("fp8")])
 def test_loading_takes_a_shard_at_a_time(quantization, pipelines, tmp_path):
     """In a fresh process: the host's own memory while loading stays near the largest shard plus the loaded model."""
     shutil.copytree(pipelines["flux"], tmp_path, dirs_exist_ok=True)
@@ -279,6 +279,7 @@ def test_equal_timesteps_side_by_side_are_one_remembered_run(train, monkeypatch)
 
 @pytest.mark.slow
 @pytest.mark.gpu
+@pytest.mark.long
 def test_compiled_training_is_the_same_and_compiles_once_for_both_phases(train, tmp_path, monkeypatch):
     compiled, train_phase = [], train_glance_lora.train_phase
 

@@ -243,6 +243,7 @@ def test_rows_of_nan_are_left_out(trained, infer, second_is_nan, tmp_path, capsy
 
 
 @pytest.mark.processes
+@pytest.mark.long
 def test_two_processes_share_the_rows(trained, pipelines, tmp_path):
     settings = {"pretrained_model_name_or_path": pipelines["flux"], "lora": trained(), "compare": True}
     settings |= {"prompt": ["a red ring\nbelow", "a blue ring", "a dog"], "output": tmp_path / "out.png"}

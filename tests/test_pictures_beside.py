@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import REFUSED, ROOT, run_train
+from conftest import REFUSED, ROOT, long, run_train
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -130,7 +130,7 @@ def test_an_image_is_learned_from_it(name, make, pair, tmp_path):
 
 
 def everyday(names) -> list:
-    return [name if name in TRAINED else pytest.param(name, marks=pytest.mark.long) for name in names]
+    return [name if name in TRAINED else long(name) for name in names]
 
 
 @pytest.mark.families

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import long
 from pretended_gpu import GPU, pretended_gpu
 from test_train import lora
 
@@ -43,12 +44,12 @@ def test_it_refuses_what_a_gpu_refuses(gpu):
     ("base", "settings"),
     [
         ("flux", {"enable_group_offload": True}),
-        ("sd3", {"enable_group_offload": True, "loss": "trajectory", **SHORT}),
+        long("sd3", {"enable_group_offload": True, "loss": "trajectory", **SHORT}),
         ("sd3", {"loss": "trajectory", "timesteps_per_step": 2, "mixed_precision": "bf16", **SHORT}),
-        ("sd3", {"loss": "trajectory", "guidance": "fold", "flow_weight": 0.5, "quantization": "fp8", **SHORT}),
+        long("sd3", {"loss": "trajectory", "guidance": "fold", "flow_weight": 0.5, "quantization": "fp8", **SHORT}),
         ("qwen", {"instance_image": None, "instance_prompt": "a red ring", "mixed_precision": "fp16"}),
         ("flux", {"quantization": "nf4", "use_8bit_adam": True, "gradient_checkpointing": True}),
-        ("flux", {"quantization": "int8", "gradient_checkpointing": True}),
+        long("flux", {"quantization": "int8", "gradient_checkpointing": True}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
@@ -73,8 +74,8 @@ def test_a_resumed_run(train, gpu):
         ("flux", {"enable_group_offload": True, "num_images": 2}),
         ("flux", {"enable_sequential_cpu_offload": True}),
         ("qwen", {"enable_model_cpu_offload": True, "quantization": "nf4", "dtype": "bfloat16"}),
-        ("flux", {"enable_model_cpu_offload": True, "quantization": "int8", "num_images": 2}),
-        ("flux", {"enable_model_cpu_offload": True, "quantization": "fp8", "dtype": "float16"}),
+        long("flux", {"enable_model_cpu_offload": True, "quantization": "int8", "num_images": 2}),
+        long("flux", {"enable_model_cpu_offload": True, "quantization": "fp8", "dtype": "float16"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )

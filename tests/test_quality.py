@@ -153,6 +153,7 @@ def test_a_pair_is_trained_once_and_its_model_calls_are_counted(measured, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_runs_of_other_rates_share_what_the_base_drew(measured, tmp_path, monkeypatch):
     flags = ["--loss=trajectory", "--grid=even", "--solver=euler", "--num_trajectories=1", "--max_train_steps=2"]
     rows = {"pair": {"train": flags, "rates": [1e-4, 1e-5]}, "folded": {"train": [*flags, "--guidance=fold"]}}

@@ -19,6 +19,7 @@ def test_a_config_is_for_24_gb(name):
     assert args.mixed_precision == "bf16"
 
 
+@pytest.mark.long
 def test_the_tables_are_what_the_estimate_says():
     """One base of all: Z-Image, whose step is the smallest."""
     chosen = choose("z_image")

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import flags, run_train
+from conftest import flags, long, run_train
 from diffusers import FluxPipeline
 from test_errors import assert_one_line, assert_refused, snapshot
 from test_families import FAMILIES
@@ -216,7 +216,7 @@ def test_a_pipeline_that_fills_a_cache_in_its_first_step_is_told_how_not_to(pair
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["prx", "dreamlite"])
+@pytest.mark.parametrize("name", [long("prx"), "dreamlite"])
 def test_a_pipeline_that_guides_one_picture_alone_trains_sample_by_sample(name, pair, tmp_path):
     """Their models get two timesteps or sizes, one for each branch, for any number of pictures."""
     make, size, extra = FAMILIES[name]

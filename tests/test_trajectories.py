@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import picture_distance
+from conftest import long, picture_distance
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -146,7 +146,7 @@ def end_error(teacher, output: Path, seed: int) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", ["flux", "sd3", "qwen"])
+@pytest.mark.parametrize("base", [long("flux"), "sd3", long("qwen")])
 def test_the_loras_land_where_all_the_bases_steps_do(base, train, teacher):
     output = train(
         base, **SHORT | {"max_train_steps": 60, "learning_rate": 1e-2, "lr_scheduler": "cosine"}, timesteps_per_step=2

@@ -88,7 +88,9 @@ def check_devices() -> None:
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or int(os.environ.get("LOCAL_RANK", 0)) + 1)
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    if launched_value("ACCELERATE_USE_CPU") in (None, "false", "0") and local > max(devices, 1):
+    on_cpu = launched_value("ACCELERATE_USE_CPU") not in (None, "false", "0")
+    on_cpu = on_cpu or os.environ.get("ACCELERATE_TORCH_DEVICE") == "cpu"  # accelerate's own word for it
+    if not on_cpu and local > max(devices, 1):
         accelerators = "1 accelerator" if devices == 1 else f"{devices} accelerators"
         raise InputError(
             f"{local} processes were launched on a machine of {accelerators}; launch with --num_processes "
