@@ -1,5 +1,6 @@
 # make demo   train both LoRAs on the demo model and draw the comparison: output/demo/comparison.png
-# make test   lint and the whole test suite
+# make test   lint and the test suite
+# make long   what is left out there, as it repeats what is in: every family and class trained, every kind of processes
 # make soak   kill -9 and resume training runs 50 times at random moments: how many survived, how many came out equal
 # make gpu    on a machine with a CUDA GPU: the tests marked gpu, then all benchmarks: docs/measured/CARD.md
 # Each creates .venv and installs into it first; nothing else is needed but Python 3.11 or newer.
@@ -13,7 +14,7 @@ export MALLOC_MMAP_THRESHOLD_ := 4294967296
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 export MALLOC_TOP_PAD_ := 268435456
 
-.PHONY: demo test soak gpu clean
+.PHONY: demo test long soak gpu clean
 
 .venv/runtime: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -44,6 +45,9 @@ test: .venv/development .venv/page/ready
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests
 	OMP_NUM_THREADS=1 .venv/page/bin/python -m pytest -q -m page tests/test_page.py
+
+long: .venv/development
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m long tests
 
 soak: .venv/development
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --rounds 50

@@ -82,7 +82,8 @@ endpoint.train_endpoint = train_and_keep_both
 if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):  # accelerate knows of no backend for it on a CPU
 
     def with_gloo(*args, kwargs_handlers, **kwargs):
-        return Accelerator(*args, kwargs_handlers=[*kwargs_handlers, InitProcessGroupKwargs("gloo")], **kwargs)
+        others = [handler for handler in kwargs_handlers if not isinstance(handler, InitProcessGroupKwargs)]
+        return Accelerator(*args, kwargs_handlers=[*others, InitProcessGroupKwargs("gloo")], **kwargs)
 
     train_glance_lora.Accelerator = with_gloo
 PartialState.destroy_process_group = lambda self, group=None: None  # the processes meet only once
