@@ -39,7 +39,7 @@ from glance.ask.velocity import PipelineVelocity
 from glance.files import faults
 from glance.files.checkpoints import save_checkpoint, with_run
 from glance.files.comfyui_export import write_for_comfyui
-from glance.files.instance_data import load_pair
+from glance.files.instance_data import load_clip, load_pair
 from glance.files.lora import save_lora
 from glance.files.pictures import save_png
 from glance.training import distribution, launcher, losses, out_of_memory, own_defaults, stages, trackers, trajectories
@@ -270,17 +270,18 @@ def train(args, accelerator, measurement, halves=None):
     image, caption, size = load_pair(args, functools.partial(own_defaults.own_size, args))
     captions = own_defaults.all_captions(args, caption)
     args = own_defaults.with_trajectories(args, captions)
-    args = resolve(args, accelerator, image, captions, size, halves)
-    source = find_source(args, accelerator.num_processes, image, captions, size)
+    frames = [] if image is None else load_clip(args, image, own_defaults.frames_learned(args))
+    args = resolve(args, accelerator, frames, captions, size, halves)
+    source = find_source(args, accelerator.num_processes, frames, captions, size)
     for folder in folders(args).values():
         faults.check_writable(folder, "--output_dir")
 
-    draws, checkpointing = needs_drawing(args, image), [args.gradient_checkpointing]
+    draws, checkpointing = needs_drawing(args, frames), [args.gradient_checkpointing]
     needs = functools.partial(estimate_settings, args, captions, size, draws, checkpointing, logger.debug)
     compared = functools.partial(out_of_memory.compared, needs, args, accelerator.device)
     repo_id = create_hub_repo(args) if args.push_to_hub and accelerator.is_main_process else None
     with trackers.begun(args, accelerator), compared():
-        prepared = prepare_pipeline(args, accelerator, source.base, image, captions, size)
+        prepared = prepare_pipeline(args, accelerator, source.base, frames, captions, size)
         args = prepared.settings
         if not args.max_train_steps:
             return finish_sampler(args, accelerator, measurement, prepared, size, repo_id)

@@ -125,7 +125,7 @@ def test_the_first_frame_of_an_animation_and_a_word_about_it(suffix, tmp_path, c
         pixels = trained_pixels(tmp_path / f"a.{suffix}")
     assert abs(pixels[2, 8] - (200, 0, 0)).max() < 12
     assert [record.message for record in caplog.records] == [
-        f"{tmp_path / f'a.{suffix}'}: it holds 3 pictures; Glance learns from the first"
+        f"{tmp_path / f'a.{suffix}'}: it holds several pictures; the first is taken"
     ]
 
 

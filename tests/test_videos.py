@@ -3,11 +3,18 @@
 import imageio.v3
 import numpy as np
 import pytest
+import torch
 from conftest import REFUSED, run_train
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageSequence
-from test_families import FAMILIES
+from test_families import FAMILIES, load
 
+from glance.ask import pipeline as ask
+from glance.ask.latents import ask_layout
 from glance.files import pictures
+from glance.files.image_file import read_frames
+from glance.files.recipe import WEIGHT_NAME, read_recipe
+from glance.training.prepare import encode_frames
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +98,61 @@ def test_the_name_of_the_argument_is_the_pipelines(infer, tmp_path):
     output = train_on_frames(base, tmp_path / "output", pipeline_kwargs=kwargs)
     assert len(frames_in(infer(base, lora=output, output=tmp_path / "out.webp"))) == 5
     assert len(frames_in(infer(base, lora=output, output=tmp_path / "nine.webp", num_frames=9))) == 9
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Learned from
+
+
+def clip(path, frames: int, side: int = 40):
+    """A square that moves, as a video's file."""
+    pictures_of_it = []
+    for number in range(frames):
+        frame = Image.new("RGB", (side, side), "navy")
+        frame.paste("orange", (4 * number, 8, 4 * number + 12, 20))
+        pictures_of_it.append(frame)
+    pictures.save_frames(pictures_of_it, path, 8)
+    return path
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("ending", ["webp", "mp4", "gif"])
+def test_the_flow_loss_learns_a_video(ending, wan, train, infer, tmp_path, caplog):
+    settings = {"resolution": 32, "num_frames": 5, "instance_prompt": "a square moves", "max_train_steps": 2}
+    settings |= {"learning_rate": 1e-2, "instance_image": clip(tmp_path / f"clip.{ending}", 7)}
+    output = train(wan, output_dir=tmp_path / "output", **settings)
+    assert read_recipe(output / "slow" / WEIGHT_NAME).pipeline_kwargs == {"num_frames": 5}
+    assert len(frames_in(infer(wan, lora=output, output=tmp_path / "out.webp"))) == 5
+    if ending != "mp4":  # whose frames depend on those around them
+        settings |= {"instance_image": clip(tmp_path / f"other.{ending}", 5)}  # the same, as far as it is learned
+        with caplog.at_level("INFO"):
+            train(wan, output_dir=tmp_path / "output", **settings, resume_from_checkpoint="latest")
+        assert "slow: finished before" in caplog.text
+
+
+@pytest.mark.families
+def test_each_frame_of_a_video_is_encoded(wan, tmp_path):
+    pipe = load(wan)
+    call = ask.call_arguments(pipe, "a square moves", 32, 32, None, {"num_frames": 5})
+    layout = ask_layout(pipe, **call)
+    frames, _ = read_frames(clip(tmp_path / "clip.webp", 5, 32), "clip", 5)
+    latents = encode_frames(pipe, frames, layout, call)
+    decoded = pipe.vae.encode(torch.stack([VaeImageProcessor().preprocess(frame)[0] for frame in frames], 1)[None])
+    stock = decoded.latent_dist.mode()
+    assert (layout.z_from(latents) - stock).abs().max() < 1e-5
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("frames", [1, 3])
+def test_too_few_frames_are_refused(frames, wan, train, tmp_path):
+    path = clip(tmp_path / "clip.webp", frames)
+    with pytest.raises(REFUSED, match=f"it holds {frames} of the 5 frames that are drawn; give --num_frames {frames}"):
+        train(wan, resolution=32, num_frames=5, instance_image=path, instance_prompt="a square")
+
+
+@pytest.mark.families
+def test_of_a_video_one_frame_is_learned_unless_more_are_asked(wan, train, tmp_path, caplog):
+    path = clip(tmp_path / "clip.webp", 3)
+    output = train(wan, resolution=32, instance_image=path, instance_prompt="a square", max_train_steps=1)
+    assert read_recipe(output / "slow" / WEIGHT_NAME).pipeline_kwargs == {"num_frames": 1}
+    assert "it holds several pictures; the first is taken" in caplog.text

@@ -137,9 +137,12 @@ def loop_shape(pipe: DiffusionPipeline, **kwargs) -> torch.Size:
 
 
 def vae_input(vae: torch.nn.Module, image: torch.Tensor, layout: LatentLayout) -> torch.Tensor:
-    """Return an image (1, 3, H, W) as the VAE takes it: of one frame, or with a fourth channel."""
+    """Return an image (1, 3, H, W), or a video (1, 3, frames, H, W), as the VAE takes it: an image perhaps as one
+    frame, or with a fourth channel."""
     if 4 in (vae.config.get("in_channels"), vae.config.get("input_channels")):
         image = torch.cat([image, torch.ones_like(image[:, :1])], dim=1)  # opaque RGBA
+    if image.ndim == 5:
+        return image
     frames = [1] * (len(layout.z_shape) - 4)
     return image.reshape(*image.shape[:2], *frames, *image.shape[2:])
 
@@ -186,7 +189,8 @@ def ask_noise_scale(pipe: DiffusionPipeline, **kwargs) -> float:
 
 
 def encode_image(pipe: DiffusionPipeline, image: torch.Tensor, layout: LatentLayout, /, **kwargs) -> torch.Tensor:
-    """Return an image (1, 3, H, W) in -1..1 as latents (1, ...), float32, as the denoising loop holds them.
+    """Return an image (1, 3, H, W) or a video (1, 3, frames, H, W) in -1..1 as latents (1, ...), float32, as the
+    denoising loop holds them.
 
     They are sent down the pipeline's decode path once more. Raise InputError where that does not return what the VAE
     encoded, or where the size has no such latents.

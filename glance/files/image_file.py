@@ -3,7 +3,9 @@
 Each way in which a file can mean other colours or another side up has its function here; none guesses in silence.
 """
 
+import importlib.util
 import io
+import itertools
 import logging
 import warnings
 from pathlib import Path
@@ -20,6 +22,7 @@ logger = logging.getLogger(__name__)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF")  # of Pillow's others some run programs, as EPS does
 Image.init()
 SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
+VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".avi")
 LEAST_SIDE = 8  # pixels; enlarged, fewer are bars or a single colour
 UPRIGHT = {  # what turns the stored pixels, by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,21 +44,53 @@ def read_image(file: Path | io.BytesIO, name: str) -> Image.Image:
 
     Raise InputError, with that name, where it cannot be read, is too small or its numbers can mean several things.
     """
+    images, further = read_frames(file, name, 1)
+    if further:
+        logger.warning(f"{name}: it holds several pictures; the first is taken")
+    return images[0]
+
+
+def read_frames(file: Path | io.BytesIO, name: str, count: int) -> tuple[list[Image.Image], bool]:
+    """Return the first `count` pictures of a file, or as many as it holds, as read_image does, and whether it holds
+    more; videos are read by imageio. Raise InputError likewise."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # Pillow's, of 90 to 180 million pixels: that can be a photo
-            with Image.open(file, formats=FORMATS) as opened:
-                frames = getattr(opened, "n_frames", 1)
-                opened.load()
-                image = upright(opened, name)
+        if isinstance(file, Path) and file.suffix.lower() in VIDEOS:
+            images = _of_video(file, name, count + 1)
+        else:
+            with warnings.catch_warnings(action="ignore"):  # of 90 to 180 million pixels: that can be a photo
+                with Image.open(file, formats=FORMATS) as opened:
+                    images = _of_pictures(opened, name, count + 1)
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds
         raise InputError(f"{name}: not a readable image ({first_line(error)}); save it as PNG or JPEG") from None
-    if frames > 1:
-        logger.warning(f"{name}: it holds {frames} pictures; Glance learns from the first")
-    if min(image.size) < LEAST_SIDE:
-        raise InputError(f"{name}: {image.width}x{image.height} pixels are too few; give a larger image")
-    return image
+    if min(images[0].size) < LEAST_SIDE:
+        width, height = images[0].size
+        raise InputError(f"{name}: {width}x{height} pixels are too few; give a larger image")
+    return images[:count], len(images) > count
+
+
+def _of_pictures(opened: Image.Image, name: str, most: int) -> list[Image.Image]:
+    """Return the pictures of an opened file, `most` of them; the last of so many only says that there are more."""
+    held, images = min(getattr(opened, "n_frames", 1), most), []
+    for number in range(held):
+        if number and number == most - 1:
+            images.append(images[0])
+            break
+        opened.seek(number)
+        opened.load()
+        images.append(upright(opened, name))
+    return images
+
+
+def _of_video(file: Path, name: str, most: int) -> list[Image.Image]:
+    """Return the first frames of a video, `most` at most."""
+    if not all(map(importlib.util.find_spec, ("imageio", "imageio_ffmpeg"))):
+        raise InputError(f"{name}: a video is read by imageio; pip install imageio imageio-ffmpeg, or give a .webp")
+    import imageio.v3
+
+    frames = itertools.islice(imageio.v3.imiter(file, plugin="FFMPEG"), most)
+    return [Image.fromarray(frame).convert("RGB") for frame in frames]
 
 
 def upright(image: Image.Image, name: str) -> Image.Image:

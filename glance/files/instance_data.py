@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from glance.ask.pipeline import first_line
 from glance.config_file import check_text, read_caption
-from glance.files.image_file import SUFFIXES, read_image
+from glance.files.image_file import SUFFIXES, read_frames, read_image
 from glance.files.simpletuner import caption_of, check_shape, directory_of, read_backend, side_of
 from glance_utils import InputError
 
@@ -186,6 +186,23 @@ def load_pair(
     else:
         say_cropped(image, name, size, kept)
     return ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS), caption, size
+
+
+def load_clip(args: argparse.Namespace, image: Image.Image, frames: int) -> list[Image.Image]:
+    """Return what is learned of --instance_image in a call that draws so many `frames`: load_pair's image alone, or
+    the first frames of the file, cropped as that is. Raise InputError where it holds too few."""
+    if frames == 1:
+        return [image]
+    name = next(name for name in SOURCES if getattr(args, name))
+    images = [image]
+    if args.instance_image:
+        images, _ = read_frames(Path(args.instance_image), args.instance_image, frames)
+    if len(images) < frames:
+        raise InputError(
+            f"--{name} {getattr(args, name)}: it holds {len(images)} of the {frames} frames that are drawn; give "
+            f"--num_frames {len(images)}, a video as --instance_image, or --loss trajectory, which needs none"
+        )
+    return [ImageOps.fit(frame, image.size, Image.Resampling.LANCZOS) for frame in images]
 
 
 def kept_size(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:

@@ -93,7 +93,7 @@ def estimate_settings(args, captions: list[str], size, draws: bool, checkpointin
         return estimate_run(args, pipe, layers, call, single_call, size, draws, checkpointing)
 
 
-def resolve(args: Settings, accelerator, image, captions: list[str], size: tuple[int, int], halves=None) -> Settings:
+def resolve(args: Settings, accelerator, frames, captions: list[str], size: tuple[int, int], halves=None) -> Settings:
     """Return the settings with every flag of a Choice decided that nobody gave, alike on all processes and `halves`.
 
     Without --fit that is gradient checkpointing alone. A resumed run goes on with what its checkpoint was made with.
@@ -115,7 +115,7 @@ def resolve(args: Settings, accelerator, image, captions: list[str], size: tuple
     choices = candidates(as_choice(args), checkpoints, accelerator.num_processes)
     if len(choices) > 1:
         place = memory_name(args, accelerator.device, memory)
-        choices = [decide(args, choices, memory, place, captions, size, needs_drawing(args, image))]
+        choices = [decide(args, choices, memory, place, captions, size, needs_drawing(args, frames))]
     return args.replace(**asdict(choices[0]))
 
 

@@ -82,6 +82,13 @@ def with_one_frame(args: Settings) -> Settings:
     return args.replace(pipeline_kwargs=args.pipeline_kwargs | {name: 1})
 
 
+def frames_learned(args: Settings) -> int:
+    """Return how many frames of what is given a loss learns from: as many as the call draws."""
+    if args.loss == "trajectory" and not args.flow_weight:
+        return 1
+    return next((args.pipeline_kwargs[name] for name in ("num_frames", "frames") if name in args.pipeline_kwargs), 1)
+
+
 def all_captions(args: Settings, caption: str) -> list[str]:
     """Return the captions of a run: the image's and, without repeating it, those of --prompts_file."""
     return [caption, *(prompt for prompt in cli.read_prompts(args.prompts_file) if prompt != caption)]

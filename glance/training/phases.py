@@ -63,13 +63,14 @@ def folders(args: Settings) -> dict[str, Path]:
     return {phase: output_dir / phase if len(phases) == 2 else output_dir for phase in phases}
 
 
-def find_source(args: Settings, num_processes: int, image: Image.Image | None, captions: list[str], size) -> Source:
-    """Return what the run learns from; `size` is (height, width) in pixels.
+def find_source(args: Settings, num_processes: int, frames: list[Image.Image], captions: list[str], size) -> Source:
+    """Return what the run learns from; `frames` are the image's, one or more, or none; `size` is (height, width) in
+    pixels.
 
     Raise InputError where the checkpoint to resume, or a LoRA that would be written over, is another run's, as far as
     flags say before the base is loaded.
     """
-    content = [b"" if image is None else image.tobytes(), *(text.encode() for text in captions)]
+    content = [b"".join(frame.tobytes() for frame in frames), *(text.encode() for text in captions)]
     if args.pipeline_images:
         content.append(
             json.dumps(read_pipeline_images(args.pipeline_images), default=digest_of, sort_keys=True).encode()

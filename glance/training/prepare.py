@@ -193,9 +193,9 @@ def estimate_run(args, pipe, layers: list[str], call: dict, single_call: dict, s
     return estimate.estimate(pipe, layers, args.rank, work, vae, checkpointing, args.lora_dropout)
 
 
-def needs_drawing(args, image) -> bool:
-    """Return whether the base must draw before the LoRAs are trained."""
-    return args.loss != "flow" or args.grid == "auto" or args.solver == "fitted" or image is None
+def needs_drawing(args, frames) -> bool:
+    """Return whether the base must draw before the LoRAs are trained; `frames` are what is learned, if anything."""
+    return args.loss != "flow" or args.grid == "auto" or args.solver == "fitted" or not frames
 
 
 def batch_sizes(samples: int, timesteps: int, takes_timesteps: bool, takes_batches: bool) -> list[int]:
@@ -214,14 +214,16 @@ def remember_captions(pipe, captions: list[str], call: dict, train_calls: list[d
             ask.dry_step(pipe, **train_call | {ask.batch_argument(pipe): size, "prompt": caption})
 
 
-def prepare_pipeline(args, accelerator, base: str, image, captions: list[str], size: tuple[int, int]) -> Prepared:
+def prepare_pipeline(
+    args, accelerator, base: str, frames: list, captions: list[str], size: tuple[int, int]
+) -> Prepared:
     """Ask the pipeline everything, free its encoders, load the transformer, and let it draw where the run needs that.
 
-    `base` is base.identify's, `image` a PIL image of `size`, (height, width), or None. Peak memory is the larger of
-    encoders and transformer.
+    `base` is base.identify's, `frames` the PIL images of `size`, (height, width), of what is learned: one, those of a
+    video, or none. Peak memory is the larger of encoders and transformer.
     """
     with out_of_memory.in_encoding(args):
-        prepared = ask_everything(args, accelerator, image, captions, size)
+        prepared = ask_everything(args, accelerator, frames, captions, size)
     accelerator.free_memory()
     pipe = prepared.models.pipe
     if args.max_train_steps:
@@ -230,7 +232,7 @@ def prepare_pipeline(args, accelerator, base: str, image, captions: list[str], s
     with out_of_memory.in_training(args, "training", lambda: "loading the transformer"):
         transformer = with_adapters(prepared.models.load_transformer())
     setattr(pipe, denoiser_name(pipe.config), transformer)
-    if needs_drawing(args, image):
+    if needs_drawing(args, frames):
         with out_of_memory.in_training(args, "drawing", lambda: "drawing what is learned from the base"):
             prepared = learn_from_base(accelerator, prepared, base)
     if prepared.settings.gradient_checkpointing:
@@ -238,7 +240,7 @@ def prepare_pipeline(args, accelerator, base: str, image, captions: list[str], s
     return prepared
 
 
-def ask_everything(args, accelerator, image, captions: list[str], size: tuple[int, int]) -> Prepared:
+def ask_everything(args, accelerator, frames: list, captions: list[str], size: tuple[int, int]) -> Prepared:
     """Ask all that can be asked without the transformer's weights.
 
     The encoders live in this function alone. What it returns is data and a pipeline without them, so that nothing is
@@ -255,7 +257,7 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
     settings, timesteps, steps = choose_steps(args, pipe, call)
     timestep_table = ask_timestep_table(pipe, settings.num_base_steps, **call)
     warn_of_shares(pipe, steps.phases, timestep_table, single_call)
-    if needs_drawing(args, image):
+    if needs_drawing(args, frames):
         check_can_draw(pipe)
     if args.validation_steps and ask.further_denoisers(pipe):
         raise InputError(
@@ -283,7 +285,8 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
     remember_captions(pipe, args.validation_prompt, call, [single], [1])
     ask_prompts.free_components(pipe, keep=("vae",))
     accelerator.free_memory()  # of which an image takes the VAE much
-    latents = None if image is None or layout is None else encode_image(pipe, image, layout, call)
+    learns = args.loss != "trajectory" or args.flow_weight
+    latents = encode_frames(pipe, frames, layout, call) if frames and learns else None
     vae = getattr(pipe, "vae", None)
     ask_prompts.free_components(pipe, **train_call)
     if vae is not None:
@@ -311,9 +314,10 @@ def ask_everything(args, accelerator, image, captions: list[str], size: tuple[in
     return Prepared(settings, models, answers, captions, steps, latents)
 
 
-def encode_image(pipe, image, layout: ask_latents.LatentLayout, call: dict) -> torch.Tensor:
-    """Return the latents (1, ...) float32 of a PIL image of the call's size."""
-    pixels = VaeImageProcessor(do_resize=False).preprocess(image)
+def encode_frames(pipe, frames: list, layout: ask_latents.LatentLayout, call: dict) -> torch.Tensor:
+    """Return the latents (1, ...) float32 of PIL images of the call's size: a picture, or a video's frames."""
+    pixels = [VaeImageProcessor(do_resize=False).preprocess(frame) for frame in frames]
+    pixels = torch.stack(pixels, dim=2) if len(pixels) > 1 else pixels[0]
     return ask_latents.encode_image(pipe, pixels, layout, **call)
 
 
