@@ -42,7 +42,7 @@ from glance.files.further_loras import as_trained, file_of, find_styles, read_ad
 from glance.files.lora import load_lora
 from glance.files.lora_forms import read_lora
 from glance.files.pair import find_loras, read_recipes, with_base
-from glance.files.pipeline_images import check_given, read_pipeline_images
+from glance.files.pipeline_images import check_given, pictures_of, read_pipeline_images
 from glance.files.recipe import Recipe
 from glance.files.sampler import NAME, read_sampler
 from glance.training import distribution, launcher, out_of_memory
@@ -104,7 +104,7 @@ def call_arguments(args, recipe: Recipe, pipe: DiffusionPipeline, prompt: str, e
     """Return the pipeline's call arguments: as the flags say, else as trained; `extra` are further_arguments."""
     guidance = recipe.guidance_scale if args.guidance_scale is None else args.guidance_scale
     height, width = args.height or recipe.height, args.width or recipe.width
-    return ask.call_arguments(pipe, prompt, height, width, guidance, extra)
+    return ask.call_arguments(pipe, str(prompt), height, width, guidance, extra | pictures_of(prompt))
 
 
 def begin(args) -> PartialState:
@@ -206,7 +206,7 @@ def further_arguments(args, recipe: Recipe, schedule: Schedule | None) -> dict:
 
     Raise InputError where a picture is not there, or where mixed branches are to be drawn with one.
     """
-    check_given(recipe.pipeline_images, args.pipeline_images)
+    check_given(recipe.pipeline_images, args.pipeline_images, args.prompts)
     kept, images = recipe.pipeline_kwargs, read_pipeline_images(args.pipeline_images)
     if args.pipeline_class:
         accepted = ask.arguments_of(ask.class_named(args.pipeline_class))
@@ -215,7 +215,8 @@ def further_arguments(args, recipe: Recipe, schedule: Schedule | None) -> dict:
             logger.warning(
                 f"{args.pipeline_class} takes no {name}, which was {recipe.pipeline_kwargs[name]!r} in training"
             )
-    if (args.pipeline_class or images) and schedule is not None and schedule.branches is not None:
+    beside = images or any(map(pictures_of, args.prompts))
+    if (args.pipeline_class or beside) and schedule is not None and schedule.branches is not None:
         raise InputError(
             "--pipeline_class and --pipeline_images: these files' steps call mixed branches, which go from noise and "
             "prompt alone; give a pair or a sampler without them"

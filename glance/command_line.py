@@ -305,8 +305,15 @@ def json_object(text: str) -> dict:
     return value
 
 
+class Prompt(str):
+    """A prompt with pictures' `files` of its own, as --pipeline_images has them."""
+
+    files: dict = {}
+
+
 def read_prompts(path: str | None) -> list[str]:
-    """Return the lines of a --prompts_file that are not blank, [] without one; raise ArgumentError for no line."""
+    """Return the lines of a --prompts_file that are not blank, [] without one; of a .jsonl file Prompts. Raise
+    ArgumentError for no line, or one that is no prompt."""
     if not path:
         return []
     # Of what str.splitlines takes for ends of lines, some are part of a prompt, as U+2028.
@@ -316,7 +323,31 @@ def read_prompts(path: str | None) -> list[str]:
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise mistake(f"--prompts_file {path}: it holds no prompt; write one a line")
+    if Path(path).suffix.lower() == ".jsonl":
+        return [_prompt_of(line, Path(path), number) for number, line in enumerate(prompts, 1)]
     return prompts
+
+
+def _prompt_of(line: str, path: Path, number: int) -> Prompt:
+    """Return the prompt of a line of JSON, {"prompt": "...", "image": "a.png"}, whose files lie beside `path`."""
+    name = f"--prompts_file {path}, prompt {number}"
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise mistake(f"{name}: no JSON ({error}); write one object a line") from None
+    text = entry.get("prompt") if isinstance(entry, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise mistake(f"""{name}: {line[:60]!r} holds no prompt; write {{"prompt": "...", "image": "a.png"}}""")
+    prompt = Prompt(check_text(text, name).strip())
+    beside = {key: value for key, value in entry.items() if key != "prompt"}
+
+    def file_of(value):
+        if isinstance(value, list):
+            return [file_of(part) for part in value]
+        return str(path.parent / value) if isinstance(value, str) else value
+
+    prompt.files = {key: file_of(value) for key, value in beside.items()}
+    return prompt
 
 
 def load_arguments(args: argparse.Namespace) -> dict:

@@ -204,3 +204,64 @@ def test_a_run_goes_on_with_the_same_picture_alone(make, tmp_path):
     with pytest.raises(REFUSED, match="its image or captions are not this run's"):
         run_train(flags, again | {"output_dir": tmp_path / "other", "pipeline_images": json.dumps(pictures[1])})
     assert DiffusionPipeline.load_config(base)["_class_name"] == "FluxKontextPipeline"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Prompts with pictures of their own
+
+
+def as_jsonl(path, prompts: list[tuple[str, dict]]):
+    path.write_text("".join(json.dumps({"prompt": text, **files}) + "\n" for text, files in prompts))
+    return path
+
+
+@pytest.mark.families
+def test_prompts_of_a_file_have_their_own_pictures(make, infer, tmp_path, capsys):
+    base, size, extra, (one, other) = make("FluxKontextPipeline")
+    one, other = ({"image": Path(files["image"]).name} for files in (one, other))  # beside the file
+    flags = {"pretrained_model_name_or_path": base, "resolution": size, "pipeline_kwargs": json.dumps(extra)}
+    flags |= {"loss": "trajectory", "num_base_steps": 10, "num_trajectories": 1, "num_inference_steps": 4}
+    flags |= {"learning_rate": 1e-3, "max_train_steps": 4, "instance_prompt": "make it red"}
+    learned = []
+    for name, second in (("two", other), ("again", other), ("one", one)):
+        prompts = as_jsonl(tmp_path / f"{name}.jsonl", [("make it red", one), ("make it blue", second)])
+        output = run_train(flags, {"output_dir": tmp_path / name, "prompts_file": prompts})
+        learned.append(load_file(output / "slow" / WEIGHT_NAME))
+    assert read_recipe(output / "slow" / WEIGHT_NAME).pipeline_images == ["image"]
+    assert "--pipeline_images" in capsys.readouterr().out.splitlines()[-1]
+    assert all(torch.equal(value, learned[1][name]) for name, value in learned[0].items())
+    assert not all(torch.equal(value, learned[2][name]) for name, value in learned[0].items())
+
+    drawn = infer(base, lora=output, prompts_file=prompts.with_name("two.jsonl"), prompt=None)
+    for number, (text, files) in enumerate([("make it red", one), ("make it blue", other)]):
+        given = json.dumps({"image": str(tmp_path / files["image"])})
+        alone = infer(base, lora=output, prompt=text, pipeline_images=given, output=tmp_path / "alone.png")
+        assert np.array_equal(
+            np.asarray(Image.open(alone)), np.asarray(Image.open(drawn.with_stem(f"out-00{number}")))
+        )
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("a red ring", "prompt 1: no JSON"),
+        ('["a red ring"]', "holds no prompt"),
+        ('{"image": "a.png"}', "holds no prompt"),
+        ('{"prompt": " "}', "holds no prompt"),
+        ('{"prompt": 3}', "holds no prompt"),
+        ('{"prompt": "a ring", "image": "a.png"}', r"image: .*a\.png: no such file"),
+        ('{"prompt": "a ring", "image": 3}', "image is '3'"),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_refused(line, words, pipelines, infer, trained, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text(line + "\n")
+    with pytest.raises(REFUSED, match=words) as error:
+        infer(lora=trained(), prompt=None, prompts_file=tmp_path / "prompts.jsonl")
+    assert "\n" not in str(error.value)
+
+
+def test_mixed_branches_take_no_pictures_of_prompts(train, tmp_path):
+    picture(1, 32, tmp_path / "a.png")
+    prompts = as_jsonl(tmp_path / "prompts.jsonl", [("a ring", {"image": "a.png"}), ("a disc", {"image": "a.png"})])
+    with pytest.raises(REFUSED, match="mixed branches go from noise and prompt alone"):
+        train("sd3", instance_image=None, prompts_file=prompts, num_model_calls=4, max_train_steps=0)

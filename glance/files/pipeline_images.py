@@ -1,9 +1,12 @@
 """Which pictures go into a pipeline's call beside the prompt? Those of --pipeline_images, by the call's own names.
 
-A recipe keeps the names alone: what was trained with some is drawn with others. A run is known by their content.
+A recipe keeps the names alone: what was trained with some is drawn with others. A run is known by their content. The
+prompts of a .jsonl file have pictures of their own.
 """
 
+import functools
 import hashlib
+import json
 from pathlib import Path
 
 from PIL import Image
@@ -33,6 +36,22 @@ def _read(argument: str, given) -> Image.Image | list[Image.Image]:
     return read_image(Path(given), f"--pipeline_images: {argument}: {given}")
 
 
+def call_with(call: dict, prompt: str) -> dict:
+    """Return a call's arguments with this prompt and the pictures of its own, if it has some."""
+    return call | pictures_of(prompt) | {"prompt": str(prompt)}
+
+
+@functools.cache
+def _pictures_in(files: str) -> dict:
+    return read_pipeline_images(json.loads(files))
+
+
+def pictures_of(prompt: str) -> dict:
+    """Return the pictures that a prompt has of its own, {} for most; raise InputError as read_pipeline_images does."""
+    files = getattr(prompt, "files", {})
+    return dict(_pictures_in(json.dumps(files))) if files else {}
+
+
 def digest_of(value):
     """Return what JSON can hold of a call's argument: of a picture its size and a digest of its pixels."""
     if isinstance(value, Image.Image):
@@ -40,9 +59,10 @@ def digest_of(value):
     return str(value)
 
 
-def check_given(names: list[str] | None, files: dict) -> None:
+def check_given(names: list[str] | None, files: dict, prompts: list[str]) -> None:
     """Raise InputError where a pair or a sampler of pictures beside the prompt is to be drawn without them."""
-    if missing := [name for name in names or () if name not in files]:
+    given = [files.keys() | getattr(prompt, "files", {}) for prompt in prompts]
+    if missing := [name for name in names or () if not all(name in some for some in given)]:
         raise InputError(
             f"it was trained with a picture as {', '.join(missing)}; give one by --pipeline_images, as in {EXAMPLE}"
         )

@@ -9,6 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from glance import command_line as cli
 from glance.command_line import Settings
 from glance.shared_flags import DTYPES
 from glance_utils import PHASES
@@ -44,7 +45,9 @@ def draw_flags(args: Settings, folder: Path | str, phases: list[str], further: d
     """
     values = lora_flags(folder, phases) | {"revision": args.revision, "variant": args.variant} | (further or {})
     values["dtype"] = DTYPES.get(args.mixed_precision)
-    values["pipeline_images"] = json.dumps(args.pipeline_images) if args.pipeline_images else None
+    own = next((prompt for prompt in cli.read_prompts(args.prompts_file) if prompt == args.instance_prompt), "")
+    files = args.pipeline_images | getattr(own, "files", {})
+    values["pipeline_images"] = json.dumps(files) if files else None
     values["quantization"] = args.quantization if args.quantization != "none" else None
     words = [joined(name, value) for name, value in values.items() if value]
     return " ".join(words + (["--enable_group_offload"] if args.enable_group_offload else []))

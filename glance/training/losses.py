@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from glance.files.pipeline_images import call_with
 from glance.training.draws import Draw
 from glance_utils import add_noise, velocity_loss
 
@@ -92,7 +93,7 @@ def step_losses(model, objective: Objective, draw: Draw) -> tuple[torch.Tensor, 
     losses = 0.0
     if objective.trajectory is not None:
         points, targets = trajectory_batch(objective.trajectory, draw)
-        call = objective.trajectory.call | {"prompt": objective.trajectory.captions[draw.caption]}
+        call = call_with(objective.trajectory.call, objective.trajectory.captions[draw.caption])
         if seeds := objective.trajectory.seeds:
             call["seeds"] = [seeds[draw.caption][index] for index in draw.trajectories] * len(sigmas)
         losses = mean_losses(model, points, targets, sigmas, **call)

@@ -16,7 +16,7 @@ from glance.ask import latents as ask_latents
 from glance.ask import pipeline as ask
 from glance.command_line import Settings
 from glance.files.instance_data import SOURCES
-from glance.files.pipeline_images import read_pipeline_images
+from glance.files.pipeline_images import pictures_of, read_pipeline_images
 from glance.training.weightless import load_without_weights
 from glance_utils import InputError
 
@@ -24,6 +24,7 @@ from glance_utils import InputError
 logger = logging.getLogger(__name__)
 
 TRAJECTORIES = 32  # of all captions together; more of them tell a sampler hardly more (docs/findings.md)
+PLAIN = "give prompts without pictures, or leave the dial out"
 FEW_CALLS = 8  # below it the sampler that is best for one caption is not for others
 
 
@@ -91,7 +92,11 @@ def frames_learned(args: Settings) -> int:
 
 def all_captions(args: Settings, caption: str) -> list[str]:
     """Return the captions of a run: the image's and, without repeating it, those of --prompts_file."""
-    return [caption, *(prompt for prompt in cli.read_prompts(args.prompts_file) if prompt != caption)]
+    prompts = cli.read_prompts(args.prompts_file)
+    if args.guidance == "mix" and any(map(pictures_of, prompts)):
+        raise InputError(f"--prompts_file {args.prompts_file}: mixed branches go from noise and prompt alone; {PLAIN}")
+    first = next((prompt for prompt in prompts if prompt == caption), caption)  # perhaps with pictures of its own
+    return [first, *(prompt for prompt in prompts if prompt != caption or prompt is not first and pictures_of(prompt))]
 
 
 def with_trajectories(args: Settings, captions: list[str]) -> Settings:

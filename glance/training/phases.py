@@ -25,7 +25,7 @@ from glance.files.checkpoints import (
     run_settings,
 )
 from glance.files.further_loras import find_base_loras, with_base_loras
-from glance.files.pipeline_images import digest_of, read_pipeline_images
+from glance.files.pipeline_images import digest_of, pictures_of, read_pipeline_images
 from glance.files.recipe import Recipe
 from glance.files.sampler import Sampler, write_sampler
 from glance.training import distribution
@@ -71,10 +71,9 @@ def find_source(args: Settings, num_processes: int, frames: list[Image.Image], c
     flags say before the base is loaded.
     """
     content = [b"".join(frame.tobytes() for frame in frames), *(text.encode() for text in captions)]
-    if args.pipeline_images:
-        content.append(
-            json.dumps(read_pipeline_images(args.pipeline_images), default=digest_of, sort_keys=True).encode()
-        )
+    pictures = [read_pipeline_images(args.pipeline_images), *map(pictures_of, captions)]
+    if any(pictures):
+        content.append(json.dumps(pictures, default=digest_of, sort_keys=True).encode())
     learned = hashlib.sha256(b"\0".join(content)).hexdigest()
     base = load_base.identify(args.pretrained_model_name_or_path, **cli.load_arguments(args))
     base = with_base_loras(base, find_base_loras(args))
@@ -107,7 +106,7 @@ def make_recipe(args, prepared: Prepared, phase: str, size: tuple[int, int]) -> 
         width=size[1],
         guidance_scale=guidance_scale,
         pipeline_kwargs=args.pipeline_kwargs,
-        pipeline_images=sorted(args.pipeline_images) or None,
+        pipeline_images=sorted(args.pipeline_images.keys() | pictures_of(prepared.captions[0])) or None,
         num_base_steps=args.num_base_steps,
         grid=steps.grid,
         coefficients=steps.coefficients_of(phase),

@@ -39,7 +39,7 @@ from glance.ask.velocity import (
 from glance.command_line import Settings
 from glance.encoders import free_memory, place_encoders
 from glance.files.further_loras import read_additions
-from glance.files.pipeline_images import read_pipeline_images
+from glance.files.pipeline_images import call_with, pictures_of, read_pipeline_images
 from glance.training import calls_chart, distribution, estimate, losses, out_of_memory, stages, summary
 from glance.training.draws import Draw
 from glance.training.search import AT_ONCE, LARGEST, Shipped, Trials, ask_shipped, find_sampler, sizes_at_once
@@ -111,8 +111,8 @@ def ask_call(args, pipe, caption: str, size: tuple[int, int], warn=logger.warnin
     `size` is (height, width) in pixels; `warn` hears of what a prompt loses. Raise InputError where the
     pipeline cannot be trained so.
     """
-    extra = args.pipeline_kwargs | read_pipeline_images(args.pipeline_images)
-    call = ask.whole_walk(pipe, ask.call_arguments(pipe, caption, *size, args.guidance_scale, extra))
+    extra = args.pipeline_kwargs | read_pipeline_images(args.pipeline_images) | pictures_of(caption)
+    call = ask.whole_walk(pipe, ask.call_arguments(pipe, str(caption), *size, args.guidance_scale, extra))
     transformer = denoiser(pipe)
     layers = lora_layers(transformer, args.lora_layers)
     if args.gradient_checkpointing and not transformer._supports_gradient_checkpointing:
@@ -143,9 +143,10 @@ def batching(args, pipe, train_call: dict) -> tuple[bool, bool]:
 
 
 def find_layout(args, pipe, call: dict, tell=logger.info) -> ask_latents.LatentLayout | None:
-    """Return the latents' layout; None where the pipeline mixes its pictures into the final latents, and only the
-    trajectory loss is trained, which needs none. `tell` hears of that. Raise InputError where one is needed."""
-    needed = args.loss != "trajectory" or args.flow_weight or not args.pipeline_images
+    """Return the latents' layout; None where the pipeline does more to the final latents, as mixing a picture into
+    them, and only the trajectory loss is trained, which needs none. `tell` hears of that. Raise InputError where one
+    is needed."""
+    needed = args.loss != "trajectory" or args.flow_weight
     try:
         return ask_latents.ask_layout(pipe, **call)
     except InputError as error:
@@ -209,9 +210,9 @@ def batch_sizes(samples: int, timesteps: int, takes_timesteps: bool, takes_batch
 def remember_captions(pipe, captions: list[str], call: dict, train_calls: list[dict], sizes: list[int]) -> None:
     """Let the pipeline encode every caption as it will be asked for: alone to draw it, in batches to train on it."""
     for caption in tqdm(captions, desc="encoding", delay=1, disable=not PartialState().is_local_main_process):
-        ask.dry_step(pipe, **call | {"prompt": caption})
+        ask.dry_step(pipe, **call_with(call, caption))
         for train_call, size in itertools.product(train_calls, sizes):
-            ask.dry_step(pipe, **train_call | {ask.batch_argument(pipe): size, "prompt": caption})
+            ask.dry_step(pipe, **call_with(train_call, caption) | {ask.batch_argument(pipe): size})
 
 
 def prepare_pipeline(
@@ -266,7 +267,8 @@ def ask_everything(args, accelerator, frames: list, captions: list[str], size: t
         )
     layout = find_layout(args, pipe, call)
     noise_scale = ask_latents.ask_noise_scale(pipe, **call)
-    draws = bool(args.pipeline_images) and draws_conditions(pipe, **train_call)
+    beside = args.pipeline_images or pictures_of(captions[0])
+    draws = bool(beside) and draws_conditions(pipe, **train_call)
     mixed, batched = batching(args, pipe, train_call)
     train_calls = [train_call, single_call] if args.flow_weight else [train_call]
     sizes = batch_sizes(args.train_batch_size, args.timesteps_per_step, mixed, batched)

@@ -23,7 +23,7 @@ from glance.files import faults
 from glance.files.atomic import replace_file
 from glance.files.checkpoints import NOT_COMPARED, NOT_DRAWN
 from glance.files.lora import in_order
-from glance.files.pipeline_images import digest_of
+from glance.files.pipeline_images import call_with, digest_of, pictures_of
 from glance.files.recipe import is_number
 from glance.training import distribution, stages
 from glance.training.calls_chart import write_curve
@@ -87,7 +87,7 @@ class Teacher:
             seed,
             coefficients,
             advance=advance,
-            **self.call | {"prompt": caption},
+            **call_with(self.call, caption),
         )
         with faults.explained(f"what the base draws to be trained on, in {denoiser(self.pipe).dtype}"):
             ask_latents.check_finite(points[-1], "its final latents")
@@ -228,6 +228,7 @@ def settings_digest(args, teacher: Teacher, base: str, captions: list[str]) -> s
         "found_on": MOST_FITTED,
         "base": base,
         "captions": captions,
+        "pictures": [pictures_of(caption) for caption in captions],
         "call": teacher.call,
         "timesteps": teacher.timesteps,
     }
