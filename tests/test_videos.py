@@ -13,8 +13,10 @@ from glance.ask import pipeline as ask
 from glance.ask.latents import ask_layout
 from glance.files import pictures
 from glance.files.image_file import read_frames
+from glance.files.pipeline_images import read_pipeline_images
 from glance.files.recipe import WEIGHT_NAME, read_recipe
 from glance.training.prepare import encode_frames
+from glance_utils import InputError
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +158,21 @@ def test_of_a_video_one_frame_is_learned_unless_more_are_asked(wan, train, tmp_p
     output = train(wan, resolution=32, instance_image=path, instance_prompt="a square", max_train_steps=1)
     assert read_recipe(output / "slow" / WEIGHT_NAME).pipeline_kwargs == {"num_frames": 1}
     assert "it holds several pictures; the first is taken" in caplog.text
+
+
+def test_a_video_beside_the_prompt_is_all_of_its_frames(tmp_path):
+    path = clip(tmp_path / "clip.webp", 4)
+    files = []
+    for number, frame in enumerate(read_frames(path, "clip", 4)[0]):
+        frame.save(tmp_path / f"{number}.png")
+        files.append(str(tmp_path / f"{number}.png"))
+    whole, listed = (read_pipeline_images({"video": given})["video"] for given in (str(path), files))
+    assert [frame.tobytes() for frame in whole] == [frame.tobytes() for frame in listed]
+    assert read_pipeline_images({"image": str(path)})["image"].tobytes() == whole[0].tobytes()
+
+
+def test_a_video_that_is_none_is_one_line(tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(b"no video" * 100)
+    with pytest.raises(InputError, match=r"clip\.mp4: (not a readable image|it holds no picture)") as error:
+        read_pipeline_images({"video": str(tmp_path / "clip.mp4")})
+    assert "\n" not in str(error.value)

@@ -64,6 +64,8 @@ def read_frames(file: Path | io.BytesIO, name: str, count: int) -> tuple[list[Im
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds
         raise InputError(f"{name}: not a readable image ({first_line(error)}); save it as PNG or JPEG") from None
+    if not images:
+        raise InputError(f"{name}: it holds no picture; give another file")
     if min(images[0].size) < LEAST_SIDE:
         width, height = images[0].size
         raise InputError(f"{name}: {width}x{height} pixels are too few; give a larger image")

@@ -115,8 +115,12 @@ def save_frames(frames: list[Image.Image], path: Path, fps: float) -> None:
     def write(temporary: Path) -> None:
         if path.suffix.lower() == VIDEO:
             named = temporary.with_name(f"{temporary.name}{VIDEO}")  # the writer goes by the ending
-            export_to_video([frame.convert("RGB") for frame in frames], str(named), fps, quality=8, macro_block_size=2)
-            named.replace(temporary)
+            try:
+                whole = [frame.convert("RGB") for frame in frames]
+                export_to_video(whole, str(named), fps, quality=8, macro_block_size=2)
+                named.replace(temporary)
+            finally:
+                named.unlink(missing_ok=True)
         else:
             frames[0].save(temporary, format=kind, **options)
 

@@ -11,29 +11,32 @@ from pathlib import Path
 
 from PIL import Image
 
-from glance.files.image_file import read_image
+from glance.files.image_file import read_frames, read_image
 from glance_utils import InputError
 
 
+MOST_FRAMES = 10_000  # of a video that a call is given
 EXAMPLE = """'{"image": "a.png"}'"""
 
 
 def read_pipeline_images(files: dict) -> dict[str, Image.Image | list[Image.Image]]:
     """Return the pictures of {"image": "a.png", "mask_image": "m.png"}, or of lists of files, as instance images are
-    read: upright, RGB in sRGB. Raise InputError where one is not there or cannot be read."""
-    return {argument: _read(argument, given) for argument, given in files.items()}
+    read: upright, RGB in sRGB; of a file for an argument of that name all frames of the video. Raise InputError where
+    one is not there or cannot be read."""
+    return {argument: _read(argument, given, "video" in argument) for argument, given in files.items()}
 
 
-def _read(argument: str, given) -> Image.Image | list[Image.Image]:
+def _read(argument: str, given, all_frames: bool = False) -> Image.Image | list[Image.Image]:
     if isinstance(given, list) and given:
         return [_read(argument, file) for file in given]
     if not isinstance(given, str):
         raise InputError(
             f"--pipeline_images: {argument} is {str(given)[:100]!r}; give a file, or a list of some, as in {EXAMPLE}"
         )
+    name = f"--pipeline_images: {argument}: {given}"
     if not Path(given).is_file():
-        raise InputError(f"--pipeline_images: {argument}: {given}: no such file; give a picture")
-    return read_image(Path(given), f"--pipeline_images: {argument}: {given}")
+        raise InputError(f"{name}: no such file; give a picture")
+    return read_frames(Path(given), name, MOST_FRAMES)[0] if all_frames else read_image(Path(given), name)
 
 
 def call_with(call: dict, prompt: str) -> dict:
