@@ -412,7 +412,7 @@ def test_the_questions_need_no_weights_and_the_answers_stay(base, asked, pipelin
 def test_freeing_leaves_only_the_transformer(base, asked):
     pipe, _ = asked(base)
     ask_prompts.free_components(pipe)
-    models = [name for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)]
+    models = [name for name, part in pipe.components.items() if issubclass(type(part), torch.nn.Module)]
     assert models == ["transformer"]
     assert pipe.tokenizer is not None and pipe.scheduler is not None
 
