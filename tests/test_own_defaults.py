@@ -106,7 +106,7 @@ def test_the_name_of_the_frames_is_the_pipelines(tmp_path):
     base = make(tmp_path)
     settings = [f"--pretrained_model_name_or_path={base}", f"--resolution={size}"]
     args = train_glance_lora.parse_args([*settings, "--instance_prompt=a ring"])
-    assert own_defaults.with_one_frame(args) is args
+    assert vars(own_defaults.with_one_frame(args)) == vars(args)
     args = train_glance_lora.parse_args([*settings, "--instance_image=image.png"])
     assert own_defaults.with_one_frame(args).pipeline_kwargs == {"frames": 1}
     assert "frames" in ask.arguments_of(type(DiffusionPipeline.from_pretrained(base)))
