@@ -242,8 +242,8 @@ class FixedSigmaScheduler(FlowMatchEulerDiscreteScheduler):
         if self.step_index is None:
             self._init_step_index(timestep)
             if self.before_step is not None and self.step_index != self.next_index:
-                begun = f"the pipeline begins with step {self.step_index} of {len(self.timesteps)} and did not say so before"
-                raise InputError(f"{begun} it called its model; call pipe.scheduler.set_begin_index")
+                begun = f"the pipeline begins with step {self.step_index} of {len(self.timesteps)} and did not say so"
+                raise InputError(f"{begun} before it called its model; call pipe.scheduler.set_begin_index")
         index, timestep = self.step_index, self.timesteps[self.step_index]  # some pipelines round it to an integer
         if self.config.coefficients is not None:
             (a, c), velocity = self.config.coefficients[index], model_output.float()
