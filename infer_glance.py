@@ -321,7 +321,8 @@ def main(argv: list[str] | None = None, settings: cli.Settings | None = None):
         drawn, failed = (sum(distribution.gather_on_host(part), []) for part in (drawn, failed))
         drawn.sort(key=lambda picture: picture.number)
         if state.is_main_process and args.compare and drawn:
-            pictures.save_frames(pictures.stack_videos([one.strip for one in drawn]), output, fps_of(args, pipe))
+            frames = [pictures.stack_rows(rows) for rows in zip(*(picture.strip for picture in drawn))]
+            pictures.save_frames(frames, output, fps_of(args, pipe))
             for picture in drawn:
                 files[picture.number].unlink(missing_ok=True)
     distribution.leave()

@@ -309,6 +309,7 @@ class Prompt(str):
     """A prompt with pictures' `files` of its own, as --pipeline_images has them."""
 
     files: dict = {}
+    pictures: dict | None = None  # once they are read
 
 
 def read_prompts(path: str | None) -> list[str]:

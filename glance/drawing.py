@@ -196,7 +196,6 @@ def draw_strip(row: list[Drawn], prompt: str, first: bool) -> list[Image.Image]:
     seconds = "first {:.2f} s" if first else "{:.2f} s"
     details = [f"{seconds.format(drawn.seconds)}, {drawn.calls} model calls" for drawn in row]
     errors = ["", *(f"\nerror {error:.4f} to the full run" for error in errors_of(row).values())]
-    return [
-        pictures.draw_row([(drawn.label, image, cost + error) for drawn, image, cost, error in columns], prompt)
-        for columns in (zip(row, images, details, errors) for images in zip(*(drawn.frames for drawn in row)))
-    ]
+    labels, notes = [drawn.label for drawn in row], list(map("".join, zip(details, errors)))
+    videos = (drawn.frames for drawn in row)
+    return [pictures.draw_row(list(zip(labels, images, notes)), prompt) for images in zip(*videos)]

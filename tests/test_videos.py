@@ -1,5 +1,7 @@
 """Videos: every frame is drawn, written and compared."""
 
+import importlib.util
+
 import imageio.v3
 import numpy as np
 import pytest
@@ -79,9 +81,9 @@ def test_videos_are_compared_frame_by_frame(wan, video_pair, infer, tmp_path):
 
 
 def test_a_video_needs_its_writer(trained, infer, tmp_path, monkeypatch):
-    find = pictures.importlib.util.find_spec
+    find = importlib.util.find_spec
     missing = lambda name, *others: None if name == "imageio_ffmpeg" else find(name, *others)  # noqa: E731
-    monkeypatch.setattr(pictures.importlib.util, "find_spec", missing)
+    monkeypatch.setattr(importlib.util, "find_spec", missing)
     with pytest.raises(REFUSED, match=r"\.mp4 is written by imageio; pip install imageio imageio-ffmpeg"):
         infer(lora=trained(), output=tmp_path / "out.mp4")
     assert not list(tmp_path.iterdir())

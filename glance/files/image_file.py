@@ -85,9 +85,14 @@ def _of_pictures(opened: Image.Image, name: str, most: int) -> list[Image.Image]
     return images
 
 
+def knows_videos() -> bool:
+    """Return whether what reads and writes videos is installed."""
+    return all(map(importlib.util.find_spec, ("imageio", "imageio_ffmpeg")))
+
+
 def _of_video(file: Path, name: str, most: int) -> list[Image.Image]:
     """Return the first frames of a video, `most` at most."""
-    if not all(map(importlib.util.find_spec, ("imageio", "imageio_ffmpeg"))):
+    if not knows_videos():
         raise InputError(f"{name}: a video is read by imageio; pip install imageio imageio-ffmpeg, or give a .webp")
     import imageio.v3
 

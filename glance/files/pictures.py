@@ -4,9 +4,9 @@ What a kind of file can hold is asked of Pillow, not listed here. The layout of 
 """
 
 import bisect
-import importlib.util
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers.utils import export_to_video
@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from glance.ask.pipeline import first_line
 from glance.files import faults
 from glance.files.atomic import replace_file
+from glance.files.image_file import knows_videos
 from glance_utils import InputError
 
 
@@ -48,7 +49,7 @@ def check_output(output: Path, names: list[Path], size: tuple[int, int] | None) 
     `names` are the files that will be, all of the kind that `output`, the user's word for them, says by its ending.
     """
     is_video = output.suffix.lower() == VIDEO
-    if is_video and not all(map(importlib.util.find_spec, ("imageio", "imageio_ffmpeg"))):
+    if is_video and not knows_videos():
         raise InputError(
             f"--output {output}: {VIDEO} is written by imageio; pip install imageio imageio-ffmpeg, or end it in .webp"
         )
@@ -174,13 +175,7 @@ def _shortened(text: str, font, width: int) -> str:
     return text[: max(fits - 1, 0)].rstrip() + "..."
 
 
-def stack_videos(rows: list[list[Image.Image]]) -> list[Image.Image]:
-    """Return several comparisons, frame by frame, as one; a shorter one rests on its last frame."""
-    longest = max(map(len, rows))
-    return [stack_rows([row[min(number, len(row) - 1)] for row in rows]) for number in range(longest)]
-
-
-def stack_rows(rows: list[Image.Image]) -> Image.Image:
+def stack_rows(rows: Sequence[Image.Image]) -> Image.Image:
     """Return several comparisons as one picture, below each other."""
     canvas = Image.new("RGB", (max(row.width for row in rows), sum(row.height - GAP for row in rows) + GAP), "white")
     top = 0

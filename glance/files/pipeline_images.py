@@ -4,13 +4,12 @@ A recipe keeps the names alone: what was trained with some is drawn with others.
 prompts of a .jsonl file have pictures of their own.
 """
 
-import functools
 import hashlib
-import json
 from pathlib import Path
 
 from PIL import Image
 
+from glance.command_line import Prompt
 from glance.files.image_file import read_frames, read_image
 from glance_utils import InputError
 
@@ -44,15 +43,13 @@ def call_with(call: dict, prompt: str) -> dict:
     return call | pictures_of(prompt) | {"prompt": str(prompt)}
 
 
-@functools.cache
-def _pictures_in(files: str) -> dict:
-    return read_pipeline_images(json.loads(files))
-
-
 def pictures_of(prompt: str) -> dict:
     """Return the pictures that a prompt has of its own, {} for most; raise InputError as read_pipeline_images does."""
-    files = getattr(prompt, "files", {})
-    return dict(_pictures_in(json.dumps(files))) if files else {}
+    if not isinstance(prompt, Prompt):
+        return {}
+    if prompt.pictures is None:  # read once, as each step of training asks for them
+        prompt.pictures = read_pipeline_images(prompt.files)
+    return prompt.pictures
 
 
 def digest_of(value):

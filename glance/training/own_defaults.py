@@ -69,8 +69,7 @@ def drawn_near(pipe: DiffusionPipeline, height: int, width: int, **call) -> tupl
 def with_one_frame(args: Settings) -> Settings:
     """Return the settings, for a pipeline of video that is to learn from an image with one frame in its call, unless
     --num_frames says how many."""
-    path = args.pretrained_model_name_or_path
-    kind = getattr(diffusers, ask.read_model_index(path, **cli.load_arguments(args))["_class_name"], None)
+    kind = _class_of_base(args)
     if kind is None:
         return args
     args = args.replace(pipeline_kwargs=ask.with_frames_named(kind, args.pipeline_kwargs))
@@ -87,7 +86,14 @@ def frames_learned(args: Settings) -> int:
     """Return how many frames of what is given a loss learns from: as many as the call draws."""
     if args.loss == "trajectory" and not args.flow_weight:
         return 1
-    return next((args.pipeline_kwargs[name] for name in ("num_frames", "frames") if name in args.pipeline_kwargs), 1)
+    kind = _class_of_base(args)
+    return args.pipeline_kwargs.get(kind and ask.frames_argument(kind), 1)
+
+
+def _class_of_base(args: Settings) -> type[DiffusionPipeline] | None:
+    """Return the base's class, None where diffusers has none of its name."""
+    index = ask.read_model_index(args.pretrained_model_name_or_path, **cli.load_arguments(args))
+    return getattr(diffusers, index["_class_name"], None)
 
 
 def all_captions(args: Settings, caption: str) -> list[str]:

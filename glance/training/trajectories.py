@@ -228,10 +228,11 @@ def settings_digest(args, teacher: Teacher, base: str, captions: list[str]) -> s
         "found_on": MOST_FITTED,
         "base": base,
         "captions": captions,
-        "pictures": [pictures_of(caption) for caption in captions],
         "call": teacher.call,
         "timesteps": teacher.timesteps,
     }
+    pictures = [pictures_of(caption) for caption in captions]
+    settings |= {"pictures": pictures} if any(pictures) else {}
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=digest_of).encode()).hexdigest()
 
 
