@@ -77,6 +77,11 @@ def long(*values, **kwargs):
     return pytest.param(*values, marks=pytest.mark.long, **kwargs)
 
 
+def everyday(names, kept: set) -> list:
+    """Names as parameters, of which all but those kept are left out by default."""
+    return [name if name in kept else long(name) for name in names]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """What the files in a folder hold, by name; the folder's own name, which the model card has in its commands, is a
     dot."""

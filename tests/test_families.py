@@ -17,17 +17,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, long, picture_distance, run_train
+from conftest import ROOT, everyday, picture_distance, run_train
 from diffusers import DiffusionPipeline, WanPipeline
 from diffusers.image_processor import VaeImageProcessor
 from lifetimes import watch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_chat_families import FAMILIES as CHAT_FAMILIES
 from tiny_chat_families import chat_processor
-from tiny_image_families import FAMILIES as IMAGE_FAMILIES
-from tiny_pipelines import PIPELINES
-from tiny_video_families import FAMILIES as VIDEO_FAMILIES
+from tiny_families import FAMILIES
 
 from glance import command_line as cli
 from glance.ask import latents as ask_latents
@@ -43,9 +40,6 @@ from glance_utils import PHASES, FixedSigmaScheduler, InputError, denoiser, mode
 
 pytestmark = pytest.mark.families
 
-# name: (make, height and width, --pipeline_kwargs)
-FAMILIES = {name: (make, 32, {}) for name, make in PIPELINES.items()}
-FAMILIES |= IMAGE_FAMILIES | CHAT_FAMILIES | VIDEO_FAMILIES
 RESULTS = ROOT / "output" / "families"
 STEPS = 20  # of the stock pipeline
 # One of each kind: how they guide, what their transformer gets, which way their time runs, who reads the prompt.
@@ -269,7 +263,7 @@ def test_it_answers(name, pair, tmp_path):
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-@pytest.mark.parametrize("name", [name if name in TRAINED else long(name) for name in FAMILIES])
+@pytest.mark.parametrize("name", everyday(FAMILIES, TRAINED))
 def test_it_is_trained_and_drawn(name, pair, infer, tmp_path, monkeypatch):
     """By the command line."""
     make, size, extra = FAMILIES[name]

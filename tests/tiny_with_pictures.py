@@ -11,15 +11,8 @@ import diffusers
 import tiny_parts as parts
 import torch
 import transformers
-from tiny_chat_families import FAMILIES as CHAT_FAMILIES
-from tiny_image_families import FAMILIES as IMAGE_FAMILIES
+from tiny_families import FAMILIES
 from tiny_parts import LATENT_CHANNELS, PACKED_CHANNELS, parts_of
-from tiny_pipelines import PIPELINES
-from tiny_video_families import FAMILIES as VIDEO_FAMILIES
-
-
-FAMILIES = {name: (build, 32, {}) for name, build in PIPELINES.items()}
-FAMILIES |= IMAGE_FAMILIES | CHAT_FAMILIES | VIDEO_FAMILIES
 
 
 @dataclass(frozen=True)
